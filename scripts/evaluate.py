@@ -1,0 +1,114 @@
+"""Score a model on a dataset with masks: segmentation with and without tags, CAM, auxiliary CAM, per class.
+
+Example:
+    python scripts/evaluate.py runs/voc --dataset voc --data_dir VOC2012 --split val --report report.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from cosa_hf import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name
+from cosa_hf.evaluation.panels import panel
+from cosa_hf.evaluation.protocols import SCALES, evaluate_model, format_report, label_names, predict_dataset
+
+
+def main(args: argparse.Namespace) -> None:
+    size = {} if args.input_size is None else {"size": {"height": args.input_size, "width": args.input_size}}
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(args.model)
+        processor = AutoImageProcessor.from_pretrained(args.model, **size)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"error: no model at {args.model!r}: neither a directory with one nor a name within reach on the Hub\n"
+            f"{error}"
+        ) from None
+    if not isinstance(model, CoSAForWeaklySupervisedSegmentation):
+        raise SystemExit(f"error: {args.model!r} is a {type(model).__name__}, which has no CAMs to score")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True)
+        if args.num_images is not None:
+            dataset = dataset.select(range(min(args.num_images, len(dataset))))
+        inference = {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
+        report = evaluate_model(model, processor, dataset, **inference, dataset_name=args.dataset, split=args.split)
+        print(format_report(report))
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        args.report.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"report: {args.report}")
+        if args.panels is not None:
+            save_panels(model, processor, dataset, args.panels, args.num_panels, inference)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def save_panels(model, processor, dataset, directory: Path, num_panels: int, inference: dict) -> None:
+    """One picture per image, for the first images of the split: not chosen by how well they turned out."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = label_names(model.config)
+    first = dataset.select(range(min(num_panels, len(dataset))))
+    for row, prediction in zip(
+        first.select_columns("labels"), predict_dataset(model, processor, first, **inference), strict=True
+    ):
+        tags = ", ".join(names[label + 1] for label in row["labels"]) or "none"
+        picture = panel(
+            prediction.image,
+            prediction.cam,
+            prediction.aux_cam,
+            prediction.masks["seg"],
+            prediction.truth,
+            names,
+            title=f"{prediction.image_id}   tags: {tags}",
+        )
+        picture.save(directory / f"{prediction.image_id}.png")
+    print(f"panels of the first {len(first)} images: {directory}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
+    parser.add_argument(
+        "--dataset", required=True, choices=sorted(COEXISTENCE_CLASSES), help="which dataset's layout to read"
+    )
+    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); shapes draws itself, needs none")
+    parser.add_argument("--split", default="val", help="part of the dataset to score (default: %(default)s)")
+    parser.add_argument("--report", type=Path, default=Path("report.json"), help="JSON file to write (%(default)s)")
+    parser.add_argument(
+        "--panels", type=Path, help="directory for pictures of CAMs, predictions and truth; none without"
+    )
+    parser.add_argument(
+        "--num_panels", type=positive, default=16, help="pictures, from the start of the split (%(default)s)"
+    )
+    parser.add_argument("--num_images", type=positive, help="score only the first N images; all without")
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=list(SCALES),
+        help="relative input sizes whose outputs are fused (default: %(default)s)",
+    )
+    parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
+    parser.add_argument(
+        "--input_size",
+        type=positive,
+        help="side in pixels images are resized to; the processor's own without",
+    )
+    parser.add_argument("--batch_size", type=positive, default=8, help="images per forward pass (default: %(default)s)")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    main(parse_args())

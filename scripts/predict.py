@@ -1,0 +1,113 @@
+"""Segment photographs: for each image a palette PNG of class ids and a picture of the mask over the image.
+
+The masks are those of `transformers.pipeline("image-segmentation", model=MODEL)`: one forward pass at the
+processor's size, tags unknown. With --tags the classes that are not named are ruled out.
+
+Example:
+    python scripts/predict.py runs/voc cat.jpg street.png --output_dir masks
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+import cosa_hf  # noqa: F401  (registers the model with transformers)
+from cosa_hf.evaluation.palette import to_palette_image
+from cosa_hf.evaluation.panels import overlay
+from cosa_hf.evaluation.protocols import label_names
+from cosa_hf.image_processing_cosa import to_rgb
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        check_names(args.images, args.output_dir)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(args.model).eval()
+        processor = AutoImageProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"error: no model at {args.model!r}: neither a directory with one nor a name within reach on the Hub\n"
+            f"{error}"
+        ) from None
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    names = label_names(model.config)
+    try:
+        allowed = allowed_ids(args.tags, names)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for path in args.images:
+        try:
+            with Image.open(path) as file:
+                image = to_rgb(file)
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError ...
+            failed.append(path)
+            print(f"error: cannot read {path}: {error}", file=sys.stderr)
+            continue
+        mask = segment(model, processor, image, allowed)
+        to_palette_image(mask).save(args.output_dir / f"{path.stem}.png")
+        overlay(image, mask, names).save(args.output_dir / f"{path.stem}_overlay.png")
+        print(f"{path}: {', '.join(names[index] for index in np.unique(mask))}")
+    print(f"{len(args.images) - len(failed)} of {len(args.images)} images segmented into {args.output_dir}")
+    if failed:
+        raise SystemExit(f"error: not segmented: {', '.join(map(str, failed))}")
+
+
+@torch.inference_mode()
+def segment(model, processor, image: Image.Image, allowed: list[int]) -> np.ndarray:
+    """(H, W) class ids of one RGB image, out of the `allowed` ids only."""
+    inputs = processor(image, return_tensors="pt").to(model.device)
+    outputs = model(**inputs)
+    # Dropping a class, rather than lowering its logit to -inf, keeps the interpolation free of nan.
+    outputs.logits = outputs.logits[:, allowed]
+    (choice,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])
+    return np.array(allowed)[choice.cpu().numpy()]
+
+
+def check_names(paths: list[Path], output_dir: Path) -> None:
+    """Refuse directories, and inputs whose results would overwrite one another or an input."""
+    inputs = {path.resolve() for path in paths}
+    written: dict[str, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory; name the image files, for instance {path}/*.jpg")
+        for name in (f"{path.stem}.png", f"{path.stem}_overlay.png"):
+            if name in written:
+                raise ValueError(f"{written[name]} and {path} would both be written to {name}; rename one of them")
+            if (output_dir / name).resolve() in inputs:
+                raise ValueError(f"input {output_dir / name} would be overwritten; choose another directory")
+            written[name] = path
+
+
+def allowed_ids(tags: str | None, names: list[str]) -> list[int]:
+    """Ids that may be predicted: all without tags, else background and the tagged classes."""
+    if tags is None:
+        return list(range(len(names)))
+    wanted = [tag.strip() for tag in tags.split(",")]
+    unknown = [tag for tag in wanted if tag not in names[1:]]
+    if unknown:
+        raise ValueError(f"unknown tags {unknown}; this model's classes are {', '.join(names[1:])}")
+    return [0, *sorted({names.index(tag) for tag in wanted})]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
+    parser.add_argument("--output_dir", type=Path, required=True, help="directory for STEM.png and STEM_overlay.png")
+    parser.add_argument("--tags", help="comma-separated classes known to be in the images, e.g. cat,dog; any without")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse_args())

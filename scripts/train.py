@@ -1,0 +1,43 @@
+"""Train CoSA from image-level tags.
+
+    accelerate launch scripts/train.py                                        the embedded demo
+    accelerate launch scripts/train.py --recipe voc-vit-b --data_dir VOCdevkit/VOC2012
+
+A recipe is a YAML file, or the name of one in recipes/; every field of it is also a flag, and flags win.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# This folder holds an evaluate.py, which would be found in place of the library `evaluate`.
+if not sys.flags.safe_path:
+    sys.path.pop(0)
+
+from transformers import HfArgumentParser
+
+from cosa_hf.training.loop import train
+from cosa_hf.training.recipe import Recipe
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def parse(arguments: list[str]) -> Recipe:
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--recipe", default="shapes-tiny", help="a YAML file, or the name of one in recipes/")
+    chosen, flags = chooser.parse_known_args(arguments)
+    path = Path(chosen.recipe)
+    if not path.suffix:
+        path = RECIPES / f"{chosen.recipe}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise FileNotFoundError(f"no recipe {path}; known by name: {known}")
+    parser = HfArgumentParser(Recipe, parents=[chooser], description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(**vars(Recipe.from_yaml(path)))
+    recipe, *_ = parser.parse_args_into_dataclasses(flags)
+    return recipe
+
+
+if __name__ == "__main__":
+    print(train(parse(sys.argv[1:])))

@@ -1,0 +1,1 @@
+"""What the assignment network carries from step to step, and what it answers for a batch."""

@@ -1,0 +1,151 @@
+"""The dynamic threshold (Eq. 6): two Gaussians fitted to the CAM confidences of the last batches."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from cosa_hf.objective.reliability import ProcessMean, single_process
+
+BINS = 512
+# Confidences below this are what min-max leaves of an inactive map; they belong to no cluster.
+FLOOR = 0.05
+# Nats per value by which two Gaussians must explain the confidences better than one. A single narrow cluster gains
+# 1e-4, the confidences of real CAMs a hundred to a thousand times more.
+LEAST_GAIN = 1e-3
+
+
+class DynamicThreshold(nn.Module):
+    """The value that parts foreground from background confidences, followed through training (Eq. 6).
+
+    Keeps histograms of the last `queue` batches, fits a two-component Gaussian mixture to their sum by EM, takes the
+    point between the means where both components are equally likely, and smooths it by EMA. All of it is state:
+    `state_dict` restores it. Where the fit says nothing (too few values, one cluster) the value stays as it is.
+
+    Args:
+        start: xi before the first fit, in (0, 1).
+        decay: of the EMA; 0.99 averages over about 100 steps, so use less for a run of a few hundred.
+        queue: batches remembered; 100 in the paper.
+
+    Raises:
+        ValueError: `start` outside (0, 1), `decay` outside [0, 1), or an empty queue.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> threshold = DynamicThreshold(decay=0.0)
+        >>> low, high = 0.2 + 0.05 * torch.randn(5000), 0.8 + 0.05 * torch.randn(5000)
+        >>> threshold.update(torch.cat([low, high]).clamp(0, 1))
+        >>> round(threshold.value, 1)
+        0.5
+    """
+
+    histograms: Tensor
+    seen: Tensor
+    current: Tensor
+
+    def __init__(self, start: float = 0.5, decay: float = 0.99, queue: int = 100) -> None:
+        super().__init__()
+        if not 0 < start < 1:
+            raise ValueError(f"the threshold must start inside (0, 1), got {start}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"the threshold's decay must be in [0, 1), got {decay}")
+        if queue < 1:
+            raise ValueError(f"the threshold's queue must hold at least one batch, got {queue}")
+        self.decay = decay
+        self.register_buffer("histograms", torch.zeros(queue, BINS, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("current", torch.tensor(start, dtype=torch.float64))
+
+    @property
+    def value(self) -> float:
+        """xi, in (0, 1)."""
+        return self.current.item()
+
+    def update(self, confidence: Tensor, mean: ProcessMean = single_process) -> None:
+        """Take in one batch of confidences nu = max_c M' (any shape) and move xi.
+
+        With several processes `mean` gives all of them the same histogram, and so the same xi.
+        """
+        values = confidence.detach().float()
+        histogram = torch.histc(values[values > FLOOR], bins=BINS, min=FLOOR, max=1.0)
+        self.histograms[self.seen % len(self.histograms)] = mean(histogram).to(self.histograms)
+        self.seen += 1
+        split = equal_likelihood_split(self.histograms.sum(dim=0))
+        if split is not None:
+            self.current.lerp_(torch.tensor(split, dtype=torch.float64), 1 - self.decay)
+
+
+def equal_likelihood_split(histogram: Tensor, iterations: int = 200, tolerance: float = 1e-6) -> float | None:
+    """Fit two Gaussians to a histogram over (FLOOR, 1] and return where pi_fg N_fg = pi_bg N_bg between their means.
+
+    That point is the threshold of greatest likelihood for the fitted mixture (Eq. 6). EM on the histogram agrees with
+    EM on the values to about the width of a bin and costs as much for a million values as for a thousand.
+
+    Args:
+        histogram: counts, (BINS,), float64.
+        iterations: the most EM steps.
+        tolerance: stop once the means move less than this.
+
+    Returns:
+        A value in (FLOOR, 1), or None where there are not two clusters to part.
+
+    Example:
+        >>> equal_likelihood_split(torch.zeros(BINS, dtype=torch.float64)) is None
+        True
+    """
+    total = histogram.sum()
+    if total < 2:
+        return None
+    width = (1.0 - FLOOR) / BINS
+    centers = FLOOR + width * (torch.arange(BINS, dtype=histogram.dtype) + 0.5)
+    mass = histogram / total
+    # Start from the halves on either side of the mean, as two-means would.
+    high = (centers > (mass * centers).sum()).to(mass)
+    responsibility = torch.stack([1 - high, high])
+    means = torch.full((2,), torch.inf, dtype=mass.dtype)
+    for _ in range(iterations):
+        shares = responsibility * mass
+        weights = shares.sum(dim=1)
+        if weights.min() <= 1e-6:
+            return None
+        previous, means = means, (shares * centers).sum(dim=1) / weights
+        variances = (shares * (centers - means[:, None]).square()).sum(dim=1) / weights
+        # Nothing is narrower than the bin that it was counted in.
+        variances = variances.clamp_min(width**2 / 12)
+        if (means - previous).abs().max() < tolerance:
+            break
+        responsibility = _log_density(centers, weights, means, variances).softmax(dim=0)
+
+    # EM cuts even a single Gaussian in two; only a mixture that explains the values better parts anything.
+    mean = (mass * centers).sum().view(1)
+    variance = (mass * (centers - mean).square()).sum().view(1).clamp_min(width**2 / 12)
+    one = _log_density(centers, torch.ones_like(mean), mean, variance)[0]
+    two = _log_density(centers, weights, means, variances).logsumexp(dim=0)
+    if (mass * (two - one)).sum() < LEAST_GAIN:
+        return None
+    return _crossing(weights.tolist(), means.tolist(), variances.tolist())
+
+
+def _log_density(centers: Tensor, weights: Tensor, means: Tensor, variances: Tensor) -> Tensor:
+    """log(pi N(x)) of each component at each bin, (components, BINS), up to the constant that all share."""
+    squared = (centers - means[:, None]).square()
+    return weights.log()[:, None] - 0.5 * variances.log()[:, None] - 0.5 * squared / variances[:, None]
+
+
+def _crossing(weights: list[float], means: list[float], variances: list[float]) -> float | None:
+    """The root between the means of log(pi_1 N_1) - log(pi_0 N_0), a quadratic a x^2 + b x + c."""
+    (w0, w1), (m0, m1), (v0, v1) = weights, means, variances
+    a = 0.5 / v0 - 0.5 / v1
+    b = m1 / v1 - m0 / v0
+    c = 0.5 * m0 * m0 / v0 - 0.5 * m1 * m1 / v1 + math.log(w1 / w0) - 0.5 * math.log(v1 / v0)
+    if abs(a) < 1e-12:
+        roots = [-c / b] if b else []
+    else:
+        discriminant = b * b - 4 * a * c
+        if discriminant < 0:
+            return None
+        # The numerically safe pair: never subtract two numbers of like size.
+        q = -0.5 * (b + math.copysign(math.sqrt(discriminant), b))
+        roots = [q / a] + ([c / q] if q else [])
+    between = [root for root in roots if min(m0, m1) < root < max(m0, m1)]
+    return between[0] if between else None

@@ -1,0 +1,129 @@
+"""Configuration of CoSA: what the network is made of and what its outputs are called."""
+
+import os
+import shutil
+from dataclasses import field
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# Where the auto classes find the code in a saved directory.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_cosa.CoSAConfig",
+    "AutoModel": "modeling_cosa.CoSAForWeaklySupervisedSegmentation",
+    "AutoModelForSemanticSegmentation": "modeling_cosa.CoSAForWeaklySupervisedSegmentation",
+    "AutoModelForImageSegmentation": "modeling_cosa.CoSAForWeaklySupervisedSegmentation",
+    "AutoImageProcessor": "image_processing_cosa.CoSAImageProcessor",
+}
+
+
+@strict
+class CoSAConfig(PreTrainedConfig):
+    r"""
+    Architecture, label names and inference defaults of a CoSA model. Nothing about training lives here.
+
+    The labels are the K = C + 1 segmentation labels with the background at id 0; the C classes an image can
+    be tagged with are the labels 1..C in the same order. `label2id` follows from `id2label` when not given.
+
+    Args:
+        backbone: Name of any timm model that offers `forward_intermediates`. The default is the paper's
+            (Sec. 4.1).
+        aux_layer: Layer whose output is the auxiliary map F†, counted from the end: blocks of a ViT, stages
+            of a hierarchical network (-1 would be the last one). -3 is the released ViT setting; a network
+            with four stages wants -2, since F† should stay close to the end.
+        output_stride: Pixels per token for convolutional backbones, by dilation. Backbones that cannot change
+            their stride (every transformer) keep their own.
+        decoder_channels: Width of the LargeFOV decoder.
+        decoder_dilation: Dilation of its two 3x3 convolutions.
+        cam_threshold: Foreground threshold ξ on normalised CAMs at inference, between 0 and 1.
+        coexistence_classes: Names of the classes averaged into C-mIoU, those that rarely appear without some
+            other object (train and rail, boat and water).
+        semantic_loss_ignore_index: Id of the pixels a mask leaves out.
+
+    Raises:
+        ValueError: for fewer than two labels, ids that are not 0..C, a label name used twice, an `aux_layer`
+            above -2, a threshold outside (0, 1), or a coexistence class that is not a foreground label.
+
+    Example:
+
+    ```python
+    >>> from cosa_hf import CoSAConfig
+
+    >>> config = CoSAConfig(id2label={0: "background", 1: "cat", 2: "dog"}, coexistence_classes=["cat"])
+    >>> config.num_labels, config.num_classes, config.label2id["dog"]
+    (3, 2, 2)
+
+    ```
+    """
+
+    model_type = "cosa"
+
+    backbone: str = "vit_base_patch16_224.orig_in21k_ft_in1k"
+    aux_layer: int = -3
+    output_stride: int = 16
+    decoder_channels: int = 512
+    decoder_dilation: int = 5
+    cam_threshold: float = 0.5
+    coexistence_classes: list[str] = field(default_factory=list)
+    semantic_loss_ignore_index: int = 255
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.id2label is not None and self.label2id is None:
+            self.label2id = {name: int(index) for index, name in self.id2label.items()}
+        super().__post_init__(**kwargs)
+        self._check_labels()
+        if self.aux_layer > -2:
+            raise ValueError(
+                f"aux_layer={self.aux_layer} is not a layer before the last: count from the end, -2 or lower."
+            )
+        if not 0 < self.cam_threshold < 1:
+            raise ValueError(f"cam_threshold={self.cam_threshold} must lie strictly between 0 and 1.")
+
+    def _check_labels(self) -> None:
+        names = cast("dict[int, str]", self.id2label)
+        if len(names) < 2:
+            raise ValueError(
+                f"id2label={names} needs the background at id 0 and a foreground class after it."
+            )
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(f"The ids of id2label must be 0..{len(names) - 1}, got {sorted(names)}.")
+        if len(set(names.values())) < len(names):
+            raise ValueError(f"Every label needs a name of its own, got {list(names.values())}.")
+        if self.label2id != {name: index for index, name in names.items()}:
+            raise ValueError(f"label2id={self.label2id} is not the inverse of id2label={names}.")
+        foreground = [names[index] for index in range(1, len(names))]
+        unknown = [name for name in self.coexistence_classes if name not in foreground]
+        if unknown:
+            raise ValueError(
+                f"coexistence_classes {unknown} are not foreground classes; those are {foreground}."
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of foreground classes an image can be tagged with: `num_labels` less background."""
+        return len(self.id2label or ()) - 1
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """
+        Saves the config and, beside it, the code of config, model and processor.
+
+        Models save their config through this, so a saved model also loads where this package is not
+        installed, with `trust_remote_code=True`. Arguments as in `PreTrainedConfig.save_pretrained`.
+        """
+        self.auto_map = dict(_AUTO_MAP)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in sorted({target.split(".")[0] + ".py" for target in _AUTO_MAP.values()}):
+            source = Path(__file__).with_name(name)
+            # In the cache of remote code each file can lie in a folder of its own: there transformers, which
+            # knows where, adds the other two when model and processor are saved.
+            if source.exists() and source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+__all__ = ["CoSAConfig"]

@@ -1,0 +1,107 @@
+"""Reading one image, or one mask, of a dataset example, with errors that name the file."""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from cosa_hf.image_processing_cosa import to_rgb
+
+
+def undecoded(dataset: Dataset) -> Dataset:
+    """The same dataset with its image columns left as files, for `read_image` and `read_mask` to decode.
+
+    Left to itself, a `datasets.Dataset` decodes a row as soon as it is indexed, and what it raises for a
+    broken file does not say which row it was.
+
+    Example:
+        >>> from cosa_hf.data import load_shapes
+        >>> undecoded(load_shapes("train", num_images=1))[0]["image"]["path"]
+        'train-00000.png'
+    """
+    dataset = dataset.with_format(None)
+    for column in ("image", "mask"):
+        if column in dataset.column_names:
+            dataset = dataset.cast_column(column, ImageFeature(decode=False))
+    return dataset
+
+
+def read_image(example: dict[str, Any]) -> Image.Image:
+    """The image of an example, as RGB, upright.
+
+    Args:
+        example: a row of an `undecoded` dataset (of a decoded one, only the conversion is left to do).
+
+    Raises:
+        ValueError: the file is truncated, corrupt, empty or gone; names the image.
+
+    Example:
+        >>> from cosa_hf.data import load_shapes
+        >>> read_image(undecoded(load_shapes("train", num_images=1))[0]).size
+        (96, 96)
+    """
+    return to_rgb(_decode(example, "image"))
+
+
+def read_mask(
+    example: dict[str, Any], image_size: tuple[int, int], num_classes: int, ignore_index: int = 255
+) -> Image.Image:
+    """The mask of an example as class ids in a mode "L" image.
+
+    Ids: 0 background, 1..C classes, `ignore_index` ignore. Palette files give their indices; the
+    palette's colours mean nothing.
+
+    Args:
+        example: a row of an `undecoded` dataset with a `mask` column.
+        image_size: (width, height) of the image as `read_image` returns it, after any EXIF rotation.
+        num_classes: C, foreground classes.
+
+    Raises:
+        ValueError: the file cannot be read, is no single-channel 8-bit image, has another size than the
+            image, or holds ids outside 0..C and `ignore_index`; names the image.
+
+    Example:
+        >>> from cosa_hf.data import load_shapes
+        >>> example = undecoded(load_shapes("train", num_images=1, masks=True))[0]
+        >>> mask = read_mask(example, image_size=(96, 96), num_classes=8)
+        >>> mask.mode, mask.size
+        ('L', (96, 96))
+    """
+    mask = _decode(example, "mask")
+    if mask.mode not in ("L", "P"):
+        raise ValueError(
+            f"mask of image {example['image_id']!r} has mode {mask.mode!r}: "
+            "expected class ids in a grayscale or palette PNG (mode 'L' or 'P')"
+        )
+    if mask.size != image_size:
+        raise ValueError(
+            f"mask of image {example['image_id']!r} is {mask.width}x{mask.height} (width x height), "
+            f"its image is {image_size[0]}x{image_size[1]}"
+        )
+    ids = np.asarray(mask)
+    present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
+    unknown = [int(i) for i in present if i > num_classes and i != ignore_index]
+    if unknown:
+        raise ValueError(
+            f"mask of image {example['image_id']!r} holds the ids {unknown}: "
+            f"expected 0 (background), 1..{num_classes} (classes) or {ignore_index} (ignore)"
+        )
+    return Image.fromarray(ids)
+
+
+def _decode(example: dict[str, Any], column: str) -> Image.Image:
+    value = example[column]
+    if isinstance(value, Image.Image):
+        return value
+    try:
+        return ImageFeature().decode_example(value)
+    except (
+        Exception
+    ) as error:  # decoders raise whatever they like: OSError, SyntaxError, zlib and struct errors
+        where = (value or {}).get("path") or "bytes in the dataset"
+        raise ValueError(
+            f"cannot read the {column} of image {example['image_id']!r} ({where}): {error}; "
+            "replace the file, or take the image off the split's list"
+        ) from error

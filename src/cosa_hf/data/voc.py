@@ -1,0 +1,186 @@
+"""PASCAL VOC 2012 in its official layout."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from xml.etree import ElementTree
+
+from datasets import Dataset
+
+from cosa_hf.data.tags import tag_features
+
+VOC_CLASSES = (
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
+
+VOC_COEXISTENCE = ("aeroplane", "bird", "boat", "train")
+"""Classes usually seen with the same surroundings (sky, branches, water, railways): paper, Fig. 8."""
+
+
+def load_voc(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
+    """Images and tags of a VOC 2012 segmentation split; masks only if asked for.
+
+    Reads ``ImageSets/Segmentation/<split>.txt`` and ``JPEGImages/<id>.jpg``. Tags come from
+    ``image_labels.json`` (image id -> list of class names) where the directory has one, otherwise from the
+    object names in ``Annotations/<id>.xml``, objects marked "difficult" included: they are in the picture and
+    in the masks. Masks come from ``SegmentationClassAug`` where it exists, otherwise from
+    ``SegmentationClass``. Without `masks` no mask file is opened or looked for. Image files are opened when a
+    row is read, not here.
+
+    Args:
+        data_dir: the ``VOC2012`` directory itself.
+        split: name of a list, e.g. "train_aug" or "val".
+        masks: add the column `mask`.
+
+    Returns:
+        Dataset with `image`, `labels` (ids into `VOC_CLASSES`, sorted; may be empty), `image_id` and, if
+        asked for, `mask` (0 background, 1..20, 255 ignore), in the order of the list.
+
+    Raises:
+        FileNotFoundError: the directory, the list, an image, its tags or its mask is missing.
+        ValueError: the list is empty or names an image twice, a tag file is malformed, or a tag is no VOC
+            class.
+
+    Example:
+        >>> dataset = load_voc("VOCdevkit/VOC2012", "train_aug")  # doctest: +SKIP
+        >>> dataset[0]["image_id"], dataset[0]["labels"]  # doctest: +SKIP
+        ('2007_000032', [0, 14])
+    """
+    root = Path(data_dir).absolute()
+    _check_layout(root)
+    image_ids = _read_list(root, split)
+    image_paths = _paths(root / "JPEGImages", image_ids, ".jpg", split)
+    columns: dict[str, list] = {
+        "image": image_paths,
+        "labels": _read_tags(root, image_ids),
+        "image_id": image_ids,
+    }
+    if masks:
+        augmented = root / "SegmentationClassAug"
+        directory = augmented if augmented.is_dir() else root / "SegmentationClass"
+        columns["mask"] = _paths(directory, image_ids, ".png", split)
+    return Dataset.from_dict(columns, features=tag_features(list(VOC_CLASSES), masks))
+
+
+def _check_layout(root: Path) -> None:
+    if (root / "ImageSets" / "Segmentation").is_dir():
+        return
+    if not root.is_dir():
+        raise FileNotFoundError(f"no directory {root}: pass the VOC2012 directory of the extracted download")
+    hint = ""
+    for below in (root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+        if below.is_dir():
+            hint = f"; found {below}: pass that"
+    raise FileNotFoundError(
+        f"{root} is no VOC2012 directory: it has no ImageSets/Segmentation (expected ImageSets/Segmentation, "
+        f"JPEGImages and Annotations or image_labels.json){hint}"
+    )
+
+
+def _read_list(root: Path, split: str) -> list[str]:
+    directory = root / "ImageSets" / "Segmentation"
+    path = directory / f"{split}.txt"
+    if not path.is_file():
+        available = sorted(file.stem for file in directory.glob("*.txt"))
+        raise FileNotFoundError(f"no list {path}; available splits: {', '.join(available) or 'none'}")
+    image_ids = path.read_text().split()
+    if not image_ids:
+        raise ValueError(f"{path} is empty: split {split!r} has no images")
+    twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} names {_some(twice, 'image')} more than once")
+    return image_ids
+
+
+def _paths(directory: Path, image_ids: list[str], suffix: str, split: str) -> list[str]:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no directory {directory}: split {split!r} needs its {suffix} files")
+    # One listing instead of a stat per file: data sets live on network drives too.
+    present = {file.name for file in directory.iterdir()}
+    missing = [image_id + suffix for image_id in image_ids if image_id + suffix not in present]
+    if missing:
+        raise FileNotFoundError(f"{directory} lacks {_some(missing, 'file')} that split {split!r} names")
+    return [str(directory / (image_id + suffix)) for image_id in image_ids]
+
+
+def _read_tags(root: Path, image_ids: list[str]) -> list[list[int]]:
+    source = root / "image_labels.json"
+    names = _tags_from_json(source, image_ids) if source.is_file() else _tags_from_xml(root, image_ids)
+    return [_class_ids(tags, image_id) for image_id, tags in zip(image_ids, names, strict=True)]
+
+
+def _tags_from_json(path: Path, image_ids: list[str]) -> list[list[str]]:
+    try:
+        tags = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(tags, dict):
+        raise ValueError(
+            f"{path} holds a {type(tags).__name__}: expected an object, image id -> list of class names"
+        )
+    missing = [image_id for image_id in image_ids if image_id not in tags]
+    if missing:
+        raise ValueError(
+            f"{path} has no entry for {_some(missing, 'image')}; an image without classes needs []"
+        )
+    malformed = [image_id for image_id in image_ids if not isinstance(tags[image_id], list)]
+    if malformed:
+        raise ValueError(f"{path}: expected a list of class names for {_some(malformed, 'image')}")
+    return [tags[image_id] for image_id in image_ids]
+
+
+def _tags_from_xml(root: Path, image_ids: list[str]) -> list[list[str]]:
+    directory = root / "Annotations"
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{root} has neither image_labels.json nor Annotations/: no tags to read")
+    present = {file.name for file in directory.iterdir()}
+    missing = [image_id for image_id in image_ids if f"{image_id}.xml" not in present]
+    if missing:
+        raise FileNotFoundError(f"{directory} has no tags (.xml) for {_some(missing, 'image')}")
+    names = []
+    for image_id in image_ids:
+        path = directory / f"{image_id}.xml"
+        try:
+            annotation = ElementTree.parse(path).getroot()
+        except ElementTree.ParseError as error:
+            raise ValueError(f"{path} is not valid XML: {error}") from error
+        # Direct children only: the body parts of a person have names too.
+        names.append([(element.text or "").strip() for element in annotation.findall("object/name")])
+    return names
+
+
+def _class_ids(tags: Iterable[str], image_id: str) -> list[int]:
+    ids = set()
+    for tag in tags:
+        if tag not in VOC_CLASSES:
+            raise ValueError(
+                f"image {image_id!r} has the tag {tag!r}, which is no class of {', '.join(VOC_CLASSES)}"
+            )
+        ids.add(VOC_CLASSES.index(tag))
+    return sorted(ids)
+
+
+def _some(names: list[str], noun: str) -> str:
+    """ "2 images (a, b)", with five names at most."""
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({shown})"

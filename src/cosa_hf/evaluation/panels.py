@@ -1,0 +1,166 @@
+"""Pictures to judge a model by: CAMs, prediction and truth in a row, and masks drawn over an image."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from cosa_hf.evaluation.palette import to_palette_image, voc_palette
+
+__all__ = ["overlay", "panel"]
+
+IGNORE = 255
+TILE_HEIGHT = 192
+GAP = 6
+FONT_SIZE = 13
+LINE_HEIGHT = 20
+INK = (40, 40, 40)
+PAPER = (255, 255, 255)
+
+
+def panel(
+    image: Image.Image,
+    cam: Any,
+    aux_cam: Any,
+    prediction: Any,
+    truth: Any,
+    names: Sequence[str],
+    title: str | None = None,
+) -> Image.Image:
+    """One image as a row: image, CAM, auxiliary CAM, prediction, truth; below it the classes' colours.
+
+    Args:
+        image: RGB, H x W.
+        cam: (C, h, w) normalised CAM in [0, 1], drawn as heat by its maximum over the classes.
+        aux_cam: (C, h, w) of the auxiliary layer.
+        prediction: (H, W) ids (tags unknown).
+        truth: (H, W) ids, 255 = ignore.
+        names: the K class names, background first.
+        title: a line above the row, for instance the image id and its tags.
+
+    Returns:
+        An RGB image, the same height for every landscape or portrait image.
+
+    Raises:
+        ValueError: a mask does not have the size of the image, or holds an id without a name.
+
+    Example:
+        >>> mask, cam = np.zeros((60, 80), dtype=int), np.zeros((2, 4, 5))
+        >>> row = panel(Image.new("RGB", (80, 60)), cam, cam, mask, mask, ["background", "cat", "dog"])
+        >>> row.mode, row.width > 5 * row.height
+        ('RGB', True)
+    """
+    prediction, truth = _mask(prediction, image, names), _mask(truth, image, names)
+    tiles = {
+        "image": image,
+        "CAM": _heat(image, cam),
+        "aux CAM": _heat(image, aux_cam),
+        "prediction (tags unknown)": _paint(image, prediction),
+        "truth": _paint(image, truth),
+    }
+    width = max(1, round(image.width * TILE_HEIGHT / image.height))
+    # An upright image must not be narrower than its caption.
+    column = max(width, *(int(_font().getlength(caption)) + GAP for caption in tiles))
+    legend = _legend(np.union1d(np.unique(prediction), np.unique(truth)), names, len(tiles) * (column + GAP) - GAP)
+    top = GAP + (LINE_HEIGHT if title else 0)
+    row = Image.new(
+        "RGB",
+        (len(tiles) * (column + GAP) + GAP, top + LINE_HEIGHT + TILE_HEIGHT + GAP + legend.height + GAP),
+        PAPER,
+    )
+    draw = ImageDraw.Draw(row)
+    if title:
+        draw.text((GAP, GAP), title, fill=INK, font=_font())
+    for index, (caption, tile) in enumerate(tiles.items()):
+        left = GAP + index * (column + GAP)
+        draw.text((left, top), caption, fill=INK, font=_font())
+        row.paste(tile.resize((width, TILE_HEIGHT), Image.Resampling.LANCZOS), (left, top + LINE_HEIGHT))
+    row.paste(legend, (GAP, top + LINE_HEIGHT + TILE_HEIGHT + GAP))
+    return row
+
+
+def overlay(image: Image.Image, mask: Any, names: Sequence[str]) -> Image.Image:
+    """A mask drawn over its image, with a strip below that names the classes.
+
+    Args:
+        image: RGB, H x W.
+        mask: (H, W) ids, 0 = background (left clear), 255 = ignore.
+        names: the K class names, background first.
+
+    Returns:
+        An RGB image of the image's width and, with the strip, a little more than its height.
+
+    Raises:
+        ValueError: the mask does not have the size of the image, or holds an id without a name.
+
+    Example:
+        >>> mask = np.zeros((60, 80), dtype=int)
+        >>> mask[20:40, 20:40] = 1
+        >>> overlay(Image.new("RGB", (80, 60)), mask, ["background", "cat"]).size[0]
+        80
+    """
+    mask = _mask(mask, image, names)
+    # Photographs come with thousands of pixels: the text grows with them.
+    legend = _legend(np.unique(mask), names, image.width, max(FONT_SIZE, image.width // 45))
+    result = Image.new("RGB", (image.width, image.height + legend.height), PAPER)
+    result.paste(_paint(image, mask), (0, 0))
+    result.paste(legend, (0, image.height))
+    return result
+
+
+def _mask(mask: Any, image: Image.Image, names: Sequence[str]) -> np.ndarray:
+    mask = _numpy(mask)
+    if mask.shape != (image.height, image.width):
+        raise ValueError(f"mask of shape {mask.shape} for an image of {image.height} x {image.width}")
+    unnamed = [int(index) for index in np.unique(mask) if index != IGNORE and not 0 <= index < len(names)]
+    if unnamed:
+        raise ValueError(f"the mask holds the ids {unnamed}, but there are names for 0..{len(names) - 1} only")
+    return mask
+
+
+def _numpy(values: Any) -> np.ndarray:
+    return values.detach().float().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def _paint(image: Image.Image, mask: np.ndarray, opacity: float = 0.65) -> Image.Image:
+    painted = Image.blend(image, to_palette_image(mask).convert("RGB"), opacity)
+    return Image.composite(painted, image, Image.fromarray(np.uint8(mask != 0) * 255))
+
+
+def _heat(image: Image.Image, cam: Any) -> Image.Image:
+    strength = np.clip(_numpy(cam).max(axis=0), 0, 1)
+    grey = Image.fromarray(np.uint8(strength * 255)).resize(image.size, Image.Resampling.BILINEAR)
+    heat = ImageOps.colorize(grey, black=(20, 30, 140), mid=(70, 220, 120), white=(230, 20, 0))
+    return Image.blend(ImageOps.grayscale(image).convert("RGB"), heat, 0.55)
+
+
+def _font(size: int = FONT_SIZE) -> Any:
+    return ImageFont.load_default(size)
+
+
+def _legend(ids: np.ndarray, names: Sequence[str], width: int, font_size: int = FONT_SIZE) -> Image.Image:
+    """Swatch and name of each class, wrapped to the width; background is left clear, so it has none."""
+    font, colors = _font(font_size), voc_palette()
+    space = font_size // 2
+    places: list[tuple[int, int, int, str]] = []  # left, line, id, name
+    left, line = space, 0
+    for index in ids:
+        if index == 0:
+            continue
+        name = "ignored" if index == IGNORE else names[int(index)]
+        length = font_size + space + int(font.getlength(name)) + 2 * space
+        if left > space and left + length > width:
+            left, line = space, line + 1
+        places.append((left, line, int(index), name))
+        left += length
+    strip = Image.new("RGB", (width, (line + 1) * (font_size + space) + space), PAPER)
+    draw = ImageDraw.Draw(strip)
+    if not places:
+        draw.text((space, space + font_size // 2), "background only", fill=INK, font=font, anchor="lm")
+    for left, line, index, name in places:
+        top = line * (font_size + space) + space
+        draw.rectangle((left, top, left + font_size, top + font_size), fill=colors[index], outline=INK)
+        draw.text((left + font_size + space, top + font_size // 2), name, fill=INK, font=font, anchor="lm")
+    return strip

@@ -1,0 +1,105 @@
+"""A forward pass over scales and flips, fused into one set of maps: what labels, evaluation and export share."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+
+
+@dataclass(frozen=True)
+class MultiScaleOutput:
+    """Fused maps on the token grid of scale 1.
+
+    Attributes:
+        cls_logits: (B, C), mean.
+        cam_logits: M, (B, C, h, w), maximum (Alg. 1).
+        aux_cam_logits: M†, (B, C, h, w), maximum.
+        seg_logits: S, (B, K, h, w), mean.
+    """
+
+    cls_logits: Tensor
+    cam_logits: Tensor
+    aux_cam_logits: Tensor
+    seg_logits: Tensor
+
+
+def forward_multiscale(
+    model: CoSAForWeaklySupervisedSegmentation,
+    pixel_values: Tensor,
+    scales: Sequence[float] = (1.0, 0.5, 1.5),
+    flip: bool = True,
+) -> MultiScaleOutput:
+    """Run the model on scaled and mirrored copies; CAMs by maximum, logits by mean (Sec. 3.3, Alg. 1 lines 7-8).
+
+    A copy and its mirror image share one forward pass. Gradients and train/eval mode are left to the caller.
+
+    Args:
+        model: the network.
+        pixel_values: normalised images, (B, 3, H, W).
+        scales: factors on H and W, each rounded to the model's stride.
+        flip: add the mirror image of each scale.
+
+    Raises:
+        ValueError: no scale, or one that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from cosa_hf import CoSAConfig
+        >>> config = CoSAConfig(backbone="test_vit", aux_layer=-2, num_labels=4)
+        >>> model = CoSAForWeaklySupervisedSegmentation(config).eval()
+        >>> with torch.no_grad():
+        ...     fused = forward_multiscale(model, torch.zeros(2, 3, 64, 64), scales=(1.0, 1.5))
+        >>> fused.cam_logits.shape, fused.seg_logits.shape
+        (torch.Size([2, 3, 4, 4]), torch.Size([2, 4, 4, 4]))
+    """
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales must be positive numbers, at least one, got {tuple(scales)}")
+    stride = model.backbone.stride
+    batch, _, *size = pixel_values.shape
+
+    def tokens(side: float) -> int:
+        """How many tokens the model makes of a side."""
+        return max(1, math.floor(side / stride + 0.5))
+
+    grid = [tokens(side) for side in size]
+    cls_logits: list[Tensor] = []
+    # A tuple for each scale: the maps and, flipped back, those of the mirror image.
+    cams: list[tuple[Tensor, ...]] = []
+    aux_cams: list[tuple[Tensor, ...]] = []
+    seg_logits: list[tuple[Tensor, ...]] = []
+    for scale in scales:
+        scaled_size = [tokens(side * scale) * stride for side in size]
+        images = pixel_values
+        if scaled_size != size:
+            images = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
+        outputs = model(torch.cat([images, images.flip(-1)]) if flip else images)
+        cls_logits.append(outputs.cls_logits.unflatten(0, (-1, batch)))
+        for maps, collected in (
+            (outputs.cam_logits, cams),
+            (outputs.aux_cam_logits, aux_cams),
+            (outputs.logits, seg_logits),
+        ):
+            plain, *mirrored = maps.unflatten(0, (-1, batch))
+            collected.append((plain, *(twin.flip(-1) for twin in mirrored)))
+
+    def on_grid(collected: list[tuple[Tensor, ...]]) -> Tensor:
+        """All copies on the grid of scale 1: (copies, B, ..., h, w)."""
+        return torch.stack(
+            [
+                F.interpolate(copy.float(), size=grid, mode="bilinear", align_corners=False)
+                for twins in collected
+                for copy in twins
+            ]
+        )
+
+    return MultiScaleOutput(
+        cls_logits=torch.cat(cls_logits).float().mean(dim=0),
+        cam_logits=on_grid(cams).amax(dim=0),
+        aux_cam_logits=on_grid(aux_cams).amax(dim=0),
+        seg_logits=on_grid(seg_logits).mean(dim=0),
+    )

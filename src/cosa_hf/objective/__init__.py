@@ -1,0 +1,1 @@
+"""The paper's equations: pure functions of tensors, without a model, data or input/output."""

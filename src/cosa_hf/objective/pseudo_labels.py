@@ -1,0 +1,112 @@
+"""What a network's maps become once the tags have filtered them: CPL (Eq. 3) and SPL (Eq. 7)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """One batch of swapped assignments: CAMs that teach the segmentation, a segmentation that teaches the CAMs.
+
+    Attributes:
+        cams: normalised M', (B, C, h, w) in [0, 1].
+        aux_cams: normalised M†', (B, C, h, w) in [0, 1].
+        segmentation: SPL, class probabilities with background first, (B, K, h, w).
+        threshold: xi, where M' parts foreground from background.
+        aux_threshold: the same for M†'.
+    """
+
+    cams: Tensor
+    aux_cams: Tensor
+    segmentation: Tensor
+    threshold: float
+    aux_threshold: float
+
+
+def normalize_cams(cam_logits: Tensor, labels: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Turn CAM logits into confidences: relu, only the tagged classes, min-max per image and class (Sec. 3.3).
+
+    Args:
+        cam_logits: M before any activation, (B, C, h, w).
+        labels: multi-hot tags, (B, C). Classes that are absent give an all-zero map.
+        valid: (B, h, w), False on padding, which then neither sets the extremes nor holds a confidence.
+
+    Returns:
+        (B, C, h, w) in [0, 1]. A map without any positive value stays zero.
+
+    Example:
+        >>> import torch
+        >>> cams = normalize_cams(torch.tensor([[[[-1.0, 1.0, 3.0]]]]), torch.ones(1, 1))
+        >>> [round(value, 3) for value in cams.flatten().tolist()]
+        [0.0, 0.333, 1.0]
+    """
+    cams = cam_logits.float().relu()
+    inside = labels.bool()[:, :, None, None].expand_as(cams)
+    if valid is not None:
+        inside = inside & valid[:, None]
+    high = cams.masked_fill(~inside, 0.0).amax(dim=(-2, -1), keepdim=True)
+    low = cams.masked_fill(~inside, torch.inf).amin(dim=(-2, -1), keepdim=True)
+    # A constant map has no extent to stretch: it is all high if positive, and zero if zero.
+    low = torch.where(low < high, low, 0.0)
+    scaled = (cams - low) / (high - low).clamp_min(torch.finfo(cams.dtype).tiny)
+    return scaled.masked_fill(~inside, 0.0)
+
+
+def cam_pseudo_labels(cams: Tensor, threshold: float, valid: Tensor | None = None, ignore_index: int = 255) -> Tensor:
+    """CAM pseudo-labels, CPL (Eq. 3): the strongest class where it reaches the threshold, else background.
+
+    Args:
+        cams: normalised CAMs, (B, C, H, W) in [0, 1].
+        threshold: xi in (0, 1).
+        valid: (B, H, W), False where random crop padded the image; those pixels get `ignore_index`.
+        ignore_index: the id that no loss and no metric counts.
+
+    Returns:
+        Class ids (B, H, W), background 0, class c as c + 1.
+
+    Example:
+        >>> import torch
+        >>> cam_pseudo_labels(torch.tensor([[[[0.2, 0.9]], [[0.6, 0.1]]]]), threshold=0.5).tolist()
+        [[[2, 1]]]
+    """
+    confidence, winner = cams.max(dim=1)
+    ids = torch.where(confidence >= threshold, winner + 1, 0)
+    return ids if valid is None else ids.masked_fill(~valid, ignore_index)
+
+
+def restrict_to_labels(seg_logits: Tensor, labels: Tensor) -> Tensor:
+    """Put the logits of classes that the tags rule out at -inf; background always stays (Eq. 7, left).
+
+    Args:
+        seg_logits: S, (B, K, h, w), background first.
+        labels: multi-hot tags over the C = K - 1 foreground classes, (B, C).
+
+    Example:
+        >>> import torch
+        >>> restrict_to_labels(torch.tensor([[[[1.0]], [[2.0]], [[3.0]]]]), torch.tensor([[1, 0]])).flatten().tolist()
+        [1.0, 2.0, -inf]
+    """
+    background = torch.ones_like(labels[:, :1], dtype=torch.bool)
+    present = torch.cat([background, labels.bool()], dim=1)
+    return seg_logits.masked_fill(~present[:, :, None, None], -torch.inf)
+
+
+def segmentation_pseudo_labels(seg_logits: Tensor, labels: Tensor, temperature: float = 0.01) -> Tensor:
+    """Segmentation pseudo-labels, SPL (Eq. 7): sharpened probabilities over the tagged classes and background.
+
+    Args:
+        seg_logits: S' of the assignment network, (B, K, h, w).
+        labels: multi-hot tags, (B, C).
+        temperature: tau; 0.01 in the paper, which is close to one-hot.
+
+    Returns:
+        Probabilities (B, K, h, w); absent classes are exactly 0.
+
+    Example:
+        >>> import torch
+        >>> segmentation_pseudo_labels(torch.zeros(1, 3, 1, 1), torch.tensor([[1, 0]])).flatten().tolist()
+        [0.5, 0.5, 0.0]
+    """
+    return (restrict_to_labels(seg_logits.float(), labels) / temperature).softmax(dim=1)

@@ -1,0 +1,28 @@
+"""The upper bound: the same network taught by true masks."""
+
+from typing import Any
+
+from torch import Tensor
+
+from cosa_hf.objective.classification import classification_loss
+from cosa_hf.objective.swapping import cam2seg_loss
+
+
+def supervised_loss(outputs: Any, labels: Tensor, masks: Tensor, ignore_index: int = 255) -> dict[str, Tensor]:
+    """Classification and plain cross-entropy against true masks, for what full supervision would reach.
+
+    Args:
+        outputs: of the network (`logits`, `cls_logits`, `aux_cls_logits`).
+        labels: multi-hot tags, (B, C).
+        masks: class ids, (B, H, W).
+        ignore_index: the id that does not count.
+
+    Returns:
+        Scalars by name; `loss` is what to differentiate.
+    """
+    losses = {
+        "cls": classification_loss(outputs.cls_logits, labels),
+        "aux_cls": classification_loss(outputs.aux_cls_logits, labels),
+        "seg": cam2seg_loss(outputs.logits, masks, ignore_index=ignore_index),
+    }
+    return losses | {"loss": losses["cls"] + losses["aux_cls"] + losses["seg"]}

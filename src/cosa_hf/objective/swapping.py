@@ -1,0 +1,62 @@
+"""The swap: CAM pseudo-labels teach the segmentation (CAM2Seg), segmentation pseudo-labels the CAMs (Seg2CAM)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosa_hf.objective.reliability import ProcessMean, single_process
+
+
+def cam2seg_loss(
+    seg_logits: Tensor,
+    pseudo_labels: Tensor,
+    weights: Tensor | None = None,
+    ignore_index: int = 255,
+    mean: ProcessMean = single_process,
+) -> Tensor:
+    """Cross-entropy of the segmentation against CAM pseudo-labels, weighted by their reliability (Eq. 5).
+
+    Args:
+        seg_logits: S of the online network, (B, K, h, w); resized bilinearly to the pseudo-labels.
+        pseudo_labels: class ids (B, H, W), `ignore_index` where nothing is known.
+        weights: (B, H, W) from `reliability_weights`; None weighs all pixels alike.
+        ignore_index: the id that does not count.
+        mean: makes the mean run over the global batch when there are several processes.
+
+    Returns:
+        Scalar; exactly 0, with a gradient graph, where every pixel is ignored.
+
+    Example:
+        >>> import torch
+        >>> round(cam2seg_loss(torch.zeros(1, 4, 2, 2), torch.zeros(1, 8, 8, dtype=torch.long)).item(), 4)
+        1.3863
+    """
+    seg_logits = F.interpolate(seg_logits.float(), size=pseudo_labels.shape[-2:], mode="bilinear", align_corners=False)
+    loss = F.cross_entropy(seg_logits, pseudo_labels, ignore_index=ignore_index, reduction="none")
+    if weights is not None:
+        loss = loss * weights
+    count = mean((pseudo_labels != ignore_index).sum().to(loss.dtype))
+    return loss.sum() / count.clamp_min(torch.finfo(count.dtype).tiny)
+
+
+def seg2cam_loss(cam_logits: Tensor, segmentation: Tensor, valid: Tensor, mean: ProcessMean = single_process) -> Tensor:
+    """Binary cross-entropy of sigmoid(M) against the foreground of the segmentation pseudo-labels (Eq. 8).
+
+    Args:
+        cam_logits: M of the online network, (B, C, h, w), before any activation.
+        segmentation: SPL probabilities, (B, K, h, w), background first.
+        valid: token positions that hold image, (B, h, w).
+        mean: makes the mean run over the global batch when there are several processes.
+
+    Returns:
+        Scalar, averaged over the C classes and the valid positions; 0 where none is valid.
+
+    Example:
+        >>> import torch
+        >>> spl = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+        >>> round(seg2cam_loss(torch.zeros(1, 1, 1, 1), spl, torch.ones(1, 1, 1, dtype=torch.bool)).item(), 4)
+        0.6931
+    """
+    loss = F.binary_cross_entropy_with_logits(cam_logits.float(), segmentation[:, 1:].float(), reduction="none")
+    count = mean(valid.sum().to(loss.dtype))
+    return (loss.mean(dim=1) * valid).sum() / count.clamp_min(torch.finfo(count.dtype).tiny)

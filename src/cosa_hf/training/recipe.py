@@ -1,0 +1,186 @@
+"""What one training run is: every choice of it in one flat, typed record, read from YAML and flags."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One run. The defaults are the paper's for VOC (Sec. 4.1, Tab. 5, 8-10).
+
+    Raises:
+        ValueError: a field of the wrong type or outside its range; the message names it.
+
+    Example:
+        >>> Recipe.from_mapping({"crop_size": 224, "learning_rate": "2e-4"}).learning_rate
+        0.0002
+    """
+
+    # Data
+    dataset: str = field(default="voc", metadata={"help": "voc, or shapes (the embedded demo set)"})
+    data_dir: str | None = field(default=None, metadata={"help": "root of the dataset, e.g. VOCdevkit/VOC2012"})
+    train_split: str = field(default="train_aug", metadata={"help": "split whose tags are learned"})
+    eval_split: str = field(default="val", metadata={"help": "split whose masks are compared with, if eval_every > 0"})
+    supervision: Literal["tags", "masks"] = field(
+        default="tags", metadata={"help": "masks: train the same network on true masks, as an upper bound"}
+    )
+    crop_size: int = field(default=448, metadata={"help": "side of the training crop, pixels"})
+    input_size: int = field(default=448, metadata={"help": "side that images are resized to at inference, pixels"})
+    scale_min: float = field(default=0.5, metadata={"help": "least random rescale"})
+    scale_max: float = field(default=2.0, metadata={"help": "greatest random rescale"})
+    batch_size: int = field(default=2, metadata={"help": "images per process and step"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per optimiser step"})
+    num_workers: int = field(default=4, metadata={"help": "processes that read and augment images"})
+
+    # Network
+    backbone: str = field(
+        default="vit_base_patch16_224.orig_in21k_ft_in1k", metadata={"help": "any timm model by name"}
+    )
+    backbone_weights: str | None = field(
+        default=None, metadata={"help": "safetensors or pth file of the backbone, instead of timm's download"}
+    )
+    pretrained: bool = field(default=True, metadata={"help": "start from pretrained backbone weights"})
+    aux_layer: int = field(default=-3, metadata={"help": "layer of F†, counted from the end"})
+    output_stride: int = field(default=16, metadata={"help": "stride of convolutional backbones, by dilation"})
+    decoder_channels: int = field(default=512, metadata={"help": "width of LargeFOV"})
+    decoder_dilation: int = field(default=5, metadata={"help": "dilation of LargeFOV"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations to save memory"})
+
+    # Schedule (Sec. 4.1)
+    max_steps: int = field(default=20_000, metadata={"help": "optimiser steps in all"})
+    warmup_steps: int = field(
+        default=6_000,
+        metadata={"help": "first steps, classification only; = max_steps: a plain CAM baseline"},
+    )
+    learning_rate: float = field(default=6e-5, metadata={"help": "of the backbone"})
+    head_lr_multiplier: float = field(default=10.0, metadata={"help": "classifiers and decoder learn this much faster"})
+    lr_warmup_steps: int = field(default=1_500, metadata={"help": "linear rise of the learning rate"})
+    lr_power: float = field(default=0.9, metadata={"help": "of its polynomial decay"})
+    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "clip the gradient's norm to this; 0: do not clip"})
+    ema_momentum: float = field(default=0.9994, metadata={"help": "m of the assignment network, < 1"})
+
+    # Pseudo-labels and objective (Eq. 3-11)
+    swapping_assignments: bool = field(
+        default=True, metadata={"help": "SA: labels from the assignment network; false: from the online one"}
+    )
+    label_scales: list[float] = field(
+        default_factory=lambda: [1.0, 0.5, 1.5], metadata={"help": "scales that the labelling network sees"}
+    )
+    spl_temperature: float = field(default=0.01, metadata={"help": "tau of Eq. 7"})
+    dynamic_threshold: bool = field(default=True, metadata={"help": "DT (Eq. 6); false: stay at `threshold`"})
+    threshold: float = field(default=0.5, metadata={"help": "xi at the start, or throughout"})
+    threshold_decay: float = field(default=0.99, metadata={"help": "EMA decay of xi"})
+    threshold_queue: int = field(default=100, metadata={"help": "batches that the mixture is fitted to"})
+    cam2seg_weight: float = field(default=0.1, metadata={"help": "lambda_c2s, labels from M'"})
+    aux_cam2seg_weight: float = field(default=0.1, metadata={"help": "lambda_c2s, labels from M†'"})
+    seg2cam_weight: float = field(default=0.05, metadata={"help": "lambda_s2c (GC); 0: CAMs are not guided"})
+    separation_weight: float = field(default=0.1, metadata={"help": "lambda_csc (CSC)"})
+    separation_temperature: float = field(default=0.5, metadata={"help": "of the contrast, Eq. 10"})
+    separation_scope: Literal["image", "batch"] = field(
+        default="image", metadata={"help": "which tokens see each other in Eq. 10"}
+    )
+    reliability_weighting: bool = field(default=True, metadata={"help": "RAW"})
+    perplexity_alpha: float = field(default=0.8, metadata={"help": "lambda_alpha of Eq. 4"})
+    perplexity_beta: float = field(default=1.0, metadata={"help": "lambda_beta of Eq. 4"})
+    perplexity_epsilon: float = field(default=1.0, metadata={"help": "epsilon of Eq. 9"})
+
+    # The run
+    seed: int = field(default=0, metadata={"help": "of weights, order and views"})
+    mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "Accelerate's precision"})
+    output_dir: str = field(default="runs/train", metadata={"help": "where models, checkpoints and logs go"})
+    tracker: str = field(default="tensorboard", metadata={"help": "any that Accelerate knows, or none"})
+    log_every: int = field(default=20, metadata={"help": "steps between log entries"})
+    eval_every: int = field(default=0, metadata={"help": "steps between evaluations on eval_split; 0: never"})
+    eval_images: int = field(default=100, metadata={"help": "images of each such evaluation, the first of the split"})
+    checkpoint_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: none"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for spec in dataclasses.fields(self):
+            setattr(self, spec.name, _typed(spec.name, getattr(self, spec.name), hints[spec.name]))
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if min(self.label_scales) <= 0:
+            raise ValueError(f"label_scales must all be positive, got {self.label_scales}")
+        if not 0 < self.perplexity_alpha < 1:
+            raise ValueError(
+                f"perplexity_alpha must lie in (0, 1), got {self.perplexity_alpha}: perplexity is positive"
+            )
+        if not 0 <= self.warmup_steps <= self.max_steps:
+            raise ValueError(f"warmup_steps must lie in [0, max_steps = {self.max_steps}], got {self.warmup_steps}")
+        if not 0 <= self.lr_warmup_steps < self.max_steps:
+            raise ValueError(f"lr_warmup_steps must lie below max_steps = {self.max_steps}, got {self.lr_warmup_steps}")
+        if not 0 < self.scale_min <= self.scale_max:
+            raise ValueError(f"scale_min..scale_max must be a positive range, got {self.scale_min}..{self.scale_max}")
+        if not 0 <= self.ema_momentum < 1:
+            raise ValueError(f"ema_momentum must lie in [0, 1): {self.ema_momentum} freezes the assignment network")
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any]) -> "Recipe":
+        """A recipe from field names and values.
+
+        Raises:
+            ValueError: a name that is no field.
+        """
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown recipe fields {unknown}; the fields are {sorted(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> "Recipe":
+        """A recipe from a YAML file, with single fields replaced.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a mapping, an unknown field or a wrong type.
+        """
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
+        return cls.from_mapping(values | overrides)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write all fields, so that the run can be repeated from the file alone."""
+        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+
+_POSITIVE = (
+    "crop_size", "input_size", "batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
+    "head_lr_multiplier", "spl_temperature", "separation_temperature", "log_every", "threshold_queue",
+)  # fmt: skip
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type, or a ValueError that names the field.
+
+    YAML reads `2e-4` as a string and `1` as an integer where a float is meant; both are taken as written.
+    """
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (Literal, list) else ()
+    if type(None) in options:
+        if value is None:
+            return None
+        (hint,) = (option for option in options if option is not type(None))
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif typing.get_origin(hint) is list:
+        if isinstance(value, list) and value:
+            return [_typed(name, item, typing.get_args(hint)[0]) for item in value]
+    elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif type(value) is hint:
+        return value
+    expected = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise ValueError(f"recipe field {name} must be {expected}, got {value!r}")

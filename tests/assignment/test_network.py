@@ -1,0 +1,253 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
+from cosa_hf.assignment.network import AssignmentNetwork, assign
+from cosa_hf.assignment.threshold import DynamicThreshold
+from cosa_hf.inference import forward_multiscale
+from cosa_hf.objective.overall import valid_tokens
+from cosa_hf.objective.pseudo_labels import normalize_cams, segmentation_pseudo_labels
+
+SCALES = (1.0, 0.5)
+
+
+def build(backbone="test_vit", seed=0) -> CoSAForWeaklySupervisedSegmentation:
+    torch.manual_seed(seed)
+    model = CoSAForWeaklySupervisedSegmentation(
+        CoSAConfig(backbone=backbone, aux_layer=-2, num_labels=4, decoder_channels=8)
+    )
+    # Fresh classifiers say next to nothing; make maps that differ.
+    with torch.no_grad():
+        for head in (model.classifier, model.aux_classifier):
+            head.weight.mul_(50)
+    return model
+
+
+@pytest.fixture
+def online() -> CoSAForWeaklySupervisedSegmentation:
+    return build()
+
+
+def perturb(model: nn.Module, seed: int) -> None:
+    """A step of training, for what the average can see of it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("momentum", [1, 1.0, -0.1, 1.5, float("nan")])
+def test_momentum_that_freezes_or_repels_is_refused(online, momentum):
+    with pytest.raises(ValueError, match="momentum"):
+        AssignmentNetwork(online, momentum)
+
+
+def test_starts_as_a_copy_that_shares_nothing(online):
+    teacher = AssignmentNetwork(online)
+    kept = copy.deepcopy(online.state_dict())
+    assert teacher.network.state_dict().keys() == kept.keys()
+    perturb(online, seed=0)
+    for name, tensor in teacher.network.state_dict().items():
+        assert torch.equal(tensor, kept[name]), name
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9994])
+def test_updates_follow_the_recursion(online, momentum):
+    teacher = AssignmentNetwork(online, momentum)
+    expected = {name: parameter.detach().double() for name, parameter in online.named_parameters()}
+    for step in range(6):
+        perturb(online, seed=step)
+        teacher.update(online)
+        for name, parameter in online.named_parameters():
+            expected[name] = momentum * expected[name] + (1 - momentum) * parameter.detach().double()
+    actual = dict(teacher.network.named_parameters())
+    assert actual.keys() == expected.keys()
+    for name, parameter in actual.items():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_default_momentum_is_the_papers(online):
+    teacher = AssignmentNetwork(online)
+    before = teacher.network.classifier.weight.clone()
+    with torch.no_grad():
+        online.classifier.weight.add_(1.0)
+    teacher.update(online)
+    torch.testing.assert_close(
+        teacher.network.classifier.weight - before, torch.full_like(before, 6e-4), atol=1e-6, rtol=0
+    )
+
+
+def test_buffers_are_copied():
+    online = build("test_resnet")
+    teacher = AssignmentNetwork(online, momentum=0.9)
+    floats = 0
+    for buffer in online.buffers():
+        if buffer.is_floating_point():
+            buffer.add_(1.5)
+            floats += 1
+        else:
+            buffer.add_(7)
+    assert floats
+    teacher.update(online)
+    for (name, buffer), copied in zip(online.named_buffers(), teacher.network.buffers(), strict=True):
+        assert torch.equal(copied, buffer), name
+
+
+def test_never_in_train_mode(online):
+    online.train()
+    teacher = AssignmentNetwork(online, momentum=0.9)
+    assert online.training
+
+    def modes():
+        return {module.training for module in teacher.modules()}
+
+    assert modes() == {False}
+    assert teacher.train() is teacher
+    assert modes() == {False}
+    nn.ModuleList([teacher, online]).train()
+    assert modes() == {False}
+    teacher.update(online)
+    assert modes() == {False}
+
+
+def test_never_trained_by_gradient(online):
+    trainable = {name for name, parameter in online.named_parameters() if parameter.requires_grad}
+    teacher = AssignmentNetwork(online, momentum=0.9)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher.network(torch.randn(1, 3, 32, 32)).logits.requires_grad
+    # ... and the online network still is.
+    assert {name for name, parameter in online.named_parameters() if parameter.requires_grad} == trainable
+    online(torch.randn(1, 3, 32, 32)).logits.sum().backward()
+    teacher.update(online)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_state_dict_round_trip_continues_identically(online):
+    teacher = AssignmentNetwork(online, momentum=0.9)
+    perturb(online, seed=0)
+    teacher.update(online)
+    restored = AssignmentNetwork(build(seed=1), momentum=0.9)
+    restored.load_state_dict(copy.deepcopy(teacher.state_dict()))
+    perturb(online, seed=1)
+    for network in (teacher, restored):
+        network.update(online)
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(restored.state_dict()[name], tensor), name
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    weak_view = torch.randn(3, 3, 64, 64, generator=generator)
+    labels = torch.tensor([[1.0, 0, 1], [0, 1, 0], [0, 0, 0]])
+    valid = torch.ones(3, 64, 64, dtype=torch.bool)
+    valid[0, :, 40:] = False
+    return weak_view, labels, valid
+
+
+def thresholds(decay=0.0):
+    return [DynamicThreshold(start, decay, queue=4) for start in (0.5, 0.4)]
+
+
+def assert_unchanged(states, before):
+    for state, kept in zip(states, before, strict=True):
+        for name, value in state.state_dict().items():
+            assert torch.equal(value, kept[name]), name
+
+
+def test_assign_is_the_fused_maps_filtered_by_the_tags(online, batch):
+    weak_view, labels, valid = batch
+    online.eval()
+    pseudo_labels = assign(online, *batch, thresholds(), SCALES, temperature=0.1, dynamic=False)
+    with torch.no_grad():
+        fused = forward_multiscale(online, weak_view, SCALES, flip=True)
+    tokens = valid_tokens(valid, fused.cam_logits)
+    assert torch.equal(pseudo_labels.cams, normalize_cams(fused.cam_logits, labels, tokens))
+    assert torch.equal(pseudo_labels.aux_cams, normalize_cams(fused.aux_cam_logits, labels, tokens))
+    assert torch.equal(pseudo_labels.segmentation, segmentation_pseudo_labels(fused.seg_logits, labels, 0.1))
+    assert not torch.equal(pseudo_labels.cams, pseudo_labels.aux_cams)
+
+
+def test_assign_keeps_background_and_empties_absent_classes(online, batch):
+    labels = batch[1]
+    pseudo_labels = assign(online, *batch, thresholds(), SCALES)
+    absent = labels == 0
+    for maps in (pseudo_labels.cams, pseudo_labels.aux_cams):
+        assert (maps[absent] == 0).all()
+        assert (maps[~absent].amax(dim=(-2, -1)) == 1).all()
+        assert (maps >= 0).all()
+        assert (maps[0, :, :, 3:] == 0).all()  # padding: columns from pixel 48 on
+        assert maps[0, :, :, :2].any()
+    segmentation = pseudo_labels.segmentation
+    assert (segmentation[:, 1:][absent] == 0).all()
+    torch.testing.assert_close(segmentation.sum(dim=1), torch.ones(3, 4, 4))
+    assert (segmentation[2, 0] == 1).all()
+    # Background competes in tagged images too: with a flat softmax it cannot vanish.
+    flat = assign(online, *batch, thresholds(), SCALES, temperature=1e3, dynamic=False).segmentation
+    torch.testing.assert_close(flat[0, 0], torch.full((4, 4), 1 / 3), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_assign_runs_in_eval_mode_and_restores_the_networks_own(batch, training, backbone):
+    network = build(backbone).train(training)
+    before = {name: module.training for name, module in network.named_modules()}
+    seen = []
+    network.register_forward_pre_hook(lambda module, _: seen.extend(m.training for m in module.modules()))
+    assign(network, *batch, thresholds(), SCALES)
+    assert seen
+    assert not any(seen)
+    assert {name: module.training for name, module in network.named_modules()} == before
+
+
+def test_assign_leaves_no_gradient(online, batch):
+    pseudo_labels = assign(online.train(), *batch, thresholds(), SCALES)
+    for maps in (pseudo_labels.cams, pseudo_labels.aux_cams, pseudo_labels.segmentation):
+        assert not maps.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_assign_with_fixed_thresholds_touches_none(online, batch):
+    states = thresholds()
+    before = copy.deepcopy([state.state_dict() for state in states])
+    pseudo_labels = assign(online, *batch, states, SCALES, dynamic=False)
+    assert_unchanged(states, before)
+    assert (pseudo_labels.threshold, pseudo_labels.aux_threshold) == (0.5, 0.4)
+
+
+def test_assign_moves_each_threshold_by_its_own_valid_maps(online, batch):
+    _, _, valid = batch
+    states, expected = thresholds(), thresholds()
+    pseudo_labels = assign(online, *batch, states, SCALES)
+    tokens = valid_tokens(valid, pseudo_labels.cams)
+    for state, maps in zip(expected, (pseudo_labels.cams, pseudo_labels.aux_cams), strict=True):
+        state.update(torch.stack([maps[i, :, y, x].max() for i, y, x in tokens.nonzero().tolist()]))
+    assert_unchanged(states, [state.state_dict() for state in expected])
+    # The batch is labelled with the threshold that has already seen it (Alg. 1 line 13 comes before 14).
+    assert (pseudo_labels.threshold, pseudo_labels.aux_threshold) == tuple(state.value for state in states)
+    assert pseudo_labels.threshold != 0.5
+    assert pseudo_labels.aux_threshold not in (0.4, pseudo_labels.threshold)
+
+
+def test_assign_passes_the_process_mean_on(online, batch):
+    calls = []
+    states = thresholds()
+    assign(online, *batch, states, SCALES, mean=lambda value: calls.append(value.clone()) or value * 3)
+    assert len(calls) == 2
+    for state, call in zip(states, calls, strict=True):
+        torch.testing.assert_close(state.histograms.sum(dim=0), 3 * call.double())
+
+
+def test_assign_of_nothing_but_padding(online, batch):
+    weak_view, labels, valid = batch
+    pseudo_labels = assign(
+        online, torch.zeros_like(weak_view), labels, torch.zeros_like(valid), thresholds(), SCALES
+    )
+    assert (pseudo_labels.cams == 0).all()
+    assert (pseudo_labels.aux_cams == 0).all()
+    assert torch.isfinite(pseudo_labels.segmentation).all()
+    assert (pseudo_labels.threshold, pseudo_labels.aux_threshold) == (0.5, 0.4)

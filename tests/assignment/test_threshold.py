@@ -1,0 +1,240 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture
+
+from cosa_hf.assignment import threshold as module
+from cosa_hf.assignment.threshold import BINS, FLOOR, DynamicThreshold, equal_likelihood_split
+
+
+def draw(seed, weight=0.5, low=(0.2, 0.05), high=(0.8, 0.05), size=4000) -> torch.Tensor:
+    """Values of a mixture; `weight` is the low component's."""
+    rng = np.random.default_rng(seed)
+    from_low = rng.random(size) < weight
+    values = np.where(from_low, rng.normal(*low, size), rng.normal(*high, size))
+    return torch.tensor(values[(values > FLOOR) & (values <= 1)], dtype=torch.float32)
+
+
+def histogram(values: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(
+        np.histogram(values.double().numpy(), bins=BINS, range=(FLOOR, 1))[0], dtype=torch.float64
+    )
+
+
+def reference_fit(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """scikit-learn's means, and where pi_fg N_fg = pi_bg N_bg between them, on a fine grid."""
+    mixture = GaussianMixture(2, tol=1e-9, max_iter=2000, random_state=0).fit(
+        values.astype(np.float64)[:, None]
+    )
+    order = mixture.means_[:, 0].argsort()
+    weights, means = mixture.weights_[order], mixture.means_[order, 0]
+    variances = mixture.covariances_[order, 0, 0]
+    points = np.linspace(*means, 100_001)[:, None]
+    log_density = np.log(weights) - 0.5 * np.log(variances) - 0.5 * (points - means) ** 2 / variances
+    low_wins = log_density[:, 0] >= log_density[:, 1]
+    assert low_wins[0]
+    assert not low_wins[-1]
+    return means, points[low_wins.argmin(), 0]
+
+
+MIXTURES = {
+    "even": (0.5, (0.2, 0.05), (0.8, 0.05)),
+    "mostly background": (0.85, (0.2, 0.06), (0.7, 0.1)),
+    "mostly foreground": (0.15, (0.3, 0.05), (0.8, 0.07)),
+    "unequal widths": (0.6, (0.25, 0.03), (0.7, 0.12)),
+    "cut off at the floor and at one": (0.6, (0.1, 0.05), (0.9, 0.08)),
+    "close": (0.5, (0.4, 0.07), (0.65, 0.06)),
+    "narrow": (0.5, (0.3, 0.004), (0.7, 0.004)),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fit_agrees_with_scikit_learn(monkeypatch, name, seed):
+    weight, low, high = MIXTURES[name]
+    values = draw(seed, weight, low, high, size=20_000)
+    fitted = {}
+    crossing = module._crossing
+
+    def spy(weights, means, variances):
+        fitted["means"] = sorted(means)
+        return crossing(weights, means, variances)
+
+    monkeypatch.setattr(module, "_crossing", spy)
+    split = equal_likelihood_split(histogram(values))
+    means, expected = reference_fit(values.numpy())
+    np.testing.assert_allclose(fitted["means"], means, atol=2e-3)
+    assert split == pytest.approx(expected, abs=1e-2)
+
+
+def test_value_is_the_split_of_what_was_seen():
+    values = draw(0, 0.7, (0.25, 0.06), (0.75, 0.09))
+    threshold = DynamicThreshold(decay=0.0)
+    threshold.update(values.view(2, -1) if len(values) % 2 == 0 else values)
+    assert threshold.value == pytest.approx(reference_fit(values.numpy())[1], abs=1e-2)
+
+
+def test_inactive_pixels_belong_to_no_cluster():
+    """Without the floor, the zeros of empty maps would be the background."""
+    values = draw(1)
+    with_zeros = torch.cat([values, torch.zeros(50_000), torch.full((50_000,), FLOOR * 0.9)])
+    one, other = DynamicThreshold(decay=0.0), DynamicThreshold(decay=0.0)
+    one.update(values)
+    other.update(with_zeros)
+    assert one.value == other.value
+
+
+DEGENERATE = {
+    "empty": torch.zeros(0),
+    "empty maps": torch.zeros(0, 4, 4),
+    "zeros": torch.zeros(100),
+    "at the floor": torch.full((100,), FLOOR),
+    "one value": torch.tensor([0.7]),
+    "constant": torch.full((100,), 0.3),
+    "all ones": torch.ones(2, 8, 8),
+    "ones and zeros": torch.cat([torch.ones(50), torch.zeros(50)]),
+    "NaN": torch.full((100,), torch.nan),
+    "one narrow cluster": draw(2, 1.0, (0.6, 1e-4), size=5000),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("start", [0.5, 0.31])
+def test_degenerate_input_keeps_the_value(name, start):
+    threshold = DynamicThreshold(start=start, decay=0.5)
+    for _ in range(3):
+        threshold.update(DEGENERATE[name])
+        assert threshold.value == start
+
+
+@pytest.mark.parametrize("mean", [0.4, 0.6, 0.8])
+@pytest.mark.parametrize("width", [0.02, 0.06])
+def test_one_cluster_keeps_the_value(mean, width):
+    """A single Gaussian has no two clusters to part, though EM can always cut it into two."""
+    threshold = DynamicThreshold(start=0.5, decay=0.5)
+    threshold.update(draw(3, 1.0, (mean, width), size=20_000))
+    assert threshold.value == 0.5
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_value_goes_on_after_degenerate_input(name):
+    if name in ("constant", "all ones", "ones and zeros", "one narrow cluster", "one value"):
+        pytest.skip("those values stay in the queue and count")
+    threshold, untouched = DynamicThreshold(decay=0.0), DynamicThreshold(decay=0.0)
+    threshold.update(DEGENERATE[name])
+    for state in (threshold, untouched):
+        state.update(draw(4))
+    assert threshold.value == untouched.value != 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_adversarial_input_stays_inside_the_unit_interval(dtype):
+    generator = torch.Generator().manual_seed(0)
+    threshold = DynamicThreshold(decay=0.0, queue=2)
+    extremes = [
+        torch.tensor([0.0, 1.0] * 50),
+        torch.tensor([0.051] * 99 + [1.0]),
+        torch.tensor([0.06, 0.0605, 0.061]),
+        torch.tensor([0.999, 1.0]),
+        torch.rand(1000, generator=generator),
+        torch.rand(1000, generator=generator) ** 8,
+        1 - torch.rand(1000, generator=generator) ** 8,
+        torch.tensor([0.5, torch.nan, torch.inf, -torch.inf, 2.0, 0.9]),
+    ]
+    for values in extremes * 2:
+        threshold.update(values.to(dtype))
+        assert 0 < threshold.value < 1
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.99])
+def test_ema_decay_is_exact(decay):
+    threshold, expected, total = (
+        DynamicThreshold(start=0.4, decay=decay),
+        0.4,
+        torch.zeros(BINS, dtype=torch.float64),
+    )
+    for step in range(4):
+        values = draw(step, weight=0.3 + 0.1 * step)
+        threshold.update(values)
+        total += torch.histc(values, bins=BINS, min=FLOOR, max=1.0).double()
+        expected = decay * expected + (1 - decay) * equal_likelihood_split(total)
+        assert threshold.value == pytest.approx(expected, abs=1e-12)
+
+
+def test_queue_forgets_the_oldest_batches():
+    early, late = draw(0, low=(0.1, 0.03), high=(0.4, 0.03)), draw(1, low=(0.6, 0.03), high=(0.9, 0.03))
+    threshold, fresh = DynamicThreshold(decay=0.0, queue=3), DynamicThreshold(decay=0.0, queue=3)
+    for _ in range(5):
+        threshold.update(early)
+    for step in range(4):
+        threshold.update(late)
+        fresh.update(late)
+        # What was seen early counts until three late batches have pushed it out.
+        assert (threshold.value == fresh.value) == (step >= 2)
+
+
+def test_queue_remembers_all_its_batches():
+    """One batch of background and one of foreground: together they are two clusters."""
+    threshold = DynamicThreshold(decay=0.0, queue=2)
+    threshold.update(torch.full((50,), 0.3))
+    assert threshold.value == 0.5
+    threshold.update(torch.full((50,), 0.6))
+    assert threshold.value == pytest.approx(0.45, abs=0.01)
+
+
+def test_state_dict_round_trip_continues_identically():
+    original = DynamicThreshold(start=0.3, decay=0.9, queue=3)
+    for step in range(4):
+        original.update(draw(step, weight=0.2 + 0.1 * step))
+    restored = DynamicThreshold(start=0.7, decay=0.9, queue=3)
+    restored.load_state_dict({name: value.clone() for name, value in original.state_dict().items()})
+    assert restored.value == original.value
+    for step in range(4, 8):
+        for state in (original, restored):
+            state.update(draw(step, weight=0.9 - 0.1 * step))
+        assert restored.value == original.value
+
+
+def test_processes_agree_on_the_value_of_all_their_pixels():
+    shares = [draw(0, 0.9), draw(1, 0.2, (0.3, 0.05), (0.7, 0.1), size=1500)]
+    histograms = []
+    for share in shares:
+        DynamicThreshold().update(share, lambda value: histograms.append(value.double()) or value)
+    values = []
+    for share in shares:
+        threshold = DynamicThreshold(decay=0.5)
+        threshold.update(share, lambda _: torch.stack(histograms).mean(dim=0))
+        values.append(threshold.value)
+    joined = DynamicThreshold(decay=0.5)
+    joined.update(torch.cat(shares))
+    assert values[0] == values[1]
+    assert values[0] == pytest.approx(joined.value, abs=1e-6)
+
+
+def test_confidence_with_a_graph_is_taken_without_it():
+    confidence = draw(0).requires_grad_()
+    threshold = DynamicThreshold(decay=0.0)
+    threshold.update(confidence)
+    assert not any(buffer.requires_grad for buffer in threshold.buffers())
+    assert confidence.grad is None
+
+
+def test_nothing_of_it_is_trained():
+    assert list(DynamicThreshold().parameters()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"start": 0.0}, "0.0"),
+        ({"start": 1.0}, "1.0"),
+        ({"start": -0.5}, "-0.5"),
+        ({"start": float("nan")}, "nan"),
+        ({"decay": 1.0}, "1.0"),
+        ({"decay": -0.1}, "-0.1"),
+        ({"queue": 0}, "0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        DynamicThreshold(**arguments)

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+from pictures import image_of
+from PIL import Image
+
+from cosa_hf.data.images import read_image, read_mask, undecoded
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    path = tmp_path / "photo.jpg"
+    image_of(64, 48).save(path, quality=95)
+    return path
+
+
+def _mask_of(tmp_path, ids) -> str:
+    path = tmp_path / "mask.png"
+    Image.fromarray(np.asarray(ids, dtype=np.uint8)).save(path)
+    return path
+
+
+def test_reads_what_pillow_reads(jpeg, one_image):
+    expected = np.asarray(Image.open(jpeg))
+    dataset = one_image(jpeg)
+    assert np.array_equal(read_image(undecoded(dataset)[0]), expected)
+    assert np.array_equal(read_image(dataset[0]), expected), "of a decoded row"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "no image", "gone"])
+def test_a_broken_file_is_named(jpeg, one_image, damage):
+    content = jpeg.read_bytes()
+    if damage == "gone":
+        jpeg.unlink()
+    else:
+        jpeg.write_bytes(
+            {"truncated": content[: len(content) // 2], "empty": b"", "no image": b"hello"}[damage]
+        )
+    with pytest.raises(ValueError, match=rf"cannot read the image of image 'photo' \({jpeg}\)"):
+        read_image(undecoded(one_image(jpeg))[0])
+
+
+def test_broken_bytes_are_named(one_image, jpeg):
+    example = undecoded(one_image(jpeg))[0] | {"image": {"path": None, "bytes": b"\x89PNG"}}
+    with pytest.raises(ValueError, match="image 'photo'"):
+        read_image(example)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_every_mode_becomes_rgb(tmp_path, one_image, mode):
+    path = tmp_path / ("photo.tif" if mode == "CMYK" else "photo.png")
+    gray = np.full((6, 9), 128, dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(gray.astype(np.uint16) * 257)
+    elif mode == "CMYK":
+        image = Image.fromarray(np.stack([gray * 0, gray * 0, gray * 0, 255 - gray], axis=2), mode="CMYK")
+    else:
+        image = Image.fromarray(gray).convert(mode)
+    image.save(path)
+    read = read_image(undecoded(one_image(path))[0])
+    assert (read.mode, read.size) == ("RGB", (9, 6))
+    if mode != "1":  # dithering keeps the mean only
+        assert np.abs(np.asarray(read).astype(int) - 128).max() <= 2
+
+
+def test_mask_agrees_with_the_upright_image(tmp_path, one_image):
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: stored 20 x 10, shown 10 x 20
+    image_of(20, 10).save(path, exif=exif)
+    upright = undecoded(one_image(path, _mask_of(tmp_path, np.ones((20, 10)))))[0]
+    assert read_image(upright).size == (10, 20)
+    assert read_mask(upright, read_image(upright).size, num_classes=2).size == (10, 20)
+    lying = undecoded(one_image(path, _mask_of(tmp_path, np.ones((10, 20)))))[0]
+    with pytest.raises(ValueError, match="20x10"):
+        read_mask(lying, read_image(lying).size, num_classes=2)
+
+
+@pytest.mark.parametrize("palette", [False, True])
+def test_mask_ids_are_kept(tmp_path, one_image, jpeg, palette):
+    ids = np.array([[0, 1, 2], [255, 2, 0]], dtype=np.uint8)
+    mask = Image.fromarray(ids)
+    if palette:
+        mask.putpalette([10 * value % 256 for value in range(768)])
+        assert mask.mode == "P"
+    mask.save(tmp_path / "mask.png")
+    read = read_mask(undecoded(one_image(jpeg, tmp_path / "mask.png"))[0], (3, 2), num_classes=2)
+    assert read.mode == "L"
+    assert np.array_equal(read, ids)
+
+
+def test_mask_of_another_size(tmp_path, one_image, jpeg):
+    example = undecoded(one_image(jpeg, _mask_of(tmp_path, np.zeros((48, 63)))))[0]
+    with pytest.raises(ValueError, match=r"'photo' is 63x48 \(width x height\), its image is 64x48"):
+        read_mask(example, read_image(example).size, num_classes=2)
+
+
+def test_mask_with_unknown_ids(tmp_path, one_image, jpeg):
+    example = undecoded(one_image(jpeg, _mask_of(tmp_path, [[0, 1, 2, 3, 77, 255]])))[0]
+    with pytest.raises(ValueError, match=r"'photo' holds the ids \[3, 77\]: expected 0 .*, 1\.\.2"):
+        read_mask(example, (6, 1), num_classes=2)
+    with pytest.raises(ValueError, match=r"the ids \[3, 255\]"):
+        read_mask(example, (6, 1), num_classes=2, ignore_index=77)
+
+
+def test_mask_in_colour_is_refused(tmp_path, one_image, jpeg):
+    image_of(64, 48).save(tmp_path / "mask.png")
+    example = undecoded(one_image(jpeg, tmp_path / "mask.png"))[0]
+    with pytest.raises(ValueError, match="'photo' has mode 'RGB'"):
+        read_mask(example, (64, 48), num_classes=2)

@@ -1,0 +1,51 @@
+import pytest
+import torch
+from datasets import Dataset, Value
+
+from cosa_hf.data.tags import class_names, multi_hot, tag_features, without_untagged
+
+
+def _dataset(labels: list[list[int]]) -> Dataset:
+    columns = {
+        "image": [None] * len(labels),
+        "labels": labels,
+        "image_id": [f"image{index}" for index in range(len(labels))],
+    }
+    return Dataset.from_dict(columns, features=tag_features(["cat", "dog", "cow"]))
+
+
+def test_multi_hot():
+    assert torch.equal(multi_hot([], 3), torch.tensor([0.0, 0.0, 0.0]))
+    assert torch.equal(multi_hot([0, 2], 3), torch.tensor([1.0, 0.0, 1.0]))
+
+
+def test_images_without_a_tag_are_left_out_and_named():
+    tagged, dropped = without_untagged(_dataset([[1], [], [0, 2], []]))
+    assert tagged["image_id"][:] == ["image0", "image2"]
+    assert tagged["labels"][:] == [[1], [0, 2]]
+    assert dropped == ["image1", "image3"]
+    assert class_names(tagged) == ["cat", "dog", "cow"]
+
+
+def test_leaving_out_writes_nothing_to_disk():
+    tagged, _ = without_untagged(_dataset([[1], [], [0]]))
+    assert tagged.cache_files == []
+
+
+def test_nothing_to_leave_out():
+    dataset = _dataset([[1], [2]])
+    tagged, dropped = without_untagged(dataset)
+    assert tagged is dataset
+    assert dropped == []
+
+
+def test_no_tag_at_all():
+    with pytest.raises(ValueError, match="none of the 2 images has a tag"):
+        without_untagged(_dataset([[], []]))
+
+
+def test_class_names_need_class_labels():
+    with pytest.raises(ValueError, match=r"'labels'.*\['image', 'image_id'\]"):
+        class_names(_dataset([[1]]).remove_columns("labels"))
+    with pytest.raises(ValueError, match="ClassLabel"):
+        class_names(Dataset.from_dict({"labels": [1]}).cast_column("labels", Value("int32")))

@@ -1,0 +1,174 @@
+"""One saved directory, two readers: a process with this package and one that cannot import it.
+
+Both must get the same masks; the first without any question or warning, the second from the code saved beside
+the weights.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+
+READER = """
+import json, sys
+import numpy as np
+import torch
+from PIL import Image
+{preparation}
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
+from transformers import AutoModelForImageSegmentation, AutoModelForSemanticSegmentation
+
+folder, photos, options = sys.argv[1], sys.argv[2:], {options}
+config = AutoConfig.from_pretrained(folder, **options)
+processor = AutoImageProcessor.from_pretrained(folder, **options)
+models = [
+    auto_class.from_pretrained(folder, **options)
+    for auto_class in (AutoModel, AutoModelForSemanticSegmentation, AutoModelForImageSegmentation)
+]
+masks = []
+for photo in photos:
+    image = Image.open(photo)
+    with torch.no_grad():
+        logits = [model(**processor(image, return_tensors="pt")).logits for model in models]
+    assert all(torch.equal(each, logits[0]) for each in logits)
+    outputs = type("Outputs", (), {{"logits": logits[0]}})
+    mask = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
+    masks.append(mask.tolist())
+
+segmenter = pipeline("image-segmentation", model=folder, **options)
+segments = [
+    {{segment["label"]: np.asarray(segment["mask"]).tolist() for segment in segmenter(photo)}}
+    for photo in photos
+]
+{afterwards}
+modules = sorted({{type(each).__module__.split(".")[0] for each in (config, processor, segmenter.model)}})
+print(json.dumps({{"masks": masks, "segments": segments, "modules": modules}}))
+"""
+INSTALLED = READER.format(preparation="import cosa_hf", options="{}", afterwards="")
+ABSENT = READER.format(
+    preparation='sys.modules["cosa_hf"] = None',
+    options='{"trust_remote_code": True}',
+    afterwards="""
+# A model that came from the saved code can be saved again, with its code.
+copy = folder + "-copy"
+models[0].save_pretrained(copy)
+processor.save_pretrained(copy)
+again = AutoModelForSemanticSegmentation.from_pretrained(copy, **options)
+image = AutoImageProcessor.from_pretrained(copy, **options)(Image.open(photos[-1]), return_tensors="pt")
+with torch.no_grad():
+    assert torch.equal(again(**image).logits, logits[0])
+""",
+)
+UNTRUSTED = """
+import sys
+sys.modules["cosa_hf"] = None
+from transformers import AutoModel
+AutoModel.from_pretrained(sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "cosa-tiny"
+    torch.manual_seed(0)
+    names = {0: "background", 1: "cat", 2: "dog"}
+    config = CoSAConfig(backbone="test_vit", id2label=names, decoder_channels=16)
+    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(folder)
+    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Colour, grey, transparent, four-colour, smaller than a token."""
+    folder = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((90, 70), Image.Resampling.BICUBIC)
+    images = {
+        "colour.png": large.convert("RGB"),
+        "grey.png": large.convert("L"),
+        "transparent.png": large,
+        "four-colour.tif": large.convert("CMYK"),
+        "tiny.png": large.convert("RGB").crop((0, 0, 5, 3)),
+    }
+    for name, image in images.items():
+        image.save(folder / name)
+    return [str(folder / name) for name in images]
+
+
+def run(code, *arguments, cache):
+    """A fresh interpreter away from the sources, with closed stdin: a question on the terminal would fail."""
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(cache / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-I", "-c", code, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=cache,
+        env=environment,
+        timeout=300,
+    )
+
+
+# What transformers logs when it asks, falls back to another class, or does not know the model.
+COMPLAINTS = ("trust_remote_code", "custom code", "not supported", "Falling back", "MISSING", "UNEXPECTED")
+
+
+def test_same_masks_with_and_without_the_package(folder, photos, tmp_path):
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "absent").mkdir()
+    installed = run(INSTALLED, str(folder), *photos, cache=tmp_path / "installed")
+    assert installed.returncode == 0, installed.stderr
+    assert not [words for words in COMPLAINTS if words in installed.stderr], installed.stderr
+    here = json.loads(installed.stdout)
+    assert here["modules"] == ["cosa_hf"]
+
+    absent = run(ABSENT, str(folder), *photos, cache=tmp_path / "absent")
+    assert absent.returncode == 0, absent.stderr
+    assert "not supported" not in absent.stderr, absent.stderr
+    there = json.loads(absent.stdout)
+    assert there["modules"] == ["transformers_modules"]
+
+    assert here["masks"] == there["masks"]
+    assert here["segments"] == there["segments"]
+    for photo, mask, segments in zip(photos, here["masks"], here["segments"], strict=True):
+        with Image.open(photo) as image:
+            assert np.shape(mask) == (image.height, image.width)
+        # The pipeline's segments cover the photo once: every pixel has one label.
+        assert (sum(np.asarray(segment, dtype=int) for segment in segments.values()) == 255).all()
+        assert set(segments) <= {"background", "cat", "dog"}
+    assert len({label for segments in here["segments"] for label in segments}) > 1
+
+
+def test_without_the_package_and_without_trust_it_is_refused(folder, tmp_path):
+    result = run(UNTRUSTED, str(folder), cache=tmp_path)
+    assert result.returncode != 0
+    assert "trust_remote_code=True" in result.stderr
+
+
+def test_importing_the_package_leaves_the_data_libraries_alone(tmp_path):
+    code = """
+import sys, transformers, timm, torch, torchvision
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+import transformers.image_processing_backends
+before = set(sys.modules)
+import cosa_hf
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & {
+    "accelerate", "datasets", "evaluate", "sklearn", "tensorboard"}))
+"""
+    result = run(code, cache=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"

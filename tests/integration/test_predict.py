@@ -1,0 +1,178 @@
+"""scripts/predict.py as a user runs it, on a small random model."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import pipeline
+
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.evaluation.palette import voc_palette
+from cosa_hf.objective.pseudo_labels import restrict_to_labels
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "predict.py"
+NAMES = ["background", *SHAPES_CLASSES]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = CoSAConfig(backbone="test_vit", decoder_channels=32, id2label=dict(enumerate(NAMES)))
+    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
+    CoSAImageProcessor(size={"height": 96, "width": 96}).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three photographs of different shapes; the last was taken with the camera on its side."""
+    directory = tmp_path_factory.mktemp("photos")
+    images = [row["image"] for row in load_shapes("val", num_images=3)]
+    images[0].resize((150, 100)).save(directory / "wide.jpg")
+    images[1].resize((77, 130)).save(directory / "tall.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # show turned by a quarter
+    images[2].resize((140, 90)).save(directory / "turned.jpg", exif=exif)
+    return [directory / name for name in ("wide.jpg", "tall.png", "turned.jpg")]
+
+
+def run_here(monkeypatch, *arguments):
+    """The script in this process, where starting it anew would only cost time."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def read_ids(path):
+    with Image.open(path) as image:
+        assert image.mode == "P"
+        return np.asarray(image)
+
+
+def test_masks_are_the_pipelines(model_dir, photos, tmp_path):
+    output = tmp_path / "new" / "masks"
+    done = subprocess.run(
+        [sys.executable, SCRIPT, model_dir, *photos, "--output_dir", output],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 images" in done.stdout
+    stems = [path.stem for path in photos]
+    assert sorted(path.name for path in output.iterdir()) == sorted(
+        f"{stem}{ending}.png" for stem in stems for ending in ("", "_overlay")
+    )
+    segment = pipeline("image-segmentation", model=str(model_dir))
+    seen = set()
+    for path in photos:
+        ids = read_ids(output / f"{path.stem}.png")
+        expected = np.zeros_like(ids)
+        for part in segment(str(path)):
+            expected[np.asarray(part["mask"]) > 0] = NAMES.index(part["label"])
+        np.testing.assert_array_equal(ids, expected)
+        seen |= set(np.unique(ids))
+    assert len(seen) > 1, "a model that answers one class everywhere would prove nothing"
+    assert read_ids(output / "turned.png").shape == (140, 90)
+    with Image.open(output / "wide.png") as image:
+        assert image.getpalette()[:9] == [value for color in voc_palette(3) for value in color]
+    with Image.open(output / "wide_overlay.png") as image:
+        assert (image.mode, image.width) == ("RGB", 150)
+        assert image.height > 100
+
+
+def test_tags_rule_out_the_other_classes(model_dir, photos, tmp_path, monkeypatch):
+    tags = [2, 5]
+    run_here(
+        monkeypatch,
+        *(model_dir, photos[1], "--output_dir", tmp_path),
+        *("--tags", f"{SHAPES_CLASSES[tags[0]]}, {SHAPES_CLASSES[tags[1]]}"),
+    )
+    model = CoSAForWeaklySupervisedSegmentation.from_pretrained(model_dir).eval()
+    processor = CoSAImageProcessor.from_pretrained(model_dir)
+    labels = torch.zeros(1, len(SHAPES_CLASSES))
+    labels[0, tags] = 1
+    with torch.no_grad(), Image.open(photos[1]) as image:
+        logits = model(processor(image, return_tensors="pt").pixel_values).logits
+        logits = F.interpolate(logits, size=(130, 77), mode="bilinear", align_corners=False)
+    ids = read_ids(tmp_path / "tall.png")
+    np.testing.assert_array_equal(ids, restrict_to_labels(logits, labels).argmax(1)[0])
+    assert (ids != logits.argmax(1)[0].numpy()).any(), "the tags must have mattered"
+
+
+def test_unknown_tag_is_an_error_that_lists_the_classes(model_dir, photos, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=rf"error: unknown tags \['unicorn'\].*{SHAPES_CLASSES[-1]}"):
+        run_here(
+            monkeypatch,
+            *(model_dir, photos[0], "--output_dir", tmp_path / "new"),
+            *("--tags", f"{SHAPES_CLASSES[0]},unicorn"),
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unreadable_image_does_not_stop_the_others(model_dir, photos, tmp_path, monkeypatch, capsys):
+    broken, missing = tmp_path / "broken.jpg", tmp_path / "missing.jpg"
+    broken.write_bytes(photos[0].read_bytes()[:1500])
+    output = tmp_path / "masks"
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, model_dir, broken, photos[0], missing, photos[1], "--output_dir", output)
+    assert str(broken) in stop.value.code
+    assert str(missing) in stop.value.code
+    assert str(photos[0]) not in stop.value.code
+    printed = capsys.readouterr()
+    assert f"error: cannot read {broken}" in printed.err
+    assert f"error: cannot read {missing}" in printed.err
+    assert "2 of 4 images" in printed.out
+    assert {path.stem for path in output.iterdir()} == {"wide", "wide_overlay", "tall", "tall_overlay"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (["a/cat.jpg", "b/cat.png"], r"a/cat\.jpg and \S*b/cat\.png would both be written to cat\.png"),
+        (["a/cat_overlay.jpg", "b/cat.png"], r"would both be written to cat_overlay\.png"),
+        (["a"], "a is a directory"),
+        (["masks/cat.png"], r"masks/cat\.png would be overwritten"),
+    ],
+)
+def test_inputs_that_would_cost_a_file_are_refused_first(inputs, message, tmp_path, monkeypatch):
+    for name in ("a/cat.jpg", "a/cat_overlay.jpg", "b/cat.png", "masks/cat.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=message):
+        run_here(
+            monkeypatch,
+            *("no-model-is-needed-to-see-that", *(tmp_path / name for name in inputs)),
+            *("--output_dir", tmp_path / "masks"),
+        )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_model_is_one_clear_line(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    missing = tmp_path / "no-such-model"
+    with pytest.raises(SystemExit, match=f"error: no model at '{missing}'"):
+        run_here(monkeypatch, missing, photos[0], "--output_dir", tmp_path / "masks")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kinds_of_images_people_have(model_dir, tmp_path, monkeypatch):
+    """Transparency, greys, palettes, CMYK and 16 bits: each gets a mask of its own size."""
+    colors = load_shapes("val", num_images=1)[0]["image"].resize((60, 40))
+    colors.convert("RGBA").save(tmp_path / "rgba.png")
+    colors.convert("L").save(tmp_path / "grey.png")
+    colors.convert("P").save(tmp_path / "palette.gif")
+    colors.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(np.asarray(colors.convert("L")).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    inputs = sorted(tmp_path.iterdir())
+    run_here(monkeypatch, model_dir, *inputs, "--output_dir", tmp_path / "masks")
+    for path in inputs:
+        assert read_ids(tmp_path / "masks" / f"{path.stem}.png").shape == (40, 60)

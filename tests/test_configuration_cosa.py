@@ -1,0 +1,82 @@
+"""CoSAConfig: labels, validation, and what a saved config carries."""
+
+import doctest
+import json
+
+import pytest
+
+import cosa_hf.configuration_cosa
+from cosa_hf import CoSAConfig
+
+LABELS = {0: "background", 1: "cat", 2: "dog"}
+
+
+def test_labels_and_their_inverse():
+    config = CoSAConfig(id2label=LABELS)
+    assert (config.num_labels, config.num_classes) == (3, 2)
+    assert config.label2id == {"background": 0, "cat": 1, "dog": 2}
+
+
+def test_num_labels_alone_names_the_labels():
+    config = CoSAConfig(num_labels=21)
+    assert (config.num_labels, config.num_classes) == (21, 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"num_labels": 1}, "background"),
+        ({"id2label": {}}, "background"),
+        ({"id2label": {1: "cat", 2: "dog"}}, r"0\.\.1"),
+        ({"id2label": {0: "background", 1: "cat", 2: "cat"}}, "cat"),
+        ({"id2label": LABELS, "label2id": {"background": 0, "cat": 2, "dog": 1}}, "label2id"),
+        ({"aux_layer": -1}, "aux_layer=-1"),
+        ({"aux_layer": 2}, "aux_layer=2"),
+        ({"cam_threshold": 0.0}, "cam_threshold=0.0"),
+        ({"cam_threshold": 1.0}, "cam_threshold=1.0"),
+        ({"id2label": LABELS, "coexistence_classes": ["cat", "train"]}, r"\['train'\]"),
+        ({"id2label": LABELS, "coexistence_classes": ["background"]}, "background"),
+    ],
+)
+def test_bad_settings_are_named(settings, named):
+    with pytest.raises(ValueError, match=named):
+        CoSAConfig(**settings)
+
+
+def test_saved_and_loaded_again(tmp_path):
+    config = CoSAConfig(
+        backbone="test_vit",
+        aux_layer=-4,
+        output_stride=8,
+        decoder_channels=32,
+        decoder_dilation=2,
+        cam_threshold=0.4,
+        coexistence_classes=["dog"],
+        id2label=LABELS,
+    )
+    config.save_pretrained(tmp_path)
+    loaded = CoSAConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.id2label == LABELS
+
+
+def test_saved_directory_carries_the_code_it_names(tmp_path):
+    CoSAConfig().save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert set(auto_map) >= {"AutoConfig", "AutoModelForSemanticSegmentation", "AutoImageProcessor"}
+    for target in auto_map.values():
+        module, name = target.split(".")
+        assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
+
+
+def test_saving_over_the_directory_again_keeps_the_code(tmp_path):
+    CoSAConfig().save_pretrained(tmp_path)
+    first = (tmp_path / "modeling_cosa.py").read_text()
+    CoSAConfig().save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_cosa.py").read_text() == first
+
+
+def test_examples():
+    results = doctest.testmod(cosa_hf.configuration_cosa)
+    assert results.attempted
+    assert not results.failed

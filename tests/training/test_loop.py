@@ -1,0 +1,247 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForSemanticSegmentation
+
+from cosa_hf.data import VOC_CLASSES, load_shapes
+from cosa_hf.training import loop
+from cosa_hf.training.loop import recommendation, train
+from cosa_hf.training.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
+
+def log_of(recipe: Recipe) -> list[dict]:
+    return [json.loads(line) for line in (Path(recipe.output_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(recipe: Recipe) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: load_file(Path(recipe.output_dir) / name / "model.safetensors") for name in ("online", "assignment")}
+
+
+def assert_same_weights(one: Recipe, other: Recipe) -> None:
+    for name, weights in weights_of(one).items():
+        others = weights_of(other)[name]
+        assert weights.keys() == others.keys()
+        for key, value in weights.items():
+            assert torch.equal(value, others[key]), f"{name}: {key}"
+
+
+def test_a_run_leaves_two_loadable_models_and_says_which_to_use(tiny, capsys):
+    recipe = tiny()
+    recommended = train(recipe)
+    assert recommended == Path(recipe.output_dir) / "assignment"
+    assert "recommended: assignment" in capsys.readouterr().out
+    for name in ("online", "assignment"):
+        model = AutoModelForSemanticSegmentation.from_pretrained(Path(recipe.output_dir) / name)
+        assert model.config.id2label[0] == "background"
+    summary = json.loads((recommended.parent / "run.json").read_text())
+    assert summary["recommended"] == "assignment"
+    assert Recipe.from_yaml(recommended.parent / "recipe.yaml") == recipe
+
+
+def test_warmup_is_classification_only_and_the_rest_is_everything(tiny):
+    recipe = tiny()
+    train(recipe)
+    parts = [set(entry) - {"step", "lr", "xi", "aux_xi", "images_per_second"} for entry in log_of(recipe)]
+    assert parts == [{"loss", "cls", "aux_cls"}] * 3 + [{"loss", "cls", "aux_cls", "c2s", "aux_c2s", "s2c", "csc"}] * 3
+
+
+def test_warmup_never_runs_the_assignment_network(tiny, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the assignment network ran during warm-up")
+
+    monkeypatch.setattr(loop, "assign", forbidden)
+    train(tiny(warmup_steps=6))
+    with pytest.raises(AssertionError, match="ran during warm-up"):
+        train(tiny(warmup_steps=5))
+
+
+def test_switches_remove_their_parts(tiny):
+    recipe = tiny(
+        seg2cam_weight=0.0,
+        separation_weight=0.0,
+        aux_cam2seg_weight=0.0,
+        reliability_weighting=False,
+        dynamic_threshold=False,
+        threshold=0.4,
+        swapping_assignments=False,
+    )
+    train(recipe)
+    last = log_of(recipe)[-1]
+    assert {"s2c", "csc", "aux_c2s"}.isdisjoint(last)
+    assert last["xi"] == last["aux_xi"] == 0.4
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_path):
+    runs = [tiny(seed=seed, output_dir=str(tmp_path / name)) for seed, name in ((1, "a"), (1, "b"), (2, "c"))]
+    for recipe in runs:
+        train(recipe)
+    assert_same_weights(runs[0], runs[1])
+    with pytest.raises(AssertionError):
+        assert_same_weights(runs[0], runs[2])
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch):
+    whole = tiny(output_dir=str(tmp_path / "whole"), checkpoint_every=4)
+    train(whole)
+
+    broken = tiny(output_dir=str(tmp_path / "broken"), checkpoint_every=4)
+    save = loop.save_checkpoint
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    resumed = tiny(output_dir=str(tmp_path / "broken"), checkpoint_every=4, resume=True)
+    train(resumed)
+
+    assert_same_weights(whole, resumed)
+    timeless = [
+        [{key: value for key, value in entry.items() if key != "images_per_second"} for entry in log_of(recipe)]
+        for recipe in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_resuming_from_nothing_says_so(tiny):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(tiny(resume=True))
+
+
+def test_accumulation_takes_the_same_images_as_a_larger_batch(tiny, tmp_path, monkeypatch):
+    seen: dict[str, list[str]] = {}
+
+    def record(name):
+        def check(losses, image_ids, step):
+            seen.setdefault(name, []).extend(image_ids)
+
+        return check
+
+    for name, fields in (("one", {"batch_size": 4}), ("two", {"gradient_accumulation_steps": 2})):
+        monkeypatch.setattr(loop, "_require_finite", record(name))
+        recipe = tiny(output_dir=str(tmp_path / name), max_steps=3, warmup_steps=3, **fields)
+        train(recipe)
+        assert [entry["step"] for entry in log_of(recipe)] == [1, 2, 3]
+    assert seen["one"] == seen["two"]
+
+
+def test_images_without_a_tag_are_left_out_and_named(tiny, monkeypatch, capsys):
+    def with_two_untagged(*args, masks=False, **kwargs):
+        dataset = load_shapes("train", num_images=6, image_size=48)
+        return dataset.map(
+            lambda row, index: {"labels": [] if index in (1, 4) else row["labels"]},
+            with_indices=True,
+            features=dataset.features,
+        )
+
+    monkeypatch.setattr(loop, "load_dataset_by_name", with_two_untagged)
+    recipe = tiny(max_steps=2, warmup_steps=2)
+    train(recipe)
+    assert "left out 2 images without a tag: train-00001, train-00004" in capsys.readouterr().out
+    summary = json.loads((Path(recipe.output_dir) / "run.json").read_text())
+    assert summary["untagged_dropped"] == ["train-00001", "train-00004"]
+    assert summary["images"] == 4
+
+
+def test_a_loss_that_is_not_finite_names_images_and_parts(tiny, monkeypatch):
+    whole = loop.CoSAObjective.__call__
+
+    def poisoned(self, *args):
+        return whole(self, *args) | {"loss": torch.tensor(float("nan"))}
+
+    monkeypatch.setattr(loop.CoSAObjective, "__call__", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 1: .*'cls': .*images \['train-0000"):
+        train(tiny())
+
+
+def test_masks_are_loaded_for_the_bound_and_for_evaluation_only(tiny, few_shapes, tmp_path):
+    train(tiny(output_dir=str(tmp_path / "tags")))
+    assert few_shapes == [("train_aug", False)]
+    few_shapes.clear()
+    evaluated = tiny(output_dir=str(tmp_path / "evaluated"), eval_every=6, eval_images=2)
+    train(evaluated)
+    assert few_shapes == [("train_aug", False), ("val", True)]
+    assert {"eval/seg", "eval/seg_tags", "eval/cam", "eval/cam_aux"} <= set(log_of(evaluated)[-1])
+    few_shapes.clear()
+    bound = tiny(output_dir=str(tmp_path / "bound"), supervision="masks")
+    train(bound)
+    assert few_shapes == [("train_aug", True)]
+    assert "seg" in log_of(bound)[-1]
+
+
+def test_training_never_opens_a_mask(tiny, monkeypatch, tmp_path):
+    """The masks are garbage under their official names: whoever opens one fails."""
+    monkeypatch.undo()
+    root = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "ImageSets/Segmentation", "SegmentationClassAug", "SegmentationClass"):
+        (root / folder).mkdir(parents=True)
+    ids = ["2007_000001", "2007_000002", "2007_000003"]
+    (root / "ImageSets/Segmentation/train_aug.txt").write_text("\n".join(ids))
+    (root / "image_labels.json").write_text(json.dumps({image_id: [VOC_CLASSES[3]] for image_id in ids}))
+    for image_id in ids:
+        Image.effect_noise((60, 50), 64).convert("RGB").save(root / f"JPEGImages/{image_id}.jpg")
+        for folder in ("SegmentationClassAug", "SegmentationClass"):
+            (root / folder / f"{image_id}.png").write_bytes(b"not a mask")
+    recipe = tiny(dataset="voc", data_dir=str(root))
+    train(recipe)
+    assert len(log_of(recipe)) == 6
+    with pytest.raises(ValueError, match="2007_00000"):
+        train(tiny(dataset="voc", data_dir=str(root), supervision="masks", output_dir=str(tmp_path / "bound")))
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny, tmp_path):
+    plain = tiny(output_dir=str(tmp_path / "plain"))
+    checkpointed = tiny(output_dir=str(tmp_path / "checkpointed"), gradient_checkpointing=True)
+    for recipe in (plain, checkpointed):
+        train(recipe)
+    for name, weights in weights_of(plain).items():
+        for key, value in weights.items():
+            torch.testing.assert_close(value, weights_of(checkpointed)[name][key], atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_trains(tiny):
+    AcceleratorState._reset_state()  # a process has one precision; this test wants another
+    recipe = tiny(mixed_precision="bf16")
+    train(recipe)
+    AcceleratorState._reset_state()
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in log_of(recipe))
+
+
+@pytest.mark.parametrize(("steps", "name"), [(20_000, "assignment"), (2_000, "online")])
+def test_the_recommendation_follows_from_the_schedule(steps, name):
+    recommended, reason = recommendation(Recipe(max_steps=steps, warmup_steps=0, ema_momentum=0.9994))
+    assert recommended == name
+    assert "1667" in reason
+
+
+def test_a_momentum_too_large_for_the_run_is_announced(tiny, capsys):
+    train(tiny(ema_momentum=0.9994))
+    assert "the assignment network will hardly leave its start" in capsys.readouterr().out
+
+
+def test_no_checkpoint_is_half_written(tiny, monkeypatch):
+    """A save that dies leaves nothing that a resume would take for a checkpoint."""
+    from accelerate import Accelerator
+
+    def die(self, directory):
+        Path(directory).mkdir(parents=True)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Accelerator, "save_state", die)
+    recipe = tiny(checkpoint_every=2)
+    with pytest.raises(OSError, match="disk full"):
+        train(recipe)
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(tiny(resume=True))
+    shutil.rmtree(recipe.output_dir)

@@ -1,0 +1,233 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cosa_hf.training.recipe import Recipe
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        # METHOD sections 1 to 8: the paper's setting for VOC.
+        ("backbone", "vit_base_patch16_224.orig_in21k_ft_in1k"),
+        ("aux_layer", -3),
+        ("decoder_channels", 512),
+        ("decoder_dilation", 5),
+        ("ema_momentum", 0.9994),
+        ("crop_size", 448),
+        ("input_size", 448),
+        ("scale_min", 0.5),
+        ("scale_max", 2.0),
+        ("label_scales", [1.0, 0.5, 1.5]),
+        ("spl_temperature", 0.01),
+        ("perplexity_alpha", 0.8),
+        ("perplexity_beta", 1.0),
+        ("perplexity_epsilon", 1.0),
+        ("threshold", 0.5),
+        ("threshold_decay", 0.99),
+        ("threshold_queue", 100),
+        ("separation_scope", "image"),
+        ("cam2seg_weight", 0.1),
+        ("aux_cam2seg_weight", 0.1),
+        ("seg2cam_weight", 0.05),
+        ("separation_weight", 0.1),
+        ("max_steps", 20_000),
+        ("warmup_steps", 6_000),
+        ("learning_rate", 6e-5),
+        ("head_lr_multiplier", 10.0),
+        ("weight_decay", 0.01),
+        ("lr_warmup_steps", 1_500),
+        ("lr_power", 0.9),
+        # All switches of Tab. 3 on.
+        ("swapping_assignments", True),
+        ("reliability_weighting", True),
+        ("dynamic_threshold", True),
+        ("supervision", "tags"),
+    ],
+)
+def test_defaults_are_the_papers(name, value):
+    assert getattr(Recipe(), name) == value
+
+
+def test_every_field_says_what_it_is():
+    for spec in dataclasses.fields(Recipe):
+        assert spec.metadata.get("help"), spec.name
+
+
+def test_unknown_fields_are_named_all_at_once():
+    with pytest.raises(ValueError, match=r"\['learning_rat', 'max_step'\]"):
+        Recipe.from_mapping({"max_step": 3, "learning_rat": 1e-3, "seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", True),
+        ("batch_size", "4"),
+        ("batch_size", 4.0),
+        ("batch_size", None),
+        ("seed", 1.5),
+        ("learning_rate", True),
+        ("learning_rate", "fast"),
+        ("learning_rate", None),
+        ("learning_rate", [1e-3]),
+        ("dynamic_threshold", 1),
+        ("dynamic_threshold", "true"),
+        ("dataset", 3),
+        ("dataset", None),
+        ("data_dir", 3),
+        ("label_scales", ["one", "half"]),
+        ("label_scales", [True]),
+        ("label_scales", [[1.0]]),
+        ("label_scales", []),
+        ("label_scales", 1.0),
+        ("label_scales", "1.0"),
+        ("label_scales", None),
+        ("supervision", "boxes"),
+        ("supervision", True),
+        ("supervision", ["tags"]),
+        ("separation_scope", "world"),
+        ("mixed_precision", False),  # what YAML makes of an unquoted `no`
+        ("mixed_precision", "fp8"),
+    ],
+)
+def test_wrong_types_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        Recipe.from_mapping({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("crop_size", "batch_size", "gradient_accumulation_steps") for value in (0, -1)),
+        *((name, value) for name in ("input_size", "max_steps", "log_every", "threshold_queue") for value in (0, -1)),
+        *((name, value) for name in ("learning_rate", "head_lr_multiplier") for value in (0.0, -1.0)),
+        *((name, value) for name in ("spl_temperature", "separation_temperature") for value in (0.0, -1.0)),
+        ("warmup_steps", -1),
+        ("warmup_steps", 20_001),
+        ("lr_warmup_steps", -1),
+        ("lr_warmup_steps", 20_000),
+        ("scale_min", 0.0),
+        ("scale_min", 2.5),
+        ("scale_max", 0.1),
+        ("ema_momentum", 1.0),
+        ("ema_momentum", 1),
+        ("ema_momentum", -0.1),
+        ("learning_rate", float("nan")),
+        ("ema_momentum", float("nan")),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        Recipe.from_mapping({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("label_scales", [1.0, 0.0]),
+        ("label_scales", [-1.0]),
+        ("perplexity_alpha", 1.0),
+        ("perplexity_alpha", 0.0),
+    ],
+)
+def test_what_would_only_fail_after_warm_up_is_refused_at_once(name, value):
+    """Perplexity is 0 at full distance for alpha = 1 and infinite for 0; a scale of 0 has no pixels."""
+    with pytest.raises(ValueError, match=name):
+        Recipe.from_mapping({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("warmup_steps", 0),
+        ("warmup_steps", 20_000),
+        ("ema_momentum", 0.0),
+        ("scale_min", 2.0),
+        ("separation_weight", 0.0),
+    ],
+)
+def test_bounds_belong_to_the_range(name, value):
+    assert getattr(Recipe.from_mapping({name: value}), name) == value
+
+
+def test_numbers_are_taken_as_written():
+    recipe = Recipe.from_mapping(
+        {
+            "learning_rate": "2e-4",
+            "weight_decay": 1,
+            "label_scales": [1, "5e-1"],
+            "perplexity_epsilon": math.inf,
+        }
+    )
+    assert recipe.learning_rate == 2e-4
+    assert recipe.label_scales == [1.0, 0.5]
+    assert all(type(scale) is float for scale in recipe.label_scales)
+    assert type(recipe.weight_decay) is float
+    assert recipe.perplexity_epsilon == math.inf
+
+
+def test_optional_fields_take_none_and_text():
+    assert Recipe(data_dir=None).data_dir is None
+    assert Recipe(data_dir="VOC2012").data_dir == "VOC2012"
+
+
+def test_label_scales_are_not_shared():
+    one, other = Recipe(), Recipe()
+    one.label_scales.append(2.0)
+    assert other.label_scales == [1.0, 0.5, 1.5]
+
+
+def test_yaml_reads_exponents_without_a_point(tmp_path):
+    """YAML 1.1 takes `2e-4` for a string."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("learning_rate: 2e-4\nlabel_scales: [1, 5e-1]\nmixed_precision: 'no'\n")
+    assert isinstance(yaml.safe_load(path.read_text())["learning_rate"], str)
+    recipe = Recipe.from_yaml(path)
+    assert recipe.learning_rate == 2e-4
+    assert recipe.label_scales == [1.0, 0.5]
+
+
+def test_yaml_round_trip(tmp_path):
+    recipe = Recipe(
+        dataset="shapes", data_dir="Bilder/größe", learning_rate=1e-10, max_steps=10, warmup_steps=3, lr_warmup_steps=2,
+        label_scales=[0.1], dynamic_threshold=False, mixed_precision="no", perplexity_epsilon=math.inf,
+        separation_scope="batch",
+    )  # fmt: skip
+    recipe.to_yaml(tmp_path / "recipe.yaml")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
+    # All fields are written, so that a default changed later does not change an old run.
+    written = yaml.safe_load((tmp_path / "recipe.yaml").read_text(encoding="utf-8"))
+    assert list(written) == [spec.name for spec in dataclasses.fields(Recipe)]
+
+
+def test_overrides_replace_the_files_values(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("batch_size: 8\nseed: 3\n")
+    recipe = Recipe.from_yaml(path, seed=4)
+    assert (recipe.batch_size, recipe.seed) == (8, 4)
+    with pytest.raises(ValueError, match="sede"):
+        Recipe.from_yaml(path, sede=4)
+
+
+@pytest.mark.parametrize("text", ["", "- batch_size\n", "batch_size\n"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"broken\.yaml"):
+        Recipe.from_yaml(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        Recipe.from_yaml(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_the_repository_are_valid(path):
+    assert Recipe.from_yaml(path).dataset in ("voc", "shapes")
