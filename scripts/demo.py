@@ -2,8 +2,8 @@
 
     python scripts/demo.py --output_dir runs/demo
 
-Leaves model/, report.json (with cam_baseline: the CAMs of a classification-only run of the same length), panels/*.png
-and unseen.png with its mask.
+Leaves model/, report.json (with cam_baseline: the CAMs of a classification-only run of the same length), panels/*.png,
+all panels in one picture as panels.png, and unseen.png with its mask.
 """
 
 import argparse
@@ -14,6 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+from PIL import Image
+from transformers import pipeline
+
+import cosa_hf  # noqa: F401  (registers the model with transformers)
+from cosa_hf.data import load_shapes
+
 SCRIPTS = Path(__file__).resolve().parent
 
 
@@ -23,69 +30,75 @@ def run(script: str, *arguments: str | Path) -> None:
     subprocess.run([sys.executable, SCRIPTS / script, *map(str, arguments)], check=True)
 
 
-def train(output_dir: Path, *flags: str) -> Path:
-    """Train the demo recipe through Accelerate; the directory of the network that the run recommends."""
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "1",
-        SCRIPTS / "train.py",
-    ]
-    print(f"\n$ accelerate launch scripts/train.py --output_dir {output_dir} {' '.join(flags)}", flush=True)
-    subprocess.run([*launch, "--output_dir", output_dir, *flags], check=True)
-    return output_dir / json.loads((output_dir / "run.json").read_text())["recommended"]
+def train(*arguments: str | Path) -> None:
+    """The training script, through Accelerate."""
+    print(f"\n$ accelerate launch scripts/train.py {' '.join(map(str, arguments))}", flush=True)
+    launch = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
+    options = ("--mixed_precision", "no", "--dynamo_backend", "no", SCRIPTS / "train.py")
+    subprocess.run([*launch, *options, *map(str, arguments)], check=True)
 
 
-def main(output_dir: Path) -> None:
+def recommended(run_dir: Path) -> Path:
+    return run_dir / json.loads((run_dir / "run.json").read_text())["recommended"]
+
+
+def main(output_dir: Path, recipe: str) -> None:
     started = time.perf_counter()
     shutil.rmtree(output_dir, ignore_errors=True)
+    model, report_path, panels = output_dir / "model", output_dir / "report.json", output_dir / "panels"
     on_unseen_images = ("--dataset", "shapes", "--split", "val")
 
-    model = output_dir / "model"
-    shutil.copytree(train(output_dir / "cosa"), model)
-    run("evaluate.py", model, *on_unseen_images, "--report", output_dir / "report.json",
-        "--panels", output_dir / "panels", "--num_panels", "6")  # fmt: skip
+    train("--recipe", recipe, "--output_dir", output_dir / "cosa")
+    shutil.copytree(recommended(output_dir / "cosa"), model)
+    run("evaluate.py", model, *on_unseen_images, "--report", report_path, "--panels", panels, "--num_panels", "6")
 
-    recipe = output_dir / "cosa" / "recipe.yaml"
-    steps = next(line.split()[1] for line in recipe.read_text().splitlines() if line.startswith("max_steps:"))
-    baseline = train(output_dir / "classification", "--warmup_steps", steps)
-    baseline_report = output_dir / "classification" / "report.json"
-    run("evaluate.py", baseline, *on_unseen_images, "--report", baseline_report)
+    baseline = output_dir / "classification"
+    steps = yaml.safe_load((output_dir / "cosa" / "recipe.yaml").read_text())["max_steps"]
+    train("--recipe", recipe, "--output_dir", baseline, "--warmup_steps", str(steps))
+    run("evaluate.py", recommended(baseline), *on_unseen_images, "--report", baseline / "report.json")
 
-    report = json.loads((output_dir / "report.json").read_text())
-    report["cam_baseline"] = json.loads(baseline_report.read_text())["cam"]
-    (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    report = json.loads(report_path.read_text())
+    report["cam_baseline"] = json.loads((baseline / "report.json").read_text())["cam"]
+    report_path.write_text(json.dumps(report, indent=2) + "\n")
 
+    stack(sorted(panels.glob("*.png")), output_dir / "panels.png")
     segment_unseen_picture(model, output_dir)
     print(
         f"\nmIoU on {report['images']} unseen images, in percent:\n"
-        f"  segmentation, tags unknown                  {report['seg']['miou']:5.1f}\n"
-        f"  segmentation, tags given                    {report['seg_tags']['miou']:5.1f}\n"
-        f"  CAM, tags given                             {report['cam']['miou']:5.1f}\n"
-        f"  CAM of a classification-only run            {report['cam_baseline']['miou']:5.1f}\n"
-        f"{output_dir}: model/, report.json, panels/, unseen*.png; {time.perf_counter() - started:.0f} s in all"
+        f"  segmentation, tags unknown          {report['seg']['miou']:5.1f}\n"
+        f"  segmentation, tags given            {report['seg_tags']['miou']:5.1f}\n"
+        f"  CAM, tags given                     {report['cam']['miou']:5.1f}\n"
+        f"  CAM of a classification-only run    {report['cam_baseline']['miou']:5.1f}\n"
+        f"{output_dir}: model/, report.json, panels/, unseen.png and its mask; {time.perf_counter() - started:.0f} s"
     )
+
+
+def stack(pictures: list[Path], target: Path) -> None:
+    """All panels in one picture, one below the other."""
+    images = [Image.open(picture).convert("RGB") for picture in pictures]
+    whole = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    top = 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height
+    whole.save(target)
 
 
 def segment_unseen_picture(model: Path, output_dir: Path) -> None:
     """A picture of neither split, through the pipeline that any Hugging Face user would take."""
-    from transformers import pipeline
-
-    import cosa_hf  # noqa: F401  registers the model
-    from cosa_hf.data import load_shapes
-
     picture = output_dir / "unseen.png"
     load_shapes("test", num_images=1)[0]["image"].save(picture)
     segments = pipeline("image-segmentation", model=str(model))(str(picture))
     print(f"\npipeline('image-segmentation', model='{model}')('{picture}') found:")
     for segment in segments:
-        print(f"  {segment['label']:12} {sum(segment['mask'].histogram()[1:]):6} pixels")
-    run("predict.py", model, picture, "--output_dir", output_dir)
+        print(f"  {segment['label']:12} {segment['mask'].histogram()[255]:6} pixels")
+    # A directory of its own: the mask bears the picture's name.
+    run("predict.py", model, picture, "--output_dir", output_dir / "unseen")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="emptied first")
-    main(parser.parse_args().output_dir)
+    parser.add_argument("--recipe", default="shapes-tiny", help="a YAML file, or the name of one in recipes/")
+    arguments = parser.parse_args()
+    main(arguments.output_dir, arguments.recipe)

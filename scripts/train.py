@@ -10,10 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-# This folder holds an evaluate.py, which would be found in place of the library `evaluate`.
-if not sys.flags.safe_path:
-    sys.path.pop(0)
-
 from transformers import HfArgumentParser
 
 from cosa_hf.training.loop import train
@@ -40,4 +36,7 @@ def parse(arguments: list[str]) -> Recipe:
 
 
 if __name__ == "__main__":
-    print(train(parse(sys.argv[1:])))
+    try:
+        print(train(parse(sys.argv[1:])))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))

@@ -106,9 +106,7 @@ def test_a_mirrored_image_gives_mirrored_maps(model, size):
         unflipped = forward_multiscale(model, pixel_values.flip(-1), (1.0, 0.5, 1.5), flip=False)
     torch.testing.assert_close(mirrored.cls_logits, plain.cls_logits, rtol=1e-4, atol=1e-4)
     for name in MAPS:
-        torch.testing.assert_close(
-            getattr(mirrored, name).flip(-1), getattr(plain, name), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(getattr(mirrored, name).flip(-1), getattr(plain, name), rtol=1e-4, atol=1e-4)
         # The network alone has no such symmetry, or this test would say nothing.
         assert not torch.allclose(getattr(unflipped, name).flip(-1), getattr(plain, name), atol=1e-3)
 

@@ -19,7 +19,7 @@ from cosa_hf.modeling_cosa import CoSABackbone, CoSALargeFOV
 # name, aux_layer, token stride, channels of F and of F†
 BACKBONES = [
     ("test_vit", -3, 16, 64, 64),
-    ("test_efficientnet", -2, 16, 256, 48),
+    ("test_efficientnet", -2, 16, 64, 48),
     ("test_convnext", -2, 16, 64, 48),
     ("test_resnet", -2, 16, 96, 192),
     ("test_mambaout", -2, 32, 64, 48),  # channels last, and stages on different grids
@@ -77,7 +77,7 @@ def test_maps_of_every_family(name, aux_layer, stride, channels, aux_channels):
 def test_efficientnet_lite_uses_its_last_but_one_stage():
     with torch.device("meta"):
         backbone = CoSABackbone(tiny_config("tf_efficientnet_lite0", -2))
-    assert (backbone.num_features, backbone.aux_num_features, backbone.stride) == (1280, 192, 16)
+    assert (backbone.num_features, backbone.aux_num_features, backbone.stride) == (320, 192, 16)
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "swin_tiny_patch4_window7_224"])
@@ -116,17 +116,29 @@ def test_odd_size_equals_the_resized_image():
 # --- what the maps are ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "aux_layer"), FAMILIES)
-def test_last_map_is_timms_forward_features(name, aux_layer):
-    backbone = CoSABackbone(tiny_config(name, aux_layer)).eval()
+def test_last_map_of_a_vit_is_normed():
+    backbone = CoSABackbone(tiny_config()).eval()
     image = photos(2, 3, 64, 96)
     features, _ = backbone(image)
-    expected = backbone.model.forward_features(image)
-    if name == "test_vit":
-        prefix = backbone.model.num_prefix_tokens
-        expected = expected[:, prefix:].reshape(2, 4, 6, -1).permute(0, 3, 1, 2)
-    elif name == "test_mambaout":
-        expected = expected.permute(0, 3, 1, 2)
+    tokens = backbone.model.forward_features(image)[:, backbone.model.num_prefix_tokens :]
+    assert torch.equal(features, tokens.reshape(2, 4, 6, -1).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("test_efficientnet", "blocks.4"),
+        ("test_convnext", "stages.3"),
+        ("test_resnet", "layer4"),
+        ("test_mambaout", "stages.3"),
+    ],
+)
+def test_last_map_of_a_pyramid_is_its_last_level(name, module):
+    backbone = CoSABackbone(tiny_config(name, -2)).eval()
+    seen = []
+    backbone.model.get_submodule(module).register_forward_hook(lambda *args: seen.append(args[-1]))
+    features, _ = backbone(photos(1, 3, 64, 96))
+    expected = seen[0].permute(0, 3, 1, 2) if name == "test_mambaout" else seen[0]
     assert torch.equal(features, expected)
 
 
@@ -187,9 +199,7 @@ def test_decoder_against_loops():
     torch.manual_seed(0)
     decoder = CoSALargeFOV(tiny_config(decoder_dilation=5, decoder_channels=3), in_channels=2).double()
     features = torch.randn(1, 2, 7, 8, dtype=torch.float64)
-    conv6, conv7, conv8 = (
-        layer.weight.detach().numpy() for layer in (decoder.conv6, decoder.conv7, decoder.conv8)
-    )
+    conv6, conv7, conv8 = (layer.weight.detach().numpy() for layer in (decoder.conv6, decoder.conv7, decoder.conv8))
     hidden = np.maximum(dilated_convolution(features[0].numpy(), conv6, 5), 0)
     hidden = np.maximum(dilated_convolution(hidden, conv7, 5), 0)
     expected = np.einsum("dhw,kd->khw", hidden, conv8[:, :, 0, 0])
@@ -216,9 +226,7 @@ def test_every_trainable_parameter_gets_a_gradient(name, aux_layer):
     model = tiny_model(name, aux_layer).train()
     outputs = model(photos(2, 3, 64, 96), labels=torch.ones(2, 3))
     (outputs.loss + outputs.logits.square().mean()).backward()
-    without = [
-        name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None
-    ]
+    without = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
     assert without == []
     groups = [*model.head_parameters(), *model.backbone_parameters()]
     assert {id(weight) for weight in groups} == {id(w) for w in model.parameters() if w.requires_grad}
@@ -304,9 +312,7 @@ def test_batch_norm_statistics_are_frozen_in_training():
 
 
 @pytest.mark.parametrize(("name", "aux_layer"), FAMILIES)
-@pytest.mark.filterwarnings(
-    "ignore::FutureWarning"
-)  # the method is being renamed; the floor has the old name
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method is being renamed; the floor has the old name
 def test_gradient_checkpointing_changes_nothing(name, aux_layer):
     model = tiny_model(name, aux_layer).train()
 
@@ -314,9 +320,7 @@ def test_gradient_checkpointing_changes_nothing(name, aux_layer):
         model.zero_grad()
         outputs = model(photos(2, 3, 64, 64), labels=torch.eye(3)[:2])
         (outputs.loss + outputs.logits.square().mean() + outputs.aux_cam_logits.square().mean()).backward()
-        return {
-            name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad
-        }
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
     expected = gradients()
     model.gradient_checkpointing_enable()
@@ -374,7 +378,7 @@ def test_no_classifier_of_timm_in_the_state_dict():
     for name, aux_layer in FAMILIES:
         state_dict = tiny_model(name, aux_layer).state_dict()
         top_level = {key.split(".")[2] for key in state_dict if key.startswith("backbone.")}
-        assert not top_level & {"head", "fc", "classifier", "fc_norm", "attn_pool"}
+        assert not top_level & {"head", "fc", "classifier", "fc_norm", "attn_pool", "conv_head"}
 
 
 @pytest.mark.parametrize(("name", "aux_layer"), FAMILIES)
@@ -439,17 +443,13 @@ def test_a_file_without_all_of_the_backbone_is_refused(tmp_path):
     del state_dict["blocks.3.norm1.bias"]
     save_file(state_dict, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"missing: blocks\.3\.norm1\.bias; of another shape: none"):
-        CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(
-            tiny_config(), tmp_path / "weights.safetensors"
-        )
+        CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(tiny_config(), tmp_path / "weights.safetensors")
 
 
 def test_a_file_of_another_backbone_is_refused(tmp_path):
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"test_vit.*missing: cls_token.* more"):
-        CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(
-            tiny_config(), tmp_path / "weights.safetensors"
-        )
+        CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(tiny_config(), tmp_path / "weights.safetensors")
 
 
 def test_pretrained_weights_come_from_timm(monkeypatch):

@@ -84,9 +84,7 @@ class CoSAConfig(PreTrainedConfig):
     def _check_labels(self) -> None:
         names = cast("dict[int, str]", self.id2label)
         if len(names) < 2:
-            raise ValueError(
-                f"id2label={names} needs the background at id 0 and a foreground class after it."
-            )
+            raise ValueError(f"id2label={names} needs the background at id 0 and a foreground class after it.")
         if sorted(names) != list(range(len(names))):
             raise ValueError(f"The ids of id2label must be 0..{len(names) - 1}, got {sorted(names)}.")
         if len(set(names.values())) < len(names):
@@ -96,18 +94,14 @@ class CoSAConfig(PreTrainedConfig):
         foreground = [names[index] for index in range(1, len(names))]
         unknown = [name for name in self.coexistence_classes if name not in foreground]
         if unknown:
-            raise ValueError(
-                f"coexistence_classes {unknown} are not foreground classes; those are {foreground}."
-            )
+            raise ValueError(f"coexistence_classes {unknown} are not foreground classes; those are {foreground}.")
 
     @property
     def num_classes(self) -> int:
         """C, the number of foreground classes an image can be tagged with: `num_labels` less background."""
         return len(self.id2label or ()) - 1
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
         Saves the config and, beside it, the code of config, model and processor.
 

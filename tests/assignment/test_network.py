@@ -244,9 +244,7 @@ def test_assign_passes_the_process_mean_on(online, batch):
 
 def test_assign_of_nothing_but_padding(online, batch):
     weak_view, labels, valid = batch
-    pseudo_labels = assign(
-        online, torch.zeros_like(weak_view), labels, torch.zeros_like(valid), thresholds(), SCALES
-    )
+    pseudo_labels = assign(online, torch.zeros_like(weak_view), labels, torch.zeros_like(valid), thresholds(), SCALES)
     assert (pseudo_labels.cams == 0).all()
     assert (pseudo_labels.aux_cams == 0).all()
     assert torch.isfinite(pseudo_labels.segmentation).all()

@@ -16,16 +16,12 @@ def draw(seed, weight=0.5, low=(0.2, 0.05), high=(0.8, 0.05), size=4000) -> torc
 
 
 def histogram(values: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(
-        np.histogram(values.double().numpy(), bins=BINS, range=(FLOOR, 1))[0], dtype=torch.float64
-    )
+    return torch.tensor(np.histogram(values.double().numpy(), bins=BINS, range=(FLOOR, 1))[0], dtype=torch.float64)
 
 
 def reference_fit(values: np.ndarray) -> tuple[np.ndarray, float]:
     """scikit-learn's means, and where pi_fg N_fg = pi_bg N_bg between them, on a fine grid."""
-    mixture = GaussianMixture(2, tol=1e-9, max_iter=2000, random_state=0).fit(
-        values.astype(np.float64)[:, None]
-    )
+    mixture = GaussianMixture(2, tol=1e-9, max_iter=2000, random_state=0).fit(values.astype(np.float64)[:, None])
     order = mixture.means_[:, 0].argsort()
     weights, means = mixture.weights_[order], mixture.means_[order, 0]
     variances = mixture.covariances_[order, 0, 0]

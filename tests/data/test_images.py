@@ -32,9 +32,7 @@ def test_a_broken_file_is_named(jpeg, one_image, damage):
     if damage == "gone":
         jpeg.unlink()
     else:
-        jpeg.write_bytes(
-            {"truncated": content[: len(content) // 2], "empty": b"", "no image": b"hello"}[damage]
-        )
+        jpeg.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "no image": b"hello"}[damage])
     with pytest.raises(ValueError, match=rf"cannot read the image of image 'photo' \({jpeg}\)"):
         read_image(undecoded(one_image(jpeg))[0])
 

@@ -63,9 +63,7 @@ def test_an_item_depends_on_seed_and_position_only(shapes):
         _assert_equal(restarted[position], reference[position])
 
     for workers in (0, 2):
-        loader = DataLoader(
-            TrainingStream(shapes, VIEWS, length=20, seed=5), batch_size=None, num_workers=workers
-        )
+        loader = DataLoader(TrainingStream(shapes, VIEWS, length=20, seed=5), batch_size=None, num_workers=workers)
         for item, expected in zip(loader, reference, strict=True):
             _assert_equal(item, expected)
 

@@ -188,9 +188,7 @@ def test_mask_goes_where_the_image_goes(fixed_appearance, axis):
     ramp = _ramp(200, 150)
     compared = 0
     for seed in range(30):
-        item = _draw(
-            Views(96, HALF, HALF), seed, Image.fromarray(ramp), Image.fromarray(ramp[..., channel].copy())
-        )
+        item = _draw(Views(96, HALF, HALF), seed, Image.fromarray(ramp), Image.fromarray(ramp[..., channel].copy()))
         assert torch.equal(item["mask"] == 255, ~item["valid"])
         rows, columns = item["valid"].any(1), item["valid"].any(0)
         mask = item["mask"][rows][:, columns].numpy()[8:-8, 8:-8]  # blur bends the ramp at the border

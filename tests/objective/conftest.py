@@ -15,9 +15,7 @@ from torch import Tensor
 def numeric_gradient() -> Callable[[Callable[[np.ndarray], float], np.ndarray], np.ndarray]:
     """Central differences of a float64 function of one array, entry by entry."""
 
-    def gradient(
-        function: Callable[[np.ndarray], float], point: np.ndarray, step: float = 1e-5
-    ) -> np.ndarray:
+    def gradient(function: Callable[[np.ndarray], float], point: np.ndarray, step: float = 1e-5) -> np.ndarray:
         point = point.astype(np.float64).copy()
         result = np.zeros_like(point)
         for index in np.ndindex(point.shape):

@@ -104,9 +104,7 @@ def reference_separation(cam_logits, aux_cams, threshold, tokens, epsilon=1.0, t
                 m = cam_logits[image, :, y, x]
                 omega.append((label, m / np.linalg.norm(m)))
         for i, (label, m) in enumerate(omega):
-            positives = [
-                m @ other / temperature for j, (b, other) in enumerate(omega) if b == label and j != i
-            ]
+            positives = [m @ other / temperature for j, (b, other) in enumerate(omega) if b == label and j != i]
             negatives = [m @ other / temperature for b, other in omega if b != label]
             if positives and negatives:
                 against = np.logaddexp.reduce(negatives)
@@ -125,9 +123,7 @@ def as_float64(outputs, pseudo_labels):
 @pytest.mark.parametrize("thresholds", [(0.5, 0.4), (0.2, 0.8)])
 @pytest.mark.parametrize("reliability", [True, False])
 def test_parts_and_sum_equal_reference(seed, thresholds, reliability):
-    outputs, labels, valid, pseudo_labels = make_batch(
-        seed, threshold=thresholds[0], aux_threshold=thresholds[1]
-    )
+    outputs, labels, valid, pseudo_labels = make_batch(seed, threshold=thresholds[0], aux_threshold=thresholds[1])
     losses = CoSAObjective(reliability_weighting=reliability)(outputs, labels, valid, pseudo_labels)
     a, v = as_float64(outputs, pseudo_labels), valid.numpy()
     tokens = reference_valid_tokens(v)
@@ -146,9 +142,7 @@ def test_parts_and_sum_equal_reference(seed, thresholds, reliability):
         + 0.05 * expected["s2c"]
         + 0.1 * expected["csc"]
     )
-    assert {name: value.item() for name, value in losses.items()} == pytest.approx(
-        expected, rel=2e-5, abs=1e-5
-    )
+    assert {name: value.item() for name, value in losses.items()} == pytest.approx(expected, rel=2e-5, abs=1e-5)
 
 
 def test_reference_of_the_contrast_sees_anchors():
@@ -203,9 +197,7 @@ def test_ignored_padding_changes_nothing():
         pseudo_labels.segmentation[..., -2:] = 0.5
         pseudo_labels.cams[..., -1] = 1
         pseudo_labels.aux_cams[..., -1] = 1
-    assert CoSAObjective()(outputs, labels, valid, pseudo_labels)["loss"].item() == pytest.approx(
-        losses.item()
-    )
+    assert CoSAObjective()(outputs, labels, valid, pseudo_labels)["loss"].item() == pytest.approx(losses.item())
 
 
 def test_epsilon_infinite_admits_every_valid_token():
@@ -285,27 +277,17 @@ def test_degenerate_batches_give_finite_losses_and_gradients(case, scope, dtype)
             torch.autograd.grad(value, list(vars(outputs).values()), allow_unused=True, retain_graph=True),
             strict=True,
         ):
-            assert gradient is None or torch.isfinite(gradient).all(), (
-                f"gradient of {name} with respect to {output}"
-            )
+            assert gradient is None or torch.isfinite(gradient).all(), f"gradient of {name} with respect to {output}"
     losses["loss"].backward()
     assert all(logits.grad is not None for logits in vars(outputs).values())
     if case == "all padding":
-        assert (
-            losses["c2s"].item()
-            == losses["aux_c2s"].item()
-            == losses["s2c"].item()
-            == losses["csc"].item()
-            == 0
-        )
+        assert losses["c2s"].item() == losses["aux_c2s"].item() == losses["s2c"].item() == losses["csc"].item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_pseudo_labels_too(dtype):
     outputs, labels, valid, targets = make_batch(dtype=dtype)
-    halved = PseudoLabels(
-        targets.cams.to(dtype), targets.aux_cams.to(dtype), targets.segmentation.to(dtype), 0.5, 0.4
-    )
+    halved = PseudoLabels(targets.cams.to(dtype), targets.aux_cams.to(dtype), targets.segmentation.to(dtype), 0.5, 0.4)
     exact = CoSAObjective()(outputs, labels, valid, targets)
     for name, value in CoSAObjective()(outputs, labels, valid, halved).items():
         assert value.item() == pytest.approx(exact[name].item(), rel=0.1, abs=1e-2), name

@@ -12,9 +12,7 @@ from cosa_hf.objective.pseudo_labels import (
 IGNORE = 255
 
 
-def reference_normalize(
-    cam_logits: np.ndarray, labels: np.ndarray, valid: np.ndarray | None = None
-) -> np.ndarray:
+def reference_normalize(cam_logits: np.ndarray, labels: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
     """Sec. 3.3: relu, absent classes zero, min-max over the valid tokens of one image and class."""
     result = np.zeros(cam_logits.shape)
     valid = np.ones((len(cam_logits), *cam_logits.shape[2:]), bool) if valid is None else valid

@@ -10,9 +10,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOOR = 1e-3
 
 
-def anchor_losses(
-    cam_logits: np.ndarray, labels: np.ndarray, confident: np.ndarray, temperature: float
-) -> list[float]:
+def anchor_losses(cam_logits: np.ndarray, labels: np.ndarray, confident: np.ndarray, temperature: float) -> list[float]:
     """Eq. 9-10 for the tokens (C, N) of one group, anchor by anchor."""
     members = [i for i in range(len(labels)) if confident[i]]
     unit = cam_logits / np.maximum(np.linalg.norm(cam_logits, axis=0), FLOOR)
@@ -42,9 +40,7 @@ def reference(
     tokens = cam_logits.reshape(*cam_logits.shape[:2], -1)
     labels, confident = labels.reshape(len(labels), -1), confident.reshape(len(confident), -1)
     if scope == "batch":
-        losses = anchor_losses(
-            np.concatenate(list(tokens), axis=1), labels.ravel(), confident.ravel(), temperature
-        )
+        losses = anchor_losses(np.concatenate(list(tokens), axis=1), labels.ravel(), confident.ravel(), temperature)
     else:
         losses = [
             loss
@@ -177,9 +173,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("scope", ["image", "batch"])
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_without_anchors_exactly_zero_with_a_graph(case, scope, dtype):
-    cam_logits = (
-        torch.randn(1, 2, 2, 3, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    )
+    cam_logits = torch.randn(1, 2, 2, 3, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     loss = contrastive_separation_loss(cam_logits, *DEGENERATE[case], scope=scope)
     loss.backward()
     assert loss.item() == 0
@@ -222,9 +216,7 @@ def test_half_precision_maps_are_compared_in_full(dtype):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize(
-    "case", ["random", "first without anchors", "anchors in one image only", "no anchors"]
-)
+@pytest.mark.parametrize("case", ["random", "first without anchors", "anchors in one image only", "no anchors"])
 def test_mean_runs_over_the_global_batch(as_processes, processes, case):
     cam_logits, labels, confident = as_tensors(*random_batch(9, shape=(2 * processes, 3, 2, 3), share=0.8))
     if case == "first without anchors":
@@ -240,9 +232,7 @@ def test_mean_runs_over_the_global_batch(as_processes, processes, case):
     whole = contrastive_separation_loss(cam_logits, labels, confident)
     (expected,) = torch.autograd.grad(whole, cam_logits)
     shares = list(zip(cam_logits.split(2), labels.split(2), confident.split(2), strict=True))
-    parts = as_processes(
-        *(lambda mean, s=share: contrastive_separation_loss(*s, mean=mean) for share in shares)
-    )
+    parts = as_processes(*(lambda mean, s=share: contrastive_separation_loss(*s, mean=mean) for share in shares))
     average = torch.stack(parts).mean()
     (gradient,) = torch.autograd.grad(average, cam_logits)
     torch.testing.assert_close(average, whole, rtol=1e-5, atol=1e-6)

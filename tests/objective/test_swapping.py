@@ -53,9 +53,7 @@ def probabilities(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(
-    ("grid", "size"), [((2, 3), (8, 9)), ((3, 3), (3, 3)), ((1, 1), (4, 5)), ((2, 2), (7, 5))]
-)
+@pytest.mark.parametrize(("grid", "size"), [((2, 3), (8, 9)), ((3, 3), (3, 3)), ((1, 1), (4, 5)), ((2, 2), (7, 5))])
 def test_cam2seg_equals_reference(grid, size, weighted):
     rng = np.random.default_rng(0)
     seg_logits = rng.normal(scale=3, size=(2, 4, *grid)).astype(np.float32)
@@ -86,9 +84,7 @@ def test_cam2seg_degenerate(dtype, ids):
         "all ignored": torch.full((1, 4, 4), IGNORE),
         "all background": torch.zeros(1, 4, 4, dtype=torch.long),
         "one class": torch.full((1, 4, 4), 2),
-        "one pixel": torch.full((1, 4, 4), IGNORE).index_put_(
-            [torch.tensor(i) for i in (0, 1, 3)], torch.tensor(1)
-        ),
+        "one pixel": torch.full((1, 4, 4), IGNORE).index_put_([torch.tensor(i) for i in (0, 1, 3)], torch.tensor(1)),
     }[ids]
     rng = np.random.default_rng(2)
     seg_logits = torch.tensor(rng.normal(scale=9e3, size=(1, 3, 2, 2))).to(dtype).requires_grad_()
@@ -116,12 +112,8 @@ def test_seg2cam_equals_reference(classes, share):
     cam_logits = rng.normal(scale=4, size=(2, classes, 3, 4)).astype(np.float32)
     segmentation = probabilities(rng, (2, classes + 1, 3, 4))
     valid = rng.random((2, 3, 4)) < share
-    value = seg2cam_loss(
-        torch.tensor(cam_logits), torch.tensor(segmentation, dtype=torch.float32), torch.tensor(valid)
-    )
-    assert value.item() == pytest.approx(
-        reference_seg2cam(cam_logits, segmentation, valid), rel=1e-5, abs=1e-6
-    )
+    value = seg2cam_loss(torch.tensor(cam_logits), torch.tensor(segmentation, dtype=torch.float32), torch.tensor(valid))
+    assert value.item() == pytest.approx(reference_seg2cam(cam_logits, segmentation, valid), rel=1e-5, abs=1e-6)
 
 
 def test_seg2cam_gradient_equals_central_differences(numeric_gradient):
@@ -146,9 +138,7 @@ def test_seg2cam_degenerate(dtype, value, some_valid):
     valid = torch.full((1, 2, 2), some_valid)
     loss = seg2cam_loss(cam_logits, segmentation, valid)
     loss.backward()
-    expected = reference_seg2cam(
-        cam_logits.detach().double().numpy(), segmentation.double().numpy(), valid.numpy()
-    )
+    expected = reference_seg2cam(cam_logits.detach().double().numpy(), segmentation.double().numpy(), valid.numpy())
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert torch.isfinite(cam_logits.grad).all()
 

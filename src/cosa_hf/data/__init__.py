@@ -22,9 +22,7 @@ def _voc(data_dir: str | Path | None, split: str, masks: bool) -> Dataset:
 
 def _shapes(data_dir: str | Path | None, split: str, masks: bool) -> Dataset:
     if data_dir is not None:
-        raise ValueError(
-            f"dataset 'shapes' is generated, not read: leave data_dir out (got {str(data_dir)!r})"
-        )
+        raise ValueError(f"dataset 'shapes' is generated, not read: leave data_dir out (got {str(data_dir)!r})")
     return load_shapes(split, masks=masks)
 
 

@@ -97,9 +97,7 @@ def _decode(example: dict[str, Any], column: str) -> Image.Image:
         return value
     try:
         return ImageFeature().decode_example(value)
-    except (
-        Exception
-    ) as error:  # decoders raise whatever they like: OSError, SyntaxError, zlib and struct errors
+    except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, zlib and struct errors
         where = (value or {}).get("path") or "bytes in the dataset"
         raise ValueError(
             f"cannot read the {column} of image {example['image_id']!r} ({where}): {error}; "

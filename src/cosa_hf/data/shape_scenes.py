@@ -104,8 +104,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         thing = _draw_thing(rng, int(class_id))
         # Apart enough that each stays partly visible: a tag must not name what cannot be seen.
         if all(
-            np.hypot(*np.subtract(thing.center, other.center)) > 0.7 * (thing.radius + other.radius)
-            for other in things
+            np.hypot(*np.subtract(thing.center, other.center)) > 0.7 * (thing.radius + other.radius) for other in things
         ):
             things.append(thing)
     return Scene(ground, things)
@@ -130,9 +129,7 @@ def _draw_thing(rng: np.random.Generator, class_id: int) -> Thing:
 
 
 def _draw_color(rng: np.random.Generator, hue: Range, saturation: Range, value: Range) -> Color:
-    red, green, blue = colorsys.hsv_to_rgb(
-        rng.uniform(*hue) % 1, rng.uniform(*saturation), rng.uniform(*value)
-    )
+    red, green, blue = colorsys.hsv_to_rgb(rng.uniform(*hue) % 1, rng.uniform(*saturation), rng.uniform(*value))
     return 255 * red, 255 * green, 255 * blue
 
 
@@ -217,9 +214,7 @@ _OUTLINES: dict[str, Callable[[Array, Array], Array]] = {
     "triangle": lambda u, v: (np.abs(u) <= 0.58 * (v + 1.0)) & (v <= 0.65),
     "star": _star_outline,
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) <= 0.26,
-    "cross": lambda u, v: (
-        (np.minimum(np.abs(u), np.abs(v)) <= 0.33) & (np.maximum(np.abs(u), np.abs(v)) <= 0.95)
-    ),
+    "cross": lambda u, v: (np.minimum(np.abs(u), np.abs(v)) <= 0.33) & (np.maximum(np.abs(u), np.abs(v)) <= 0.95),
     "boat": _boat_outline,
     "train": _train_outline,
 }
@@ -240,15 +235,11 @@ def _train_texture(u: Array, v: Array, p: Array, q: Array) -> Array:
 
 _TEXTURES: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
     "disc": lambda u, v, p, q: _wave(p / 6),  # stripes
-    "square": lambda u, v, p, q: np.clip(
-        0.5 + 4 * np.sin(np.pi * p / 5) * np.sin(np.pi * q / 5), 0, 1
-    ),  # checker
+    "square": lambda u, v, p, q: np.clip(0.5 + 4 * np.sin(np.pi * p / 5) * np.sin(np.pi * q / 5), 0, 1),  # checker
     "triangle": lambda u, v, p, q: np.clip(2.2 - np.hypot(p % 6 - 3, q % 6 - 3), 0, 1),  # dots
     "star": lambda u, v, p, q: _wave(np.hypot(u, v) * 2.6),  # concentric
     "ring": lambda u, v, p, q: _wave(4 * np.arctan2(v, u) / np.pi),  # segments
-    "cross": lambda u, v, p, q: np.clip(
-        1.6 - np.minimum(np.abs(p % 5.5 - 2.7), np.abs(q % 5.5 - 2.7)), 0, 1
-    ),  # mesh
+    "cross": lambda u, v, p, q: np.clip(1.6 - np.minimum(np.abs(p % 5.5 - 2.7), np.abs(q % 5.5 - 2.7)), 0, 1),  # mesh
     "boat": _boat_texture,
     "train": _train_texture,
 }
@@ -294,7 +285,5 @@ def _paint_ground(ground: Ground, side: int) -> Array:
     x, y = axis[None, :], axis[:, None]
     cos, sin = float(np.cos(ground.angle)), float(np.sin(ground.angle))
     fine = _upsampled(ground.fine, side)
-    amount = _GROUNDS[ground.kind](
-        cos * x + sin * y, cos * y - sin * x, _upsampled(ground.coarse, side), fine
-    )
+    amount = _GROUNDS[ground.kind](cos * x + sin * y, cos * y - sin * x, _upsampled(ground.coarse, side), fine)
     return _mix(ground.dark, ground.light, amount + 0.12 * (fine - 0.5))

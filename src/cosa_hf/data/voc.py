@@ -135,14 +135,10 @@ def _tags_from_json(path: Path, image_ids: list[str]) -> list[list[str]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(tags, dict):
-        raise ValueError(
-            f"{path} holds a {type(tags).__name__}: expected an object, image id -> list of class names"
-        )
+        raise ValueError(f"{path} holds a {type(tags).__name__}: expected an object, image id -> list of class names")
     missing = [image_id for image_id in image_ids if image_id not in tags]
     if missing:
-        raise ValueError(
-            f"{path} has no entry for {_some(missing, 'image')}; an image without classes needs []"
-        )
+        raise ValueError(f"{path} has no entry for {_some(missing, 'image')}; an image without classes needs []")
     malformed = [image_id for image_id in image_ids if not isinstance(tags[image_id], list)]
     if malformed:
         raise ValueError(f"{path}: expected a list of class names for {_some(malformed, 'image')}")
@@ -173,9 +169,7 @@ def _class_ids(tags: Iterable[str], image_id: str) -> list[int]:
     ids = set()
     for tag in tags:
         if tag not in VOC_CLASSES:
-            raise ValueError(
-                f"image {image_id!r} has the tag {tag!r}, which is no class of {', '.join(VOC_CLASSES)}"
-            )
+            raise ValueError(f"image {image_id!r} has the tag {tag!r}, which is no class of {', '.join(VOC_CLASSES)}")
         ids.add(VOC_CLASSES.index(tag))
     return sorted(ids)
 

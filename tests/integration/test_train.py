@@ -1,0 +1,70 @@
+"""scripts/train.py as a user runs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared"
+TINY = (
+    "--backbone test_vit --aux_layer -2 --decoder_channels 16 --decoder_dilation 1 --crop_size 48 --input_size 48 "
+    "--batch_size 2 --num_workers 0 --max_steps 4 --warmup_steps 2 --lr_warmup_steps 1 --ema_momentum 0.5 "
+    "--label_scales 1.0 --log_every 1"
+).split()
+
+
+def train(*arguments, launch=()):
+    command = [sys.executable, *launch, ROOT / "scripts" / "train.py", *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_embedded_demo_trains_without_any_recipe_or_data(tmp_path):
+    launch = ("-m", "accelerate.commands.launch", "--num_processes", "1")
+    run = train(*TINY, "--output_dir", tmp_path / "run", "--eval_every", "4", "--eval_images", "2", launch=launch)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == str(tmp_path / "run" / "assignment")
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 4]
+    assert "eval/seg" in entries[-1]
+    assert list((tmp_path / "run").glob("cosa_hf/events.out.tfevents*"))
+
+
+@pytest.mark.slow
+def test_real_voc_with_real_weights(tmp_path):
+    data, weights = SHARED / "data/VOC2012", SHARED / "weights/tf_efficientnet_lite0.in1k.fp16.safetensors"
+    if not data.is_dir() or not weights.is_file():
+        pytest.skip("needs the VOC subset and the backbone weights beside the repository")
+    run = train(
+        *("--recipe", "voc-lite0", "--data_dir", data, "--backbone_weights", weights, "--output_dir", tmp_path / "run"),
+        *("--max_steps", 12, "--warmup_steps", 8, "--lr_warmup_steps", 2, "--eval_every", 0, "--log_every", 4),
+    )
+    assert run.returncode == 0, run.stderr
+    assert "1696 images, 20 classes" in run.stdout
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    # Twelve steps are enough for pretrained features to find out that most tags are absent: ln 2 at the start.
+    assert entries[-1]["cls"] < 0.5 < entries[0]["cls"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "voc-vit-x"), "known by name: .*shapes-tiny"),
+        (("--recipe", "voc-lite0", "--data_dir", "nowhere"), "nowhere"),
+        (("--max_steps", "many"), "max_steps"),
+        (("--learning_speed", "1"), "learning_speed"),
+        (("--ema_momentum", "1.0"), "ema_momentum"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(arguments, message, tmp_path):
+    run = train(*arguments, "--output_dir", tmp_path / "run")
+    assert run.returncode != 0
+    assert re.search(message, run.stderr), run.stderr[-500:]
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "run").exists()
