@@ -42,16 +42,21 @@ def test_classes_are_balanced_and_images_varied(sample):
     assert 0.6 < background < 0.95
 
 
-def test_colour_tells_nothing(sample):
-    """No class lies far from the others in the mean colour of its pixels."""
-    colors = {class_id: [] for class_id in range(1, 9)}
+def test_each_class_keeps_to_its_hue_and_the_ground_is_muted(sample):
+    things, ground = {}, []
     for row in sample:
-        image, mask = np.asarray(row["image"]), np.asarray(row["mask"])
+        hue, saturation, _ = np.moveaxis(np.asarray(row["image"].convert("HSV"), dtype=float), 2, 0)
+        mask = np.asarray(row["mask"])
         for label in row["labels"]:
-            colors[label + 1].append(image[mask == label + 1].mean(axis=0))
-    means = np.array([np.mean(values, axis=0) for values in colors.values()])
-    spread = np.mean([np.std(values, axis=0) for values in colors.values()])
-    assert (means.max(axis=0) - means.min(axis=0)).max() < 2 * spread
+            inside = mask == label + 1
+            vector = (saturation[inside] * np.exp(2j * np.pi * hue[inside] / 256)).mean()
+            things.setdefault(label, []).append(np.angle(vector) / (2 * np.pi))
+        if not set(row["labels"]) & {SHAPES_CLASSES.index(name) for name in SHAPES_COEXISTENCE}:
+            ground.append(saturation[mask == 0].mean() / 256)
+    for label, hues in things.items():
+        off = (np.array(hues) - label / 8 + 0.5) % 1 - 0.5
+        assert np.abs(off).max() < 0.0625, SHAPES_CLASSES[label]
+    assert np.mean(ground) < 0.2
 
 
 def test_surroundings_come_with_their_class_and_are_background(monkeypatch):

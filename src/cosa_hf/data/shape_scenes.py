@@ -17,7 +17,7 @@ Range = tuple[float, float]
 _OVERSAMPLING = 2
 _REFERENCE = 96  # texture periods are in pixels of an image of this side, whatever the size it is rendered at
 _SURROUNDING_COLORS: dict[str, tuple[Range, Range, Range]] = {  # hue, saturation, value
-    "boat": ((0.48, 0.62), (0.45, 0.75), (0.5, 0.8)),
+    "boat": ((0.50, 0.58), (0.45, 0.75), (0.5, 0.8)),
     "train": ((0.04, 0.10), (0.2, 0.45), (0.3, 0.5)),
 }
 
@@ -87,13 +87,13 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Draw a random scene. Colours are random too: they tell nothing about the class."""
+    """Draw a random scene: bright things of a colour typical for their class, on muted grounds."""
     hue = rng.uniform()
     near = (hue - 0.06, hue + 0.06)
     ground = Ground(
         kind=int(rng.integers(len(_GROUNDS))),
-        light=_draw_color(rng, near, (0.10, 0.40), (0.60, 0.85)),
-        dark=_draw_color(rng, near, (0.20, 0.50), (0.38, 0.58)),
+        light=_draw_color(rng, near, (0.00, 0.18), (0.60, 0.85)),
+        dark=_draw_color(rng, near, (0.05, 0.22), (0.35, 0.55)),
         angle=rng.uniform(0, np.pi),
         period=rng.uniform(0.8, 1.3),
         coarse=rng.uniform(size=(8, 8)),
@@ -113,15 +113,15 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 def _draw_thing(rng: np.random.Generator, class_id: int) -> Thing:
     name = SHAPES_CLASSES[class_id]
     upright = name in SHAPES_COEXISTENCE
-    hue = rng.uniform()
+    hue = class_id / len(SHAPES_CLASSES) + rng.uniform(-0.04, 0.04)
     x, y = rng.uniform(0.18, 0.82, size=2)
     return Thing(
         class_id=class_id,
         center=(float(x), float(y)),
         radius=rng.uniform(0.15, 0.27) * (1.15 if upright else 1.0),
         angle=rng.uniform(-0.2, 0.2) if upright else rng.uniform(0, 2 * np.pi),
-        light=_draw_color(rng, (hue, hue), (0.10, 0.55), (0.88, 1.00)),
-        dark=_draw_color(rng, (hue - 0.12, hue + 0.12), (0.60, 1.00), (0.20, 0.55)),
+        light=_draw_color(rng, (hue, hue), (0.30, 0.60), (0.88, 1.00)),
+        dark=_draw_color(rng, (hue, hue), (0.70, 1.00), (0.35, 0.65)),
         surroundings=_draw_color(rng, *_SURROUNDING_COLORS[name]) if upright else (0.0, 0.0, 0.0),
         period=rng.uniform(0.85, 1.2),
         phase=rng.uniform(),
