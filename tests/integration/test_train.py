@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,36 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
-TINY = [
-    "--backbone",
-    "test_vit",
-    "--aux_layer",
-    "-2",
-    "--decoder_channels",
-    "16",
-    "--decoder_dilation",
-    "1",
-    "--crop_size",
-    "48",
-    "--input_size",
-    "48",
-    "--batch_size",
-    "2",
-    "--num_workers",
-    "0",
-    "--max_steps",
-    "4",
-    "--warmup_steps",
-    "2",
-    "--lr_warmup_steps",
-    "1",
-    "--ema_momentum",
-    "0.5",
-    "--label_scales",
-    "1.0",
-    "--log_every",
-    "1",
-]
+TINY = shlex.split(
+    "--backbone test_vit --aux_layer -2 --decoder_channels 16 --decoder_dilation 1 --crop_size 48 --input_size 48 "
+    "--batch_size 2 --num_workers 0 --max_steps 4 --warmup_steps 2 --lr_warmup_steps 1 --ema_momentum 0.2 "
+    "--label_scales 1.0 --log_every 1"
+)
 
 
 def train(*arguments, launch=()):
