@@ -8,6 +8,7 @@ all panels in one picture as panels.png, and unseen.png with its mask.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,12 +31,26 @@ def run(script: str, *arguments: str | Path) -> None:
     subprocess.run([sys.executable, SCRIPTS / script, *map(str, arguments)], check=True)
 
 
-def train(*arguments: str | Path) -> None:
-    """The training script, through Accelerate."""
+def start_training(*arguments: str | Path, log: Path | None = None) -> subprocess.Popen:
+    """The training script, through Accelerate; what it prints goes to the terminal, or to a file."""
     print(f"\n$ accelerate launch scripts/train.py {' '.join(map(str, arguments))}", flush=True)
     launch = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
     options = ("--mixed_precision", "no", "--dynamo_backend", "no", SCRIPTS / "train.py")
-    subprocess.run([*launch, *options, *map(str, arguments)], check=True)
+    output = None if log is None else log.open("w")
+    # Two networks too small to share work between cores train side by side, on a core each.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launch, *options, *map(str, arguments)], env=environment, stdout=output, stderr=output)
+
+
+def finish(training: subprocess.Popen, log: Path | None = None) -> None:
+    if training.wait():
+        sys.exit(f"training failed; {log or 'the message above'} says why")
+
+
+def steps(recipe: str) -> int:
+    """How long the recipe trains: a warm-up of that length is classification and nothing else."""
+    path = Path(recipe) if Path(recipe).suffix else SCRIPTS.parent / "recipes" / f"{recipe}.yaml"
+    return yaml.safe_load(path.read_text())["max_steps"]
 
 
 def recommended(run_dir: Path) -> Path:
@@ -48,13 +63,22 @@ def main(output_dir: Path, recipe: str) -> None:
     model, report_path, panels = output_dir / "model", output_dir / "report.json", output_dir / "panels"
     on_unseen_images = ("--dataset", "shapes", "--split", "val")
 
-    train("--recipe", recipe, "--output_dir", output_dir / "cosa")
+    baseline, baseline_log = output_dir / "classification", output_dir / "classification.log"
+    output_dir.mkdir(parents=True)
+    cosa_training = start_training("--recipe", recipe, "--output_dir", output_dir / "cosa")
+    baseline_training = start_training(
+        "--recipe", recipe, "--output_dir", baseline, "--warmup_steps", str(steps(recipe)), log=baseline_log
+    )
+    try:
+        finish(cosa_training)
+        finish(baseline_training, baseline_log)
+    finally:
+        # Whoever is still running would train for nobody.
+        for training in (cosa_training, baseline_training):
+            training.kill()
+
     shutil.copytree(recommended(output_dir / "cosa"), model)
     run("evaluate.py", model, *on_unseen_images, "--report", report_path, "--panels", panels, "--num_panels", "6")
-
-    baseline = output_dir / "classification"
-    steps = yaml.safe_load((output_dir / "cosa" / "recipe.yaml").read_text())["max_steps"]
-    train("--recipe", recipe, "--output_dir", baseline, "--warmup_steps", str(steps))
     run("evaluate.py", recommended(baseline), *on_unseen_images, "--report", baseline / "report.json")
 
     report = json.loads(report_path.read_text())
