@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import image_of
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from cosa_hf.data import views as views_module
 from cosa_hf.data.appearance import apply_appearance
@@ -156,17 +156,29 @@ def test_crop_reaches_every_part_of_a_large_image(no_blur, fixed_appearance):
 
 def test_blur_is_shared_and_happens_half_of_the_time(fixed_appearance):
     fixed_appearance("identity")
-    image = image_of(32, 32)
+    image = image_of(224, 224)
     sharp = np.asarray(image)
     blurred = []
-    for seed in range(300):
-        item = _draw(Views(32, HALF, HALF, scale_range=(1.0, 1.0)), seed, image)
+    for seed in range(100):
+        item = _draw(Views(224, HALF, HALF, scale_range=(1.0, 1.0)), seed, image)
         pixels = _pixels(item["weak"], item["valid"])
         unflipped = np.array_equal(pixels, sharp) or np.array_equal(pixels, sharp[:, ::-1])
         blurred.append(not unflipped)
         assert pixels.std() <= sharp.std() + 1e-9
     # sigma close to .1 rounds back to the very image: a little less than half is seen
     assert 0.33 < np.mean(blurred) < 0.6
+
+
+@pytest.mark.parametrize(("crop_size", "sigma"), [(448, 2.0), (112, 0.5)])
+def test_blur_scales_with_the_crop(fixed_appearance, monkeypatch, crop_size, sigma):
+    fixed_appearance("identity")
+    monkeypatch.setattr(views_module, "BLUR_PROBABILITY", 1.0)
+    monkeypatch.setattr(views_module, "BLUR_SIGMA", (2.0, 2.0))
+    image = image_of(crop_size, crop_size)
+    item = _draw(Views(crop_size, HALF, HALF, scale_range=(1.0, 1.0)), 0, image)
+    seen = _pixels(item["weak"], item["valid"])
+    blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(sigma)))
+    assert np.array_equal(seen, blurred) or np.array_equal(seen, blurred[:, ::-1])
 
 
 def test_photometry_does_not_see_the_padding(no_blur, fixed_appearance):

@@ -11,7 +11,10 @@ from cosa_hf.data.appearance import apply_appearance, draw_appearance
 
 IGNORE_INDEX = 255
 BLUR_PROBABILITY = 0.5
-BLUR_SIGMA = (0.1, 2.0)  # pixels of the crop; the paper gives the probability only
+# The paper gives the probability only. These are pixels of its 448-pixel crop; a smaller crop is blurred less, so that
+# the same share of an object's detail is lost.
+BLUR_SIGMA = (0.1, 2.0)
+BLUR_CROP = 448
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Views:
     Geometry is shared: rescale by U(*scale_range) (bilinear, antialiased), horizontal flip with p .5, random
     crop. Where the rescaled image is smaller than the crop it lands at a random place and the rest is
     padding: zeros after normalisation, i.e. the mean colour, and V is False there. A Gaussian blur with p .5
-    and sigma U(.1, 2) pixels is shared too. The weak view stops there (Tab. 8); the strong view adds exactly
-    one operation of Tab. 10 (Tab. 9). Blur and photometry see the image's own pixels only, never the padding.
+    and sigma U(.1, 2) * crop_size / 448 pixels is shared too. The weak view stops there (Tab. 8); the strong view
+    adds exactly one operation of Tab. 10 (Tab. 9). Blur and photometry see the image's own pixels only, never the
+    padding.
 
     All randomness comes from torch's global generator: seed it, or use `TrainingStream`.
 
@@ -96,7 +100,8 @@ class Views:
         weak = geometry.apply(image, Image.Resampling.BILINEAR)
         if torch.rand(()).item() < BLUR_PROBABILITY:
             low, high = BLUR_SIGMA
-            weak = weak.filter(ImageFilter.GaussianBlur(low + (high - low) * torch.rand(()).item()))
+            sigma = low + (high - low) * torch.rand(()).item()
+            weak = weak.filter(ImageFilter.GaussianBlur(sigma * self.crop_size / BLUR_CROP))
         strong = apply_appearance(weak, *draw_appearance())
 
         side = self.crop_size
