@@ -7,20 +7,23 @@ all panels in one picture as panels.png, and unseen.png with its mask.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
 from PIL import Image
 from transformers import pipeline
 
 import cosa_hf  # noqa: F401  (registers the model with transformers)
 from cosa_hf.data import load_shapes
+from cosa_hf.training.recipe import Recipe
 
 SCRIPTS = Path(__file__).resolve().parent
 
@@ -31,26 +34,32 @@ def run(script: str, *arguments: str | Path) -> None:
     subprocess.run([sys.executable, SCRIPTS / script, *map(str, arguments)], check=True)
 
 
-def start_training(*arguments: str | Path, log: Path | None = None) -> subprocess.Popen:
-    """The training script, through Accelerate; what it prints goes to the terminal, or to a file."""
+@contextlib.contextmanager
+def training(*arguments: str | Path, log: Path | None = None) -> Iterator[subprocess.Popen]:
+    """The training script, through Accelerate, running until the end of the `with` block at the latest.
+
+    What it prints goes to the terminal, or to a file.
+    """
     print(f"\n$ accelerate launch scripts/train.py {' '.join(map(str, arguments))}", flush=True)
     launch = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
     options = ("--mixed_precision", "no", "--dynamo_backend", "no", SCRIPTS / "train.py")
     output = None if log is None else log.open("w")
     # Two networks too small to share work between cores train side by side, on a core each.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launch, *options, *map(str, arguments)], env=environment, stdout=output, stderr=output)
+    command = [*launch, *options, *map(str, arguments)]
+    # A session of its own, so that what the launcher starts can be ended with it: the training and its data workers.
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def finish(training: subprocess.Popen, log: Path | None = None) -> None:
-    if training.wait():
+def finish(process: subprocess.Popen, log: Path | None = None) -> None:
+    if process.wait():
         sys.exit(f"training failed; {log or 'the message above'} says why")
-
-
-def steps(recipe: str) -> int:
-    """How long the recipe trains: a warm-up of that length is classification and nothing else."""
-    path = Path(recipe) if Path(recipe).suffix else SCRIPTS.parent / "recipes" / f"{recipe}.yaml"
-    return yaml.safe_load(path.read_text())["max_steps"]
 
 
 def recommended(run_dir: Path) -> Path:
@@ -59,23 +68,22 @@ def recommended(run_dir: Path) -> Path:
 
 def main(output_dir: Path, recipe: str) -> None:
     started = time.perf_counter()
+    # A warm-up as long as the run is classification and nothing else.
+    steps = Recipe.named(recipe).max_steps
     shutil.rmtree(output_dir, ignore_errors=True)
     model, report_path, panels = output_dir / "model", output_dir / "report.json", output_dir / "panels"
     on_unseen_images = ("--dataset", "shapes", "--split", "val")
 
     baseline, baseline_log = output_dir / "classification", output_dir / "classification.log"
     output_dir.mkdir(parents=True)
-    cosa_training = start_training("--recipe", recipe, "--output_dir", output_dir / "cosa")
-    baseline_training = start_training(
-        "--recipe", recipe, "--output_dir", baseline, "--warmup_steps", str(steps(recipe)), log=baseline_log
-    )
-    try:
+    classification_only = ("--output_dir", baseline, "--warmup_steps", str(steps))
+    # Where one fails, the other ends too: it would train for nobody.
+    with (
+        training("--recipe", recipe, "--output_dir", output_dir / "cosa") as cosa_training,
+        training("--recipe", recipe, *classification_only, log=baseline_log) as baseline_training,
+    ):
         finish(cosa_training)
         finish(baseline_training, baseline_log)
-    finally:
-        # Whoever is still running would train for nobody.
-        for training in (cosa_training, baseline_training):
-            training.kill()
 
     shutil.copytree(recommended(output_dir / "cosa"), model)
     run("evaluate.py", model, *on_unseen_images, "--report", report_path, "--panels", panels, "--num_panels", "6")
@@ -125,4 +133,7 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="emptied first")
     parser.add_argument("--recipe", default="shapes-tiny", help="a YAML file, or the name of one in recipes/")
     arguments = parser.parse_args()
+    # The trainings have sessions of their own, which no signal to this one reaches: leave through the `with` block.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     main(arguments.output_dir, arguments.recipe)

@@ -8,29 +8,21 @@ A recipe is a YAML file, or the name of one in recipes/; every field of it is al
 
 import argparse
 import sys
-from pathlib import Path
 
 from transformers import HfArgumentParser
 
 from cosa_hf.training.loop import train
 from cosa_hf.training.recipe import Recipe
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-
 
 def parse(arguments: list[str]) -> Recipe:
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--recipe", default="shapes-tiny", help="a YAML file, or the name of one in recipes/")
     chosen, flags = chooser.parse_known_args(arguments)
-    path = Path(chosen.recipe)
-    if not path.suffix:
-        path = RECIPES / f"{chosen.recipe}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-        raise FileNotFoundError(f"no recipe {path}; known by name: {known}")
+    recipe = Recipe.named(chosen.recipe)
     parser = HfArgumentParser(Recipe, parents=[chooser], description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(**vars(Recipe.from_yaml(path)))
+    parser.set_defaults(**vars(recipe))
     recipe, *_ = parser.parse_args_into_dataclasses(flags)
     return recipe
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ class MultiScaleOutput:
 
     Attributes:
         cls_logits: (B, C), mean.
-        cam_logits: M, (B, C, h, w), maximum (Alg. 1).
-        aux_cam_logits: M†, (B, C, h, w), maximum.
+        cam_logits: M, (B, C, h, w), maximum (Alg. 1) or sum.
+        aux_cam_logits: M†, (B, C, h, w), likewise.
         seg_logits: S, (B, K, h, w), mean.
     """
 
@@ -33,6 +34,7 @@ def forward_multiscale(
     pixel_values: Tensor,
     scales: Sequence[float] = (1.0, 0.5, 1.5),
     flip: bool = True,
+    cam_fusion: Literal["max", "sum"] = "max",
 ) -> MultiScaleOutput:
     """Run the model on scaled and mirrored copies; CAMs by maximum, logits by mean (Sec. 3.3, Alg. 1 lines 7-8).
 
@@ -43,6 +45,7 @@ def forward_multiscale(
         pixel_values: normalised images, (B, 3, H, W).
         scales: factors on H and W, each rounded to the model's stride.
         flip: add the mirror image of each scale.
+        cam_fusion: `max`, the paper's; `sum`, the released code's: of what is positive in the maximum over flips.
 
     Raises:
         ValueError: no scale, or one that is not positive.
@@ -97,9 +100,15 @@ def forward_multiscale(
             ]
         )
 
+    def fused_cams(collected: list[tuple[Tensor, ...]]) -> Tensor:
+        copies = on_grid(collected)
+        if cam_fusion == "max":
+            return copies.amax(dim=0)
+        return copies.unflatten(0, (len(scales), -1)).amax(dim=1).relu().sum(dim=0)
+
     return MultiScaleOutput(
         cls_logits=torch.cat(cls_logits).float().mean(dim=0),
-        cam_logits=on_grid(cams).amax(dim=0),
-        aux_cam_logits=on_grid(aux_cams).amax(dim=0),
+        cam_logits=fused_cams(cams),
+        aux_cam_logits=fused_cams(aux_cams),
         seg_logits=on_grid(seg_logits).mean(dim=0),
     )

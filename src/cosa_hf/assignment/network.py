@@ -1,7 +1,7 @@
 """The assignment network (AN): the online network's moving average, and the pseudo-labels it gives to a batch."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cosa_hf.assignment.threshold import DynamicThreshold
 from cosa_hf.inference import forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.objective.guidance import seg2cam_target
 from cosa_hf.objective.overall import valid_tokens
-from cosa_hf.objective.pseudo_labels import PseudoLabels, normalize_cams, segmentation_pseudo_labels
+from cosa_hf.objective.pseudo_labels import PseudoLabels, normalize_cams
 from cosa_hf.objective.reliability import ProcessMean, single_process
 
 
@@ -70,6 +71,9 @@ def assign(
     temperature: float = 0.01,
     dynamic: bool = True,
     mean: ProcessMean = single_process,
+    cam_fusion: Literal["max", "sum"] = "max",
+    guidance: Literal["none", "spl", "gt", "noise"] = "spl",
+    masks: Tensor | None = None,
 ) -> PseudoLabels:
     """Pseudo-labels of a batch (Alg. 1 lines 7-10): CAMs and segmentation filtered by the tags, thresholds moved on.
 
@@ -83,10 +87,13 @@ def assign(
         temperature: tau of the segmentation pseudo-labels (Eq. 7).
         dynamic: update the thresholds (Eq. 6), or leave them at their fixed start.
         mean: see `reliability.ProcessMean`.
+        cam_fusion: of the scales, see `forward_multiscale`.
+        guidance: where `PseudoLabels.segmentation` comes from, see `seg2cam_target`.
+        masks: class ids, (B, H, W), for the guidance `gt` alone.
     """
     was_training = network.training
     network.eval()
-    fused = forward_multiscale(network, weak_view, scales)
+    fused = forward_multiscale(network, weak_view, scales, cam_fusion=cam_fusion)
     network.train(was_training)
 
     tokens = valid_tokens(valid, fused.cam_logits)
@@ -99,7 +106,7 @@ def assign(
     return PseudoLabels(
         cams=cams,
         aux_cams=aux_cams,
-        segmentation=segmentation_pseudo_labels(fused.seg_logits, labels, temperature),
+        segmentation=seg2cam_target(guidance, fused.seg_logits, labels, temperature, masks),
         threshold=threshold.value,
         aux_threshold=aux_threshold.value,
     )

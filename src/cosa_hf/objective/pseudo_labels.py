@@ -13,7 +13,7 @@ class PseudoLabels:
     Attributes:
         cams: normalised M', (B, C, h, w) in [0, 1].
         aux_cams: normalised M†', (B, C, h, w) in [0, 1].
-        segmentation: SPL, class probabilities with background first, (B, K, h, w).
+        segmentation: SPL, class probabilities with background first, (B, K, h, w); all zero where nothing is known.
         threshold: xi, where M' parts foreground from background.
         aux_threshold: the same for M†'.
     """
@@ -54,7 +54,13 @@ def normalize_cams(cam_logits: Tensor, labels: Tensor, valid: Tensor | None = No
     return scaled.masked_fill(~inside, 0.0)
 
 
-def cam_pseudo_labels(cams: Tensor, threshold: float, valid: Tensor | None = None, ignore_index: int = 255) -> Tensor:
+def cam_pseudo_labels(
+    cams: Tensor,
+    threshold: float,
+    valid: Tensor | None = None,
+    ignore_index: int = 255,
+    background_threshold: float | None = None,
+) -> Tensor:
     """CAM pseudo-labels, CPL (Eq. 3): the strongest class where it reaches the threshold, else background.
 
     Args:
@@ -62,6 +68,8 @@ def cam_pseudo_labels(cams: Tensor, threshold: float, valid: Tensor | None = Non
         threshold: xi in (0, 1).
         valid: (B, H, W), False where random crop padded the image; those pixels get `ignore_index`.
         ignore_index: the id that no loss and no metric counts.
+        background_threshold: confidences from here up to the threshold are neither, and get `ignore_index` (released
+            code). None: there is no such range.
 
     Returns:
         Class ids (B, H, W), background 0, class c as c + 1.
@@ -73,6 +81,8 @@ def cam_pseudo_labels(cams: Tensor, threshold: float, valid: Tensor | None = Non
     """
     confidence, winner = cams.max(dim=1)
     ids = torch.where(confidence >= threshold, winner + 1, 0)
+    if background_threshold is not None:
+        ids = ids.masked_fill((confidence >= background_threshold) & (confidence < threshold), ignore_index)
     return ids if valid is None else ids.masked_fill(~valid, ignore_index)
 
 

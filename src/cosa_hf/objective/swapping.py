@@ -13,6 +13,7 @@ def cam2seg_loss(
     weights: Tensor | None = None,
     ignore_index: int = 255,
     mean: ProcessMean = single_process,
+    balanced: bool = False,
 ) -> Tensor:
     """Cross-entropy of the segmentation against CAM pseudo-labels, weighted by their reliability (Eq. 5).
 
@@ -22,6 +23,8 @@ def cam2seg_loss(
         weights: (B, H, W) from `reliability_weights`; None weighs all pixels alike.
         ignore_index: the id that does not count.
         mean: makes the mean run over the global batch when there are several processes.
+        balanced: half the mean over background plus half the mean over foreground (released code), rather than the
+            mean over all pixels; a half without pixels is 0.
 
     Returns:
         Scalar; exactly 0, with a gradient graph, where every pixel is ignored.
@@ -35,8 +38,11 @@ def cam2seg_loss(
     loss = F.cross_entropy(seg_logits, pseudo_labels, ignore_index=ignore_index, reduction="none")
     if weights is not None:
         loss = loss * weights
-    count = mean((pseudo_labels != ignore_index).sum().to(loss.dtype))
-    return loss.sum() / count.clamp_min(torch.finfo(count.dtype).tiny)
+    known = pseudo_labels != ignore_index
+    if balanced:
+        background = pseudo_labels == 0
+        return (_mean_over(background, loss, mean) + _mean_over(known & ~background, loss, mean)) / 2
+    return _mean_over(known, loss, mean)
 
 
 def seg2cam_loss(cam_logits: Tensor, segmentation: Tensor, valid: Tensor, mean: ProcessMean = single_process) -> Tensor:
@@ -58,5 +64,10 @@ def seg2cam_loss(cam_logits: Tensor, segmentation: Tensor, valid: Tensor, mean: 
         0.6931
     """
     loss = F.binary_cross_entropy_with_logits(cam_logits.float(), segmentation[:, 1:].float(), reduction="none")
-    count = mean(valid.sum().to(loss.dtype))
-    return (loss.mean(dim=1) * valid).sum() / count.clamp_min(torch.finfo(count.dtype).tiny)
+    return _mean_over(valid, loss.mean(dim=1), mean)
+
+
+def _mean_over(counted: Tensor, loss: Tensor, mean: ProcessMean) -> Tensor:
+    """Mean of `loss` where `counted`, over all processes; 0 where nothing is."""
+    count = mean(counted.sum().to(loss.dtype))
+    return (loss * counted).sum() / count.clamp_min(torch.finfo(count.dtype).tiny)

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import yaml
 
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+"""The recipes that go by name: those of the clone that this package is installed from, with `pip install -e .`."""
+
 
 @dataclass(kw_only=True)
 class Recipe:
@@ -22,7 +25,7 @@ class Recipe:
     """
 
     # Data
-    dataset: str = field(default="voc", metadata={"help": "voc, or shapes (the embedded demo set)"})
+    dataset: str = field(default="voc", metadata={"help": "voc, coco, or shapes (the embedded demo set)"})
     data_dir: str | None = field(default=None, metadata={"help": "root of the dataset, e.g. VOCdevkit/VOC2012"})
     train_split: str = field(default="train_aug", metadata={"help": "split whose tags are learned"})
     eval_split: str = field(default="val", metadata={"help": "split whose masks are compared with, if eval_every > 0"})
@@ -72,14 +75,38 @@ class Recipe:
     label_scales: list[float] = field(
         default_factory=lambda: [1.0, 0.5, 1.5], metadata={"help": "scales that the labelling network sees"}
     )
+    cam_fusion: Literal["max", "sum"] = field(
+        default="max", metadata={"help": "of the CAMs over those scales; the released code sums"}
+    )
     spl_temperature: float = field(default=0.01, metadata={"help": "tau of Eq. 7"})
     dynamic_threshold: bool = field(default=True, metadata={"help": "DT (Eq. 6); false: stay at `threshold`"})
     threshold: float = field(default=0.5, metadata={"help": "xi at the start, or throughout"})
+    background_threshold: float | None = field(
+        default=None,
+        metadata={"help": "CAM2Seg ignores confidences from here to a fixed `threshold` (release); unset: none"},
+    )
     threshold_decay: float = field(default=0.99, metadata={"help": "EMA decay of xi"})
     threshold_queue: int = field(default=100, metadata={"help": "batches that the mixture is fitted to"})
     cam2seg_weight: float = field(default=0.1, metadata={"help": "lambda_c2s, labels from M'"})
     aux_cam2seg_weight: float = field(default=0.1, metadata={"help": "lambda_c2s, labels from M†'"})
-    seg2cam_weight: float = field(default=0.05, metadata={"help": "lambda_s2c (GC); 0: CAMs are not guided"})
+    supervision_stride: int = field(
+        default=1, metadata={"help": "CAM2Seg looks at one point in so many pixels, in both directions"}
+    )
+    balanced: bool = field(
+        default=False, metadata={"help": "background and foreground make up half of CAM2Seg each (release)"}
+    )
+    seg2cam_weight: float = field(default=0.05, metadata={"help": "lambda_s2c"})
+    guidance: Literal["none", "spl", "gt", "noise"] = field(
+        default="spl",
+        metadata={
+            "help": "GC, what Seg2CAM holds the CAMs to: SPL; none: they are not guided; gt: the true masks, an "
+            "oracle; noise: random masks (Fig. 1)"
+        },
+    )
+    detach: Literal["none", "features", "classifier"] = field(
+        default="none", metadata={"help": "what the gradient of Seg2CAM does not reach: nothing, F or W_fc (Tab. 4a)"}
+    )
+    relu_cams: bool = field(default=False, metadata={"help": "Seg2CAM sees relu(M) (release)"})
     separation_weight: float = field(default=0.1, metadata={"help": "lambda_csc (CSC)"})
     separation_temperature: float = field(default=0.5, metadata={"help": "of the contrast, Eq. 10"})
     separation_scope: Literal["image", "batch"] = field(
@@ -89,6 +116,10 @@ class Recipe:
     perplexity_alpha: float = field(default=0.8, metadata={"help": "lambda_alpha of Eq. 4"})
     perplexity_beta: float = field(default=1.0, metadata={"help": "lambda_beta of Eq. 4"})
     perplexity_epsilon: float = field(default=1.0, metadata={"help": "epsilon of Eq. 9"})
+    dense_energy_weight: float = field(default=0.0, metadata={"help": "of the bilateral regulariser (release: 0.05)"})
+    dense_energy_scale: float = field(
+        default=0.5, metadata={"help": "side of its grid, relative to the crop; its time grows with the fourth power"}
+    )
 
     # The run
     seed: int = field(default=0, metadata={"help": "of weights, order and views"})
@@ -125,6 +156,21 @@ class Recipe:
             raise ValueError(f"scale_min..scale_max must be a positive range, got {self.scale_min}..{self.scale_max}")
         if not 0 <= self.ema_momentum < 1:
             raise ValueError(f"ema_momentum must lie in [0, 1): {self.ema_momentum} freezes the assignment network")
+        if not 0 < self.dense_energy_scale <= 1:
+            raise ValueError(f"dense_energy_scale must lie in (0, 1], got {self.dense_energy_scale}")
+        if self.background_threshold is not None:
+            if self.dynamic_threshold:
+                raise ValueError("background_threshold needs a fixed threshold: set dynamic_threshold to false")
+            if not 0 <= self.background_threshold <= self.threshold:
+                raise ValueError(
+                    f"background_threshold must lie in [0, threshold = {self.threshold}], got "
+                    f"{self.background_threshold}"
+                )
+
+    @property
+    def reads_masks(self) -> bool:
+        """Whether training opens the masks of its images: for the supervised bound and the oracle, never else."""
+        return self.supervision == "masks" or self.guidance == "gt"
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> "Recipe":
@@ -137,6 +183,22 @@ class Recipe:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown recipe fields {unknown}; the fields are {sorted(known)}")
         return cls(**values)
+
+    @classmethod
+    def named(cls, name: str | Path, **overrides: Any) -> "Recipe":
+        """A recipe by its name in `recipes/`, or by the path of a YAML file, with single fields replaced.
+
+        Raises:
+            FileNotFoundError: no such recipe; the message lists the known names.
+            ValueError: see `from_yaml`.
+        """
+        path = Path(name)
+        if not path.suffix:
+            path = RECIPES / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+            raise FileNotFoundError(f"no recipe {path}; known by name: {known or f'none, there is no {RECIPES}'}")
+        return cls.from_yaml(path, **overrides)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "Recipe":
@@ -159,6 +221,7 @@ class Recipe:
 _POSITIVE = (
     "crop_size", "input_size", "batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
     "head_lr_multiplier", "spl_temperature", "separation_temperature", "log_every", "threshold_queue",
+    "supervision_stride",
 )  # fmt: skip
 
 
