@@ -82,15 +82,16 @@ def write_results(
         for training in trainings:
             if row in training.rows and training.directory not in failed:
                 run = {"table": name, "row": row, "seed": training.recipe.seed, "split": protocol.split}
+                run |= {"network": training.network, "run": str(training.directory)}
                 scores = metrics_of(json.loads(training.report.read_text(encoding="utf-8")))
                 for metric, value in scores.items():
-                    results.append(run | {"metric": metric, "value": value, "run": str(training.directory)})
+                    results.append(run | {"metric": metric, "value": value})
     summary = summarize(results)
 
     stem = f"{name}-{slug(protocol.split)}"
     paths = [output_dir / f"{stem}.{ending}" for ending in ("csv", "json", "md")]
     with paths[0].open("w", newline="", encoding="utf-8") as file:
-        columns = ("table", "row", "seed", "split", "metric", "value", "run")
+        columns = ("table", "row", "seed", "split", "metric", "value", "network", "run")
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(results)
@@ -140,6 +141,14 @@ def _markdown(
         own = found.get(table.metric)
         gap = f"{own['mean'] - reference['mean']:+.2f}" if own and reference and own is not reference else "-"
         lines.append(_row(row, change, str(count), *(_cell(found.get(metric)) for metric in metrics), gap))
+    networks: dict[str, list[str]] = {training.network: [] for training in trainings}
+    for training in trainings:
+        networks[training.network] += [row for row in training.rows if row not in networks[training.network]]
+    if len(networks) == 1:
+        lines += ["", f"All rows are the {next(iter(networks))} network."]
+    else:
+        lines += ["", "Not all rows are the same network, because the recipe's schedule recommends another:", ""]
+        lines += [f"- {network}: {', '.join(rows)}" for network, rows in networks.items()]
     if failed:
         lines += ["", "## Failed", "", *(f"- {directory}: {reason}" for directory, reason in failed.items())]
     lines += ["", "## Repeat a row"]

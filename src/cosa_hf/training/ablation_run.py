@@ -49,6 +49,7 @@ class Training:
         protocol: how it is scored.
         train_command: script and arguments that repeat the training.
         evaluate_command: script and arguments that repeat the scores.
+        network: which of the run's two networks is scored, the recommended one.
         report: where the scores are, or will be.
     """
 
@@ -57,6 +58,7 @@ class Training:
     protocol: Protocol
     train_command: list[str]
     evaluate_command: list[str]
+    network: str
     report: Path
 
     @property
@@ -185,7 +187,7 @@ def plan(
                 taken = {training.directory for training in trainings}
                 directory = _unused(output_dir / f"{name}-{slug(row)}-seed-{recipe.seed}", taken)
             fields = table.rows[row] | {"seed": recipe.seed, "output_dir": directory}
-            model = directory / recommendation(recipe)[0]
+            network = recommendation(recipe)[0]
             report = directory / f"report-{slug(protocol.split)}.json"
             evaluation = {"dataset": recipe.dataset, "data_dir": recipe.data_dir, "split": protocol.split}
             trainings.append(
@@ -195,12 +197,13 @@ def plan(
                     protocol,
                     [str(scripts / "train.py"), *flags, *_as_flags(fields)],
                     [
-                        *(str(scripts / "evaluate.py"), str(model)),
+                        *(str(scripts / "evaluate.py"), str(directory / network)),
                         *_as_flags({field: value for field, value in evaluation.items() if value is not None}),
                         *("--scales", *(f"{scale:g}" for scale in protocol.scales)),
                         *(() if protocol.flip else ("--no_flip",)),
                         *("--report", str(report)),
                     ],
+                    network,
                     report,
                 )
             )
