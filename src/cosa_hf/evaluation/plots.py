@@ -34,6 +34,7 @@ def plot_ablation(summary: dict[str, dict[str, dict[str, Any]]], metric: str, ti
         if means:
             axes.axvline(means[0], color="0.8", zorder=0)
         axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel=f"{metric}, mIoU (%)", title=title)
+        axes.margins(y=0.2)
         axes.invert_yaxis()
 
     return _save(draw, path, (8, 1.5 + 0.35 * len(rows)))
