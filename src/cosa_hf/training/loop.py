@@ -23,7 +23,13 @@ from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.objective.supervised import supervised_loss
-from cosa_hf.training.checkpoints import Progress, newest_checkpoint, save_checkpoint
+from cosa_hf.training.checkpoints import (
+    Progress,
+    newest_checkpoint,
+    save_checkpoint,
+    save_networks,
+    snapshot_directory,
+)
 from cosa_hf.training.recipe import Recipe
 from cosa_hf.training.telemetry import Telemetry
 
@@ -32,7 +38,8 @@ def train(recipe: Recipe) -> Path:
     """Train CoSA from tags as the recipe says; returns the directory of the recommended model.
 
     Leaves in `recipe.output_dir`: `recipe.yaml`, `log.jsonl`, `run.json` (what was dropped, what is recommended and
-    why), the models `online` and `assignment`, each with its processor and code, and checkpoints if asked for.
+    why), the models `online` and `assignment`, each with its processor and code, and checkpoints and snapshots if asked
+    for.
 
     Raises:
         ValueError: data or settings that cannot be trained on; the message names them.
@@ -141,13 +148,13 @@ def train(recipe: Recipe) -> Path:
             telemetry.write(step, _scores(recipe, assignment.network, processor))
         if recipe.checkpoint_every and step % recipe.checkpoint_every == 0:
             save_checkpoint(accelerator, output_dir, step)
+        if recipe.snapshot_every and step % recipe.snapshot_every == 0 and accelerator.is_main_process:
+            save_networks(snapshot_directory(output_dir, step), online, assignment.network, processor)
     telemetry.close()
 
     name, reason = recommendation(recipe)
     if accelerator.is_main_process:
-        for directory, network in (("online", online), ("assignment", assignment.network)):
-            network.save_pretrained(output_dir / directory)
-            processor.save_pretrained(output_dir / directory)
+        save_networks(output_dir, online, assignment.network, processor)
         summary = {"recommended": name, "reason": reason, "images": len(dataset), "untagged_dropped": dropped}
         (output_dir / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()

@@ -130,6 +130,9 @@ class Recipe:
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations on eval_split; 0: never"})
     eval_images: int = field(default=100, metadata={"help": "images of each such evaluation, the first of the split"})
     checkpoint_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: none"})
+    snapshot_every: int = field(
+        default=0, metadata={"help": "steps between copies of both networks, kept for scripts/analyze.py; 0: none"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
 
     def __post_init__(self) -> None:

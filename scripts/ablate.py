@@ -1,0 +1,78 @@
+"""Run one of the paper's ablation tables: every row trained from the same recipe with nothing but its switch changed.
+
+    python scripts/ablate.py --table 3b --recipe voc-lite0 --data_dir VOC2012 --seeds 3
+    python scripts/ablate.py --table 3b --recipe voc-lite0 --data_dir VOC2012 --rows CoSA "without CSC" --parallel 2
+
+Every flag of scripts/train.py may follow and holds for all rows. Rows that were finished before are not run again.
+Leaves OUTPUT_DIR/TABLE-SPLIT.csv, .json, .md and .png, and one directory for each run.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from train import parse as parse_recipe
+
+from cosa_hf.evaluation.plots import plot_ablation
+from cosa_hf.evaluation.protocols import SCALES
+from cosa_hf.training.ablation_report import write_results
+from cosa_hf.training.ablation_run import Protocol, describe, execute, plan, row_recipes
+from cosa_hf.training.ablations import TABLES
+
+SCRIPTS = Path(os.path.relpath(Path(__file__).resolve().parent))
+
+
+def main(args: argparse.Namespace, flags: list[str]) -> None:
+    table = TABLES[args.table]
+    flags = ["--recipe", args.recipe, *flags]
+    base = parse_recipe(flags)
+    recipes = row_recipes(table, base, args.rows)
+    changes = describe(recipes, base)
+    print(f"{args.table}: {table.title}")
+    for row, change in changes.items():
+        print(f"  {row}: {change}")
+    protocol = Protocol(base.eval_split, tuple(args.scales), not args.no_flip)
+    trainings = plan(args.table, table, recipes, flags, args.seeds, args.output_dir, protocol, SCRIPTS)
+    failed = execute(trainings, args.parallel)
+
+    paths, summary = write_results(args.table, table, changes, trainings, failed, args.output_dir)
+    print(paths[-1].read_text(encoding="utf-8").split("\n## ")[0])
+    print("written:", *paths, sep="\n  ")
+    if summary:
+        print(plot_ablation(summary, table.metric, table.title, paths[-1].with_suffix(".png")))
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(trainings)} runs failed; repeat the command to try them again")
+
+
+def parse_args() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--table", required=True, choices=TABLES, help="which table or figure of the paper")
+    parser.add_argument("--recipe", required=True, help="a YAML file, or the name of one in recipes/")
+    parser.add_argument("--seeds", type=positive, default=1, help="runs of each row (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these; the first in the table is compared with")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/ablations"), help="of the runs of all tables (%(default)s)"
+    )
+    parser.add_argument("--parallel", type=positive, default=1, help="runs side by side, then on one thread each")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", default=SCALES, help="input sizes fused in evaluation (%(default)s)"
+    )
+    parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
+    return parser.parse_known_args()
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))

@@ -1,0 +1,158 @@
+"""What the pseudo-labels of a run are worth and how certain they are: the paper's Fig. 3, 4, 6, 7 and Tab. 4b.
+
+    python scripts/analyze.py runs/voc --dataset voc --data_dir VOC2012 --split val --figure 3 --output_dir analysis
+    python scripts/analyze.py CoSA=runs/a "no RAW=runs/b" --dataset shapes --figure 7 --output_dir analysis
+
+MODEL is the directory of a run, or of a single saved model. A run is followed through the snapshots that it kept
+(train with --snapshot_every N) to its end; its thresholds and perplexity constants are those of its training. A single
+model is taken at its own cam_threshold and the paper's constants.
+
+  3   accuracy of CPL against confidence and against perplexity
+  4   mIoU of M and M†, over all pixels and over those of low perplexity
+  6   mIoU of SPL and CPL, of the online and of the assignment network
+  7   mIoU and perplexity of each image's CPL; give a run with and one without RAW
+  4b  (Tab. 4b) C-mIoU and mIoU of CPL at the end; give a run with and one without CSC
+
+Leaves OUTPUT_DIR/figure-N.csv and .png.
+"""
+
+import argparse
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from cosa_hf import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name
+from cosa_hf.evaluation.analyses import ANALYSES, Labelling, format_table
+from cosa_hf.evaluation.plots import plot_analysis
+from cosa_hf.evaluation.protocols import SCALES, label_names, predict_dataset
+from cosa_hf.training.checkpoints import moments
+from cosa_hf.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One network at one step; `labelling` holds what its run knows about thresholds and perplexity."""
+
+    run: str
+    step: int
+    network: str
+    directory: Path
+    labelling: dict[str, float]
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        subjects = subjects_of(args.models, args.figure)
+        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True)
+        if args.num_images is not None:
+            dataset = dataset.select(range(min(args.num_images, len(dataset))))
+        rows = [row for subject in subjects for row in analyze(subject, args, dataset)]
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / f"figure-{args.figure}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(format_table(rows))
+    print(path)
+    print(plot_analysis(args.figure, rows, path.with_suffix(".png")))
+
+
+def subjects_of(models: list[str], figure: str) -> list[Subject]:
+    """The networks that a figure looks at, of all runs and models."""
+    paths: dict[str, Path] = {}
+    for model in models:
+        name, _, directory = model.rpartition("=")
+        path = Path(model if Path(model).is_dir() else directory)
+        if not path.is_dir():
+            raise FileNotFoundError(f"no directory {path}; MODEL is that of a run or of a saved model")
+        name = name if path != Path(model) else path.name
+        if name in paths:
+            raise ValueError(f"both {paths[name]} and {path} are called {name!r}; call one of them NAME={path}")
+        paths[name] = path
+    return [subject for name, path in paths.items() for subject in networks_of(name, path, figure)]
+
+
+def networks_of(name: str, path: Path, figure: str) -> Iterator[Subject]:
+    """A model itself; of a run, the network that gave it its labels at each moment, for Fig. 6 both networks."""
+    if not (path / "recipe.yaml").is_file():
+        yield Subject(name, 0, "model", path, {})
+        return
+    recipe = Recipe.from_yaml(path / "recipe.yaml")
+    constants = {
+        "alpha": recipe.perplexity_alpha,
+        "beta": recipe.perplexity_beta,
+        "epsilon": recipe.perplexity_epsilon,
+    }
+    labeller = "assignment" if recipe.swapping_assignments else "online"
+    for moment in moments(path)[-1 if figure == "4b" else 0 :]:
+        thresholds = {"threshold": moment.threshold, "aux_threshold": moment.aux_threshold}
+        for network in ("online", "assignment"):
+            if figure == "6" or network == labeller:
+                yield Subject(name, moment.step, network, getattr(moment, network), constants | thresholds)
+
+
+def analyze(subject: Subject, args: argparse.Namespace, dataset) -> list[dict]:
+    model = AutoModelForSemanticSegmentation.from_pretrained(subject.directory)
+    if not isinstance(model, CoSAForWeaklySupervisedSegmentation):
+        raise ValueError(f"{subject.directory} holds a {type(model).__name__}, which has no CAMs to look at")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    config = model.config
+    own = {"threshold": config.cam_threshold, "aux_threshold": config.cam_threshold}
+    labelling = Labelling(
+        label_names(config), coexistence_classes=config.coexistence_classes, **own | subject.labelling
+    )
+    predictions = predict_dataset(
+        model,
+        AutoImageProcessor.from_pretrained(subject.directory),
+        dataset,
+        scales=args.scales,
+        flip=not args.no_flip,
+        batch_size=args.batch_size,
+    )
+    title = f"{subject.run}, step {subject.step}, {subject.network}"
+    found = ANALYSES[args.figure](tqdm(predictions, title, total=len(dataset), unit="image"), labelling)
+    return [{"run": subject.run, "step": subject.step, "network": subject.network} | row for row in found]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="directory of a run or a model; NAME=DIRECTORY names it"
+    )
+    parser.add_argument("--figure", required=True, choices=ANALYSES, help="which, see above")
+    parser.add_argument(
+        "--dataset", required=True, choices=sorted(COEXISTENCE_CLASSES), help="which dataset's layout to read"
+    )
+    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); shapes draws itself, needs none")
+    parser.add_argument("--split", default="val", help="part of the dataset to look at (default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the CSV and the PNG go")
+    parser.add_argument("--num_images", type=positive, help="only the first N images; all without")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", default=list(SCALES), help="input sizes that are fused (%(default)s)"
+    )
+    parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
+    parser.add_argument("--batch_size", type=positive, default=8, help="images per forward pass (default: %(default)s)")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    main(parse_args())
