@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cosa_hf.objective.precision import at_least_float32
+
 # Takes a local scalar to its mean over all processes. With it, every mean below runs over the global batch, since the
 # gradients of the processes are themselves averaged.
 ProcessMean = Callable[[Tensor], Tensor]
@@ -32,7 +34,7 @@ def perplexity(
         >>> [round(p, 3) for p in perplexity(torch.tensor([0.0, 0.5, 0.75, 1.0]), threshold=0.5).tolist()]
         [0.223, 9.433, 0.916, 0.223]
     """
-    confidence = confidence.float()
+    confidence = at_least_float32(confidence)
     distance = torch.where(
         confidence >= threshold,
         (confidence - threshold) / max(1 - threshold, eps),
