@@ -35,10 +35,11 @@ def perplexity(
         [0.223, 9.433, 0.916, 0.223]
     """
     confidence = at_least_float32(confidence)
+    tiny = torch.finfo(confidence.dtype).tiny  # against 0 / 0 with the threshold at a bound
     distance = torch.where(
         confidence >= threshold,
-        (confidence - threshold) / max(1 - threshold, eps),
-        (threshold - confidence) / max(threshold, eps),
+        (confidence - threshold) / max(1 - threshold, tiny),
+        (threshold - confidence) / max(threshold, tiny),
     )
     return (-(alpha * distance.clamp(eps, 1.0)).log()).pow(beta)
 
