@@ -111,9 +111,7 @@ def cam_pseudo_labels(cams: Array, threshold: float, valid: Array | None = None)
     return ids
 
 
-def perplexity(
-    confidence: Array, threshold: float, alpha: float = 0.8, beta: float = 1.0, eps: float = 1e-4
-) -> Array:
+def perplexity(confidence: Array, threshold: float, alpha: float = 0.8, beta: float = 1.0, eps: float = 1e-4) -> Array:
     """Eq. 4, value by value; the normalised distance is clamped to [eps, 1], since P is infinite at distance 0."""
     result = np.zeros(confidence.shape)
     for index in np.ndindex(confidence.shape):
@@ -156,7 +154,9 @@ def upsample(maps: Array, size: tuple[int, int]) -> Array:
     return result
 
 
-def cam2seg_loss(seg_logits: Array, ids: NDArray[np.int64], weights: Array | None = None, ignore: int = IGNORE) -> float:
+def cam2seg_loss(
+    seg_logits: Array, ids: NDArray[np.int64], weights: Array | None = None, ignore: int = IGNORE
+) -> float:
     """Eq. 5, pixel by pixel, averaged over the pixels that are not ignored; S is resized to them."""
     scores = upsample(seg_logits, ids.shape[1:])
     losses = []
@@ -184,7 +184,7 @@ def split_likelihood(values: Array, threshold: float, weights: Array, means: Arr
     return float(np.where(values >= threshold, foreground, background).mean())
 
 
-def best_split(values: Array, weights: Array, means: Array, variances: Array, candidates: int = 2000) -> float:
+def best_split(values: Array, weights: Array, means: Array, variances: Array, candidates: int = 500) -> float:
     """xi* (Eq. 6) by trying: the most likely split among many between the two means."""
     tried = np.linspace(means[0], means[1], candidates)
     return float(max(tried, key=lambda xi: split_likelihood(values, xi, weights, means, variances)))

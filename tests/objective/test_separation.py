@@ -58,9 +58,7 @@ def test_images_with_and_without_anchors_share_one_mean(scope):
     cam_logits, labels, confident = random_batch(1, share=1.0)
     labels[1] = 2
     value = contrastive_separation_loss(*as_tensors(cam_logits, labels, confident), scope=scope).item()
-    assert value == pytest.approx(
-        reference.separation_loss(cam_logits, labels, confident, scope=scope), rel=1e-5
-    )
+    assert value == pytest.approx(reference.separation_loss(cam_logits, labels, confident, scope=scope), rel=1e-5)
 
 
 def test_similarity_is_the_cosine():
