@@ -40,12 +40,14 @@ def draw_items() -> list[dict]:
     return items
 
 
-@pytest.fixture
-def run(tiny, few_shapes, monkeypatch):
+# A rate that rises from 0 leaves the first step without effect, and so hides what happens in it.
+@pytest.fixture(params=[2, 0], ids=["rising rate", "full rate at once"])
+def run(tiny, few_shapes, monkeypatch, request):
     """`train` on those items in float64; what its steps saw, the weights it left, and the model it began with."""
     recipe = tiny(
-        batch_size=BATCH, crop_size=SIZE, max_steps=STEPS, warmup_steps=WARMUP, lr_warmup_steps=2, learning_rate=1e-3,
-        ema_momentum=0.7, label_scales=[1.0, 0.5, 1.5], threshold_decay=0.6, threshold_queue=2,
+        batch_size=BATCH, crop_size=SIZE, max_steps=STEPS, warmup_steps=WARMUP, learning_rate=1e-3,
+        lr_warmup_steps=request.param, ema_momentum=0.7, label_scales=[1.0, 0.5, 1.5],
+        threshold_decay=0.6, threshold_queue=2,
     )  # fmt: skip
     start, steps, thresholds = [], [], [(0.5, 0.5)]
     build, assign = loop._build_model, loop.assign
