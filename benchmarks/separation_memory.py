@@ -9,6 +9,7 @@ Every size runs in a process of its own, since the peak of a process never falls
 import argparse
 import math
 import multiprocessing
+import os
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -47,6 +48,8 @@ def main() -> None:
         if tokens < 4 or math.isqrt(tokens) ** 2 != tokens:
             parser.error(f"--tokens: a map of tokens is square here, and {tokens} is no square number from 4 on")
 
+    # Freed tensors go back to the system at once; glibc would keep those up to 32 MiB, and count them.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     print("| tokens | peak, MiB | KiB a token | CPU seconds | one matrix of all pairs, MiB |")
     print("|---|---|---|---|---|")
     for tokens in arguments.tokens:
