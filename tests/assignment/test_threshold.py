@@ -133,6 +133,7 @@ def test_split_is_the_best_of_real_cam_values(real_confidences):
     values = real_confidences[real_confidences > FLOOR].numpy()
     assert len(values) > 2000
     assert_is_the_best_split(threshold.value, values)
+    assert threshold.value == pytest.approx(reference.best_split(values, *reference_fit(values)), abs=2e-3)
 
 
 def test_inactive_pixels_belong_to_no_cluster():
