@@ -2,13 +2,18 @@
 
 import copy
 import doctest
+import functools
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
+import strategies
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -166,44 +171,81 @@ def test_auxiliary_map_is_the_output_of_the_layer(name, aux_layer, module):
     assert torch.equal(aux_features, expected)
 
 
-def test_class_logits_pool_every_channel_before_the_shared_weight():
-    model = tiny_model("test_efficientnet", -2).double().eval()
-    outputs = model(photos(2, 3, 64, 96).double(), output_hidden_states=True)
+@functools.cache
+def model_to_behead(dtype: torch.dtype) -> CoSAForWeaklySupervisedSegmentation:
+    return tiny_model(decoder_channels=3, decoder_dilation=2).to(dtype)
+
+
+def with_features(features: torch.Tensor, aux_features: torch.Tensor, dtype=torch.float32):
+    """A model with fresh heads whose backbone sees these maps F and F† in any image."""
+    model = model_to_behead(dtype)
+    for name, maps in (("classifier", features), ("aux_classifier", aux_features)):
+        setattr(model, name, nn.Conv2d(maps.shape[1], 3, 1, bias=False, dtype=dtype))
+    model.decoder = CoSALargeFOV(model.config, features.shape[1]).to(dtype)
+    model.backbone.forward = lambda pixel_values: (features, aux_features)
+    return model
+
+
+def weight_of(layer: nn.Module) -> np.ndarray:
+    return layer.weight.detach().double().numpy()
+
+
+@given(st.data(), strategies.map_shapes)
+def test_heads_equal_reference(data, shape):
+    """Z and M of both heads, and S, for maps F and F† that are ordinary, constant, tied or huge."""
+    maps = [torch.tensor(data.draw(strategies.logits(shape, extreme=False))) for _ in range(2)]
+    model = with_features(*maps)
+    with torch.no_grad():
+        outputs = model(torch.zeros(shape[0], 3, 16, 16))
+    scale = {"atol": 1e-5 * max(1, *(features.abs().max().item() for features in maps)), "rtol": 1e-5}
     heads = [
-        (model.aux_classifier, outputs.aux_cls_logits, outputs.aux_cam_logits),
         (model.classifier, outputs.cls_logits, outputs.cam_logits),
+        (model.aux_classifier, outputs.aux_cls_logits, outputs.aux_cam_logits),
     ]
-    for maps, (head, cls_logits, cam_logits) in zip(outputs.hidden_states, heads, strict=True):
-        maps, weight = maps.detach().numpy(), head.weight.detach().numpy()[:, :, 0, 0]
-        pooled = maps.reshape(*maps.shape[:2], -1).max(axis=-1)
-        np.testing.assert_allclose(cls_logits.detach().numpy(), pooled @ weight.T, atol=1e-12)
-        cams = np.einsum("bdhw,cd->bchw", maps, weight)
-        np.testing.assert_allclose(cam_logits.detach().numpy(), cams, atol=1e-12)
+    for features, (head, cls_logits, cam_logits) in zip(maps, heads, strict=True):
+        features, weight = features.double().numpy(), weight_of(head)[:, :, 0, 0]
+        np.testing.assert_allclose(cls_logits.numpy(), reference.class_logits(features, weight), **scale)
+        np.testing.assert_allclose(cam_logits.numpy(), reference.activation_maps(features, weight), **scale)
+    convolutions = [weight_of(layer) for layer in (model.decoder.conv6, model.decoder.conv7, model.decoder.conv8)]
+    expected = reference.large_fov(maps[0].double().numpy(), *convolutions, dilation=2)
+    np.testing.assert_allclose(outputs.logits.numpy(), expected, **scale)
 
 
-def dilated_convolution(maps: np.ndarray, weight: np.ndarray, dilation: int) -> np.ndarray:
-    """A 3x3 convolution without bias over zero-padded (D, h, w) maps, position by position."""
-    out_channels, _, height, width = weight.shape[0], *maps.shape
-    result = np.zeros((out_channels, height, width))
-    for y in range(height):
-        for x in range(width):
-            for dy in (-1, 0, 1):
-                for dx in (-1, 0, 1):
-                    row, column = y + dy * dilation, x + dx * dilation
-                    if 0 <= row < height and 0 <= column < width:
-                        result[:, y, x] += weight[:, :, dy + 1, dx + 1] @ maps[:, row, column]
-    return result
-
-
-def test_decoder_against_loops():
+@pytest.mark.parametrize("dilation", [1, 5])
+def test_decoder_equals_reference(dilation):
     torch.manual_seed(0)
-    decoder = CoSALargeFOV(tiny_config(decoder_dilation=5, decoder_channels=3), in_channels=2).double()
-    features = torch.randn(1, 2, 7, 8, dtype=torch.float64)
-    conv6, conv7, conv8 = (layer.weight.detach().numpy() for layer in (decoder.conv6, decoder.conv7, decoder.conv8))
-    hidden = np.maximum(dilated_convolution(features[0].numpy(), conv6, 5), 0)
-    hidden = np.maximum(dilated_convolution(hidden, conv7, 5), 0)
-    expected = np.einsum("dhw,kd->khw", hidden, conv8[:, :, 0, 0])
-    np.testing.assert_allclose(decoder(features)[0].detach().numpy(), expected, atol=1e-12)
+    decoder = CoSALargeFOV(tiny_config(decoder_dilation=dilation, decoder_channels=3), in_channels=2).double()
+    features = torch.randn(2, 2, 7, 8, dtype=torch.float64)
+    convolutions = [weight_of(layer) for layer in (decoder.conv6, decoder.conv7, decoder.conv8)]
+    expected = reference.large_fov(features.numpy(), *convolutions, dilation=dilation)
+    np.testing.assert_allclose(decoder(features).detach().numpy(), expected, atol=1e-12)
+
+
+def test_gradients_of_the_heads():
+    """By the features and by every weight, from all five outputs."""
+    features, aux_features = photos(2, 2, 2, 3, 3).double().unbind()
+    model = with_features(features, aux_features, torch.float64)
+    heads = {name: weight.detach() for name, weight in model.named_parameters() if "backbone" not in name}
+
+    def outputs(features, aux_features, *weights):
+        model.backbone.forward = lambda pixel_values: (features, aux_features)
+        parameters = dict(zip(heads, weights, strict=True))
+        return torch.func.functional_call(model, parameters, torch.zeros(2, 3, 16, 16)).to_tuple()
+
+    inputs = [tensor.clone().requires_grad_() for tensor in (features, aux_features, *heads.values())]
+    assert torch.autograd.gradcheck(outputs, inputs)
+
+
+def test_gradient_of_the_models_own_loss():
+    torch.manual_seed(1)
+    model = with_features(*photos(2, 2, 2, 3, 3).double().unbind(), torch.float64)
+    labels, weight = torch.tensor([[1, 0, 1], [0, 0, 0]]), model.classifier.weight.detach()
+
+    def loss(weight):
+        images = torch.zeros(2, 3, 16, 16)
+        return torch.func.functional_call(model, {"classifier.weight": weight}, images, {"labels": labels}).loss
+
+    assert torch.autograd.gradcheck(loss, weight.clone().requires_grad_())
 
 
 def test_parameter_names_and_the_papers_size():
@@ -248,12 +290,10 @@ def test_loss_is_equation_1_of_both_heads():
     model = tiny_model().eval()
     labels = torch.tensor([[1, 0, 1], [0, 0, 0]])
     outputs = model(photos(2, 3, 64, 64), labels=labels)
-    expected = 0.0
-    for logits in (outputs.cls_logits, outputs.aux_cls_logits):
-        for b in range(2):
-            for c in range(3):
-                probability = 1 / (1 + math.exp(-logits[b, c].item()))
-                expected -= math.log(probability if labels[b, c] else 1 - probability) / 6
+    expected = sum(
+        reference.classification_loss(logits.detach().double().numpy(), labels.numpy())
+        for logits in (outputs.cls_logits, outputs.aux_cls_logits)
+    )
     assert outputs.loss.item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.objective.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def forward_multiscale(
         """All copies on the grid of scale 1: (copies, B, ..., h, w)."""
         return torch.stack(
             [
-                F.interpolate(copy.float(), size=grid, mode="bilinear", align_corners=False)
+                F.interpolate(at_least_float32(copy), size=grid, mode="bilinear", align_corners=False)
                 for twins in collected
                 for copy in twins
             ]
@@ -107,7 +108,7 @@ def forward_multiscale(
         return copies.unflatten(0, (len(scales), -1)).amax(dim=1).relu().sum(dim=0)
 
     return MultiScaleOutput(
-        cls_logits=torch.cat(cls_logits).float().mean(dim=0),
+        cls_logits=at_least_float32(torch.cat(cls_logits)).mean(dim=0),
         cam_logits=fused_cams(cams),
         aux_cam_logits=fused_cams(aux_cams),
         seg_logits=on_grid(seg_logits).mean(dim=0),

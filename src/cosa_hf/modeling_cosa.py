@@ -32,7 +32,7 @@ class CoSAOutput(SemanticSegmenterOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*, with `labels`):
-            Classification loss of both heads (Eq. 1), in float32.
+            Classification loss of both heads (Eq. 1), in float32 at least.
         logits (`torch.Tensor` of shape `(B, K, h, w)`):
             Segmentation logits S at token resolution, background first.
         hidden_states (`tuple[torch.Tensor]`, *optional*, with `output_hidden_states=True`):
@@ -408,15 +408,16 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
     def _classification_loss(
         self, cls_logits: torch.Tensor, aux_cls_logits: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        """Eq. 1 for both heads, in float32: half precision loses small losses of confident classes."""
+        """Eq. 1 for both heads, in float32 at least: half precision loses small losses of confident classes."""
         if labels.shape != cls_logits.shape:
             raise ValueError(
                 f"labels must be multi-hot tags of shape (B, C) = {tuple(cls_logits.shape)}, without a "
                 f"background column, got {tuple(labels.shape)}."
             )
-        targets = labels.float()
-        return F.multilabel_soft_margin_loss(cls_logits.float(), targets) + F.multilabel_soft_margin_loss(
-            aux_cls_logits.float(), targets
+        dtype = torch.promote_types(cls_logits.dtype, torch.float32)
+        targets = labels.to(dtype)
+        return F.multilabel_soft_margin_loss(cls_logits.to(dtype), targets) + F.multilabel_soft_margin_loss(
+            aux_cls_logits.to(dtype), targets
         )
 
 

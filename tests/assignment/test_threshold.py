@@ -1,10 +1,22 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
+import reference
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.assignment import threshold as module
 from cosa_hf.assignment.threshold import BINS, FLOOR, DynamicThreshold, equal_likelihood_split
+from cosa_hf.data import load_voc, multi_hot, read_image, undecoded
+from cosa_hf.objective.pseudo_labels import normalize_cams
+
+SHARED = Path(__file__).resolve().parents[2] / "../shared"
+LITE0 = SHARED / "weights/tf_efficientnet_lite0.in1k.fp16.safetensors"
+VOC = SHARED / "data/VOC2012"
 
 
 def draw(seed, weight=0.5, low=(0.2, 0.05), high=(0.8, 0.05), size=4000) -> torch.Tensor:
@@ -19,18 +31,25 @@ def histogram(values: torch.Tensor) -> torch.Tensor:
     return torch.tensor(np.histogram(values.double().numpy(), bins=BINS, range=(FLOOR, 1))[0], dtype=torch.float64)
 
 
-def reference_fit(values: np.ndarray) -> tuple[np.ndarray, float]:
-    """scikit-learn's means, and where pi_fg N_fg = pi_bg N_bg between them, on a fine grid."""
+def reference_fit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """scikit-learn's weights, means and variances, the background first."""
     mixture = GaussianMixture(2, tol=1e-9, max_iter=2000, random_state=0).fit(values.astype(np.float64)[:, None])
     order = mixture.means_[:, 0].argsort()
-    weights, means = mixture.weights_[order], mixture.means_[order, 0]
-    variances = mixture.covariances_[order, 0, 0]
-    points = np.linspace(*means, 100_001)[:, None]
-    log_density = np.log(weights) - 0.5 * np.log(variances) - 0.5 * (points - means) ** 2 / variances
-    low_wins = log_density[:, 0] >= log_density[:, 1]
-    assert low_wins[0]
-    assert not low_wins[-1]
-    return means, points[low_wins.argmin(), 0]
+    return mixture.weights_[order], mixture.means_[order, 0], mixture.covariances_[order, 0, 0]
+
+
+def assert_is_the_best_split(split: float, values: np.ndarray) -> None:
+    """No threshold explains the values better (Eq. 6), for the mixture that scikit-learn fits to them.
+
+    Two thresholds with no value between them are equally good: what is compared is their likelihood, and on how many
+    values they disagree.
+    """
+    values = values.astype(np.float64)
+    fit = reference_fit(values)
+    best = reference.best_split(values, *fit)
+    assert fit[1][0] < split < fit[1][1]
+    assert reference.split_likelihood(values, split, *fit) >= reference.split_likelihood(values, best, *fit) - 1e-4
+    assert ((values >= split) != (values >= best)).mean() <= 5e-3
 
 
 MIXTURES = {
@@ -45,29 +64,76 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_fit_agrees_with_scikit_learn(monkeypatch, name, seed):
+def test_fit_agrees_with_scikit_learn(monkeypatch, name):
     weight, low, high = MIXTURES[name]
-    values = draw(seed, weight, low, high, size=20_000)
+    values = draw(0, weight, low, high, size=20_000)
     fitted = {}
     crossing = module._crossing
 
     def spy(weights, means, variances):
-        fitted["means"] = sorted(means)
+        fitted["means"], fitted["deviations"] = sorted(means), np.sqrt(variances)[np.argsort(means)]
         return crossing(weights, means, variances)
 
     monkeypatch.setattr(module, "_crossing", spy)
     split = equal_likelihood_split(histogram(values))
-    means, expected = reference_fit(values.numpy())
-    np.testing.assert_allclose(fitted["means"], means, atol=2e-3)
-    assert split == pytest.approx(expected, abs=1e-2)
+    _, means, variances = reference_fit(values.numpy())
+    # A bin is 1.9e-3 wide.
+    np.testing.assert_allclose(fitted["means"], means, atol=1e-3)
+    np.testing.assert_allclose(fitted["deviations"], np.sqrt(variances), atol=1e-3)
+    assert_is_the_best_split(split, values.numpy())
 
 
-def test_value_is_the_split_of_what_was_seen():
-    values = draw(0, 0.7, (0.25, 0.06), (0.75, 0.09))
+@st.composite
+def mixtures(draw_value):
+    """Two Gaussians whose means lie three to five times their summed widths apart, of any weights and widths."""
+    widths = [draw_value(st.floats(0.015, 0.08)) for _ in range(2)]
+    low = draw_value(st.floats(0.12, 0.5))
+    high = low + draw_value(st.floats(3, 5)) * sum(widths)
+    assume(high <= 0.95)
+    return draw_value(st.floats(0.1, 0.9)), (low, widths[0]), (high, widths[1])
+
+
+@given(mixtures(), st.integers(0, 100))
+@settings(max_examples=40)
+def test_split_is_the_best_of_drawn_mixtures(mixture, seed):
+    values = draw(seed, *mixture)
     threshold = DynamicThreshold(decay=0.0)
-    threshold.update(values.view(2, -1) if len(values) % 2 == 0 else values)
-    assert threshold.value == pytest.approx(reference_fit(values.numpy())[1], abs=1e-2)
+    threshold.update(values)
+    assert_is_the_best_split(threshold.value, values.numpy())
+
+
+@pytest.fixture(scope="module")
+def real_confidences() -> torch.Tensor:
+    """nu of 48 photos: CAMs of an ImageNet network whose classifier is the least-squares fit of their own tags."""
+    if not (LITE0.exists() and VOC.exists()):
+        pytest.skip("needs the shared weights and images")
+    dataset = load_voc(VOC, "val").select(range(48))
+    config = CoSAConfig(backbone="tf_efficientnet_lite0", aux_layer=-2, num_labels=21)
+    backbone = CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(config, LITE0).eval().backbone
+    processor = CoSAImageProcessor(
+        size={"height": 224, "width": 224},
+        image_mean=list(backbone.data_config["mean"]),
+        image_std=list(backbone.data_config["std"]),
+    )
+    images = processor([read_image(row) for row in undecoded(dataset)], return_tensors="pt")["pixel_values"]
+    labels = torch.stack([multi_hot(tags, 20) for tags in dataset["labels"]])
+    with torch.no_grad():
+        features = torch.cat([backbone(batch)[0] for batch in images.split(8)])
+    pooled = features.amax(dim=(2, 3))
+    weight = torch.linalg.solve(
+        pooled.T @ pooled + pooled.square().mean() * torch.eye(pooled.shape[1]), pooled.T @ labels
+    )
+    return normalize_cams(torch.einsum("bdhw,dc->bchw", features, weight), labels).amax(dim=1)
+
+
+def test_split_is_the_best_of_real_cam_values(real_confidences):
+    threshold = DynamicThreshold(decay=0.0)
+    for batch in real_confidences.split(8):
+        threshold.update(batch)
+    values = real_confidences[real_confidences > FLOOR].numpy()
+    assert len(values) > 2000
+    assert_is_the_best_split(threshold.value, values)
+    assert threshold.value == pytest.approx(reference.best_split(values, *reference_fit(values)), abs=2e-3)
 
 
 def test_inactive_pixels_belong_to_no_cluster():

@@ -1,53 +1,14 @@
+import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
+import reference
+import strategies
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cosa_hf.objective import separation
 from cosa_hf.objective.separation import contrastive_separation_loss
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# The documented floor on a token's norm.
-FLOOR = 1e-3
-
-
-def anchor_losses(cam_logits: np.ndarray, labels: np.ndarray, confident: np.ndarray, temperature: float) -> list[float]:
-    """Eq. 9-10 for the tokens (C, N) of one group, anchor by anchor."""
-    members = [i for i in range(len(labels)) if confident[i]]
-    unit = cam_logits / np.maximum(np.linalg.norm(cam_logits, axis=0), FLOOR)
-    losses = []
-    for i in members:
-        positives = [j for j in members if labels[j] == labels[i] and j != i]
-        negatives = [j for j in members if labels[j] != labels[i]]
-        if not positives or not negatives:
-            continue
-        against = np.logaddexp.reduce([unit[:, i] @ unit[:, j] / temperature for j in negatives])
-        terms = []
-        for j in positives:
-            s = unit[:, i] @ unit[:, j] / temperature
-            terms.append(np.logaddexp(s, against) - s)  # -log(L / (L + K))
-        losses.append(float(np.mean(terms)))
-    return losses
-
-
-def reference(
-    cam_logits: np.ndarray,
-    labels: np.ndarray,
-    confident: np.ndarray,
-    temperature: float = 0.5,
-    scope: str = "image",
-) -> float:
-    cam_logits = cam_logits.astype(np.float64)
-    tokens = cam_logits.reshape(*cam_logits.shape[:2], -1)
-    labels, confident = labels.reshape(len(labels), -1), confident.reshape(len(confident), -1)
-    if scope == "batch":
-        losses = anchor_losses(np.concatenate(list(tokens), axis=1), labels.ravel(), confident.ravel(), temperature)
-    else:
-        losses = [
-            loss
-            for image in range(len(tokens))
-            for loss in anchor_losses(tokens[image], labels[image], confident[image], temperature)
-        ]
-    return float(np.mean(losses)) if losses else 0.0
 
 
 def random_batch(seed: int, shape=(2, 3, 3, 4), share: float = 0.7, classes: int = 3):
@@ -61,14 +22,34 @@ def as_tensors(*arrays):
     return tuple(torch.tensor(array) for array in arrays)
 
 
+scopes = st.sampled_from(["image", "batch"])
+temperatures = st.sampled_from([0.01, 0.07, 0.5, 2.0])
+
+
+def drawn_batch(data, shape):
+    """Tokens that are ordinary, alike, dead (no activation) or huge; labels and Omega of any kind."""
+    spatial = (shape[0], *shape[2:])
+    cam_logits = data.draw(strategies.logits(shape, extreme=False))
+    faint = data.draw(hnp.arrays(np.float32, spatial, elements=st.sampled_from([1.0, 1.0, 0.0, 1e-5, 1e4])))
+    labels = data.draw(hnp.arrays(np.int64, spatial, elements=st.integers(0, shape[1])))
+    return cam_logits * faint[:, None], labels, data.draw(strategies.masks(spatial))
+
+
+@given(st.data(), strategies.map_shapes, scopes, temperatures)
+def test_equals_reference(data, shape, scope, temperature):
+    cam_logits, labels, confident = drawn_batch(data, shape)
+    value = contrastive_separation_loss(*as_tensors(cam_logits, labels, confident), temperature, scope).item()
+    expected = reference.separation_loss(cam_logits.astype(float), labels, confident, temperature, scope)
+    # A cosine is known to about 1e-7, and the temperature divides that error.
+    assert value == pytest.approx(expected, rel=1e-5, abs=max(1e-5, 5e-7 / temperature))
+
+
 @pytest.mark.parametrize("scope", ["image", "batch"])
-@pytest.mark.parametrize("temperature", [0.01, 0.07, 0.5, 2.0])
-@pytest.mark.parametrize("share", [1.0, 0.6, 0.2])
-def test_equals_reference(scope, temperature, share):
-    batch = random_batch(int(10 * share), share=share)
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_equals_reference_on_more_tokens(scope, temperature):
+    batch = random_batch(0, shape=(2, 3, 6, 7))
     value = contrastive_separation_loss(*as_tensors(*batch), temperature, scope)
-    # A similarity's rounding error is divided by the temperature.
-    assert value.item() == pytest.approx(reference(*batch, temperature, scope), rel=1e-5, abs=1e-5)
+    assert value.item() == pytest.approx(reference.separation_loss(*batch, temperature, scope), rel=1e-5)
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
@@ -77,20 +58,7 @@ def test_images_with_and_without_anchors_share_one_mean(scope):
     cam_logits, labels, confident = random_batch(1, share=1.0)
     labels[1] = 2
     value = contrastive_separation_loss(*as_tensors(cam_logits, labels, confident), scope=scope).item()
-    assert value == pytest.approx(reference(cam_logits, labels, confident, scope=scope), rel=1e-5)
-
-
-def test_ties_and_dead_tokens():
-    cam_logits, labels, confident = random_batch(2, share=1.0)
-    cam_logits[0, :, 0] = cam_logits[0, :, :1, 0, None].mean(axis=1)  # a row of identical tokens
-    cam_logits[1, :, 1] = 0  # a row without activation
-    cam_logits[1, :, 2, 0] = 1e-5  # below the floor
-    tokens, *rest = as_tensors(cam_logits, labels, confident)
-    tokens.requires_grad_()
-    loss = contrastive_separation_loss(tokens, *rest)
-    loss.backward()
-    assert loss.item() == pytest.approx(reference(cam_logits, labels, confident), rel=1e-5)
-    assert torch.isfinite(tokens.grad).all()
+    assert value == pytest.approx(reference.separation_loss(cam_logits, labels, confident, scope=scope), rel=1e-5)
 
 
 def test_similarity_is_the_cosine():
@@ -113,15 +81,16 @@ def test_background_is_a_label():
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
-def test_gradient_equals_central_differences(numeric_gradient, scope):
-    cam_logits, labels, confident = random_batch(5, shape=(2, 2, 2, 3), share=0.8, classes=2)
-    tokens, *rest = as_tensors(cam_logits, labels, confident)
-    tokens.requires_grad_()
-    contrastive_separation_loss(tokens, *rest, scope=scope).backward()
-    expected = numeric_gradient(lambda m: reference(m, labels, confident, scope=scope), cam_logits)
-    np.testing.assert_allclose(tokens.grad.numpy(), expected, atol=1e-5)
-    outside = ~confident[:, None].repeat(cam_logits.shape[1], axis=1)
-    assert (tokens.grad.numpy()[outside] == 0).all()
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_gradient(scope, temperature):
+    cam_logits, labels, confident = as_tensors(*random_batch(5, shape=(2, 2, 2, 3), share=0.8, classes=2))
+    cam_logits = cam_logits.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda m: contrastive_separation_loss(m, labels, confident, temperature, scope), cam_logits
+    )
+    (gradient,) = torch.autograd.grad(contrastive_separation_loss(cam_logits, labels, confident), cam_logits)
+    assert gradient.any()
+    assert (gradient.transpose(0, 1)[:, ~confident] == 0).all()
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
@@ -160,58 +129,12 @@ def test_memory_kept_for_backward_grows_with_tokens_not_pairs(monkeypatch):
     assert 0 < kept_for(32) <= 6 * kept_for(16)
 
 
-LABELS = torch.tensor([[[0, 0, 1], [1, 2, 2]]])
-DEGENERATE = {
-    "Omega empty": (LABELS, torch.zeros(1, 2, 3, dtype=torch.bool)),
-    "one member": (LABELS, torch.tensor([[[True, False, False], [False, False, False]]])),
-    "one label": (torch.zeros(1, 2, 3, dtype=torch.long), torch.ones(1, 2, 3, dtype=torch.bool)),
-    "no positives": (LABELS, torch.tensor([[[True, False, True], [False, False, True]]])),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scope", ["image", "batch"])
-@pytest.mark.parametrize("case", DEGENERATE)
-def test_without_anchors_exactly_zero_with_a_graph(case, scope, dtype):
-    cam_logits = torch.randn(1, 2, 2, 3, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    loss = contrastive_separation_loss(cam_logits, *DEGENERATE[case], scope=scope)
-    loss.backward()
-    assert loss.item() == 0
-    assert (cam_logits.grad == 0).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [0.01, 0.5])
-@pytest.mark.parametrize("value", [0.0, 1e-6, -5.0, 6e4])
-def test_constant_maps_have_a_finite_gradient(value, temperature, dtype):
-    cam_logits = torch.full((1, 2, 2, 3), value, dtype=dtype, requires_grad=True)
-    confident = torch.ones(1, 2, 3, dtype=torch.bool)
-    loss = contrastive_separation_loss(cam_logits, LABELS, confident, temperature)
-    loss.backward()
-    # All similarities are equal: each anchor faces one positive among four negatives.
-    assert loss.item() == pytest.approx(np.log(5), rel=1e-4)
-    assert torch.isfinite(cam_logits.grad).all()
-
-
-def test_opposite_tokens_at_the_sharpest_temperature():
-    """The worst positive against perfect negatives: 2 / temperature, not infinity."""
-    cam_logits = torch.tensor([1.0, -1.0, 1.0, 1.0]).view(1, 1, 1, 4).requires_grad_()
-    labels = torch.tensor([[[0, 0, 1, 1]]])
-    confident = torch.ones(1, 1, 4, dtype=torch.bool)
-    loss = contrastive_separation_loss(cam_logits, labels, confident, temperature=0.01)
-    loss.backward()
-    assert loss.item() == pytest.approx(
-        reference(cam_logits.detach().numpy(), labels.numpy(), confident.numpy(), 0.01), rel=1e-5
-    )
-    assert torch.isfinite(cam_logits.grad).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_maps_are_compared_in_full(dtype):
     cam_logits, labels, confident = as_tensors(*random_batch(8))
     cam_logits = cam_logits.to(dtype)
     value = contrastive_separation_loss(cam_logits, labels, confident, 0.07).item()
-    expected = reference(cam_logits.double().numpy(), labels.numpy(), confident.numpy(), 0.07)
+    expected = reference.separation_loss(cam_logits.double().numpy(), labels.numpy(), confident.numpy(), 0.07)
     assert value == pytest.approx(expected, rel=1e-5)
 
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.reliability import ProcessMean, single_process
 
 BINS = 512
@@ -66,7 +67,7 @@ class DynamicThreshold(nn.Module):
 
         With several processes `mean` gives all of them the same histogram, and so the same xi.
         """
-        values = confidence.detach().float()
+        values = at_least_float32(confidence.detach())
         histogram = torch.histc(values[values > FLOOR], bins=BINS, min=FLOOR, max=1.0)
         self.histograms[self.seen % len(self.histograms)] = mean(histogram).to(self.histograms)
         self.seen += 1

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosa_hf.objective.precision import at_least_float32
+
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Multi-label soft margin of class logits against tags (Eq. 1).
@@ -19,4 +21,5 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
         >>> round(classification_loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).item(), 4)
         0.6931
     """
-    return F.multilabel_soft_margin_loss(logits.float(), labels.float())
+    logits = at_least_float32(logits)
+    return F.multilabel_soft_margin_loss(logits, labels.to(logits.dtype))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cosa_hf.objective.precision import at_least_float32
+
 
 @dataclass(frozen=True)
 class PseudoLabels:
@@ -42,7 +44,7 @@ def normalize_cams(cam_logits: Tensor, labels: Tensor, valid: Tensor | None = No
         >>> [round(value, 3) for value in cams.flatten().tolist()]
         [0.0, 0.333, 1.0]
     """
-    cams = cam_logits.float().relu()
+    cams = at_least_float32(cam_logits).relu()
     inside = labels.bool()[:, :, None, None].expand_as(cams)
     if valid is not None:
         inside = inside & valid[:, None]
@@ -119,4 +121,4 @@ def segmentation_pseudo_labels(seg_logits: Tensor, labels: Tensor, temperature: 
         >>> segmentation_pseudo_labels(torch.zeros(1, 3, 1, 1), torch.tensor([[1, 0]])).flatten().tolist()
         [0.5, 0.5, 0.0]
     """
-    return (restrict_to_labels(seg_logits.float(), labels) / temperature).softmax(dim=1)
+    return (restrict_to_labels(at_least_float32(seg_logits), labels) / temperature).softmax(dim=1)

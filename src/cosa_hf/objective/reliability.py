@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cosa_hf.objective.precision import at_least_float32
+
 # Takes a local scalar to its mean over all processes. With it, every mean below runs over the global batch, since the
 # gradients of the processes are themselves averaged.
 ProcessMean = Callable[[Tensor], Tensor]
@@ -32,11 +34,12 @@ def perplexity(
         >>> [round(p, 3) for p in perplexity(torch.tensor([0.0, 0.5, 0.75, 1.0]), threshold=0.5).tolist()]
         [0.223, 9.433, 0.916, 0.223]
     """
-    confidence = confidence.float()
+    confidence = at_least_float32(confidence)
+    tiny = torch.finfo(confidence.dtype).tiny  # against 0 / 0 with the threshold at a bound
     distance = torch.where(
         confidence >= threshold,
-        (confidence - threshold) / max(1 - threshold, eps),
-        (threshold - confidence) / max(threshold, eps),
+        (confidence - threshold) / max(1 - threshold, tiny),
+        (threshold - confidence) / max(threshold, tiny),
     )
     return (-(alpha * distance.clamp(eps, 1.0)).log()).pow(beta)
 

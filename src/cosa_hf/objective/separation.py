@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.reliability import ProcessMean, single_process
 
 # Anchors are compared with all tokens a slab at a time and each slab is recomputed in the backward pass, so memory
@@ -50,13 +51,13 @@ def contrastive_separation_loss(
     """
     # (G, N, C): G groups of N tokens that see each other. The floor on the norm is for tokens without any activation,
     # whose direction means nothing and should not move much.
-    tokens = cam_logits.float().flatten(2).transpose(1, 2)
+    tokens = at_least_float32(cam_logits).flatten(2).transpose(1, 2)
     labels, members = pseudo_labels.flatten(1), confident.flatten(1)
     if scope == "batch":
         tokens, labels, members = tokens.flatten(0, 1)[None], labels.flatten()[None], members.flatten()[None]
     tokens = F.normalize(tokens, dim=-1, eps=1e-3)
 
-    total, anchors = tokens.sum() * 0.0, torch.zeros((), device=tokens.device)
+    total, anchors = tokens.sum() * 0.0, tokens.new_zeros(())
     for start in range(0, tokens.shape[1], ANCHORS_AT_ONCE):
         loss, kept = checkpoint(_anchor_losses, tokens, labels, members, start, temperature, use_reentrant=False)
         total, anchors = total + loss, anchors + kept

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.reliability import ProcessMean, single_process
 
 
@@ -34,7 +35,8 @@ def cam2seg_loss(
         >>> round(cam2seg_loss(torch.zeros(1, 4, 2, 2), torch.zeros(1, 8, 8, dtype=torch.long)).item(), 4)
         1.3863
     """
-    seg_logits = F.interpolate(seg_logits.float(), size=pseudo_labels.shape[-2:], mode="bilinear", align_corners=False)
+    seg_logits = at_least_float32(seg_logits)
+    seg_logits = F.interpolate(seg_logits, size=pseudo_labels.shape[-2:], mode="bilinear", align_corners=False)
     loss = F.cross_entropy(seg_logits, pseudo_labels, ignore_index=ignore_index, reduction="none")
     if weights is not None:
         loss = loss * weights
@@ -63,7 +65,9 @@ def seg2cam_loss(cam_logits: Tensor, segmentation: Tensor, valid: Tensor, mean: 
         >>> round(seg2cam_loss(torch.zeros(1, 1, 1, 1), spl, torch.ones(1, 1, 1, dtype=torch.bool)).item(), 4)
         0.6931
     """
-    loss = F.binary_cross_entropy_with_logits(cam_logits.float(), segmentation[:, 1:].float(), reduction="none")
+    cam_logits = at_least_float32(cam_logits)
+    target = segmentation[:, 1:].to(cam_logits.dtype)
+    loss = F.binary_cross_entropy_with_logits(cam_logits, target, reduction="none")
     return _mean_over(valid, loss.mean(dim=1), mean)
 
 
