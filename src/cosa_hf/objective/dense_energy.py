@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Rows of the kernel that are in memory at a time, each as long as the image has pixels: memory grows with the number of
-# pixels and not with its square. More rows are not faster, on neither kind of machine.
+# pixels and not with its square. More rows were not faster on a CPU.
 ROWS_AT_ONCE = 256
 # What one pair of pixels counts for at half size: the constant that the released weight of 0.05 multiplies.
 PER_PAIR = 1e-7
