@@ -28,7 +28,8 @@ class _Seen(NamedTuple):
     image_id: str
     digest: str
     labels: list[int]
-    problem: str  # why it cannot be read
+    problem: str  # why it, or its mask, cannot be read
+    kind: str  # "unreadable" or "mask"
     in_mask: list[int] | None  # the tags that its mask has pixels of; None without a mask
 
 
@@ -143,7 +144,7 @@ def _judge(
     """What is to be said about one image by itself."""
     where = f"{split}: {seen.image_id}"
     if seen.problem:
-        found.mend["mask" if seen.problem.startswith("mask of ") else "unreadable"].append(f"{split}: {seen.problem}")
+        found.mend[seen.kind].append(f"{split}: {seen.problem}")
         return
     places[seen.digest].append((split, seen))
     if not seen.labels:
@@ -184,17 +185,18 @@ class _Reading(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> _Seen:
         row = self.dataset[index]
-        digest, problem, in_mask = "", "", None
+        digest, problem, kind, in_mask = "", "", "unreadable", None
         try:
             content = _content(row)
             digest = hashlib.sha256(content).hexdigest()
             image = read_image(row | {"image": row["image"] | {"bytes": content}})
+            kind = "mask"
             if "mask" in row:
                 ids = np.asarray(read_mask(row, image.size, self.num_classes))
                 in_mask = [int(i) - 1 for i in np.unique(ids) if i not in (0, _IGNORE_INDEX)]
         except UnreadableImageError as error:
             problem = str(error)
-        return _Seen(row["image_id"], digest, row["labels"], problem, in_mask)
+        return _Seen(row["image_id"], digest, row["labels"], problem, kind, in_mask)
 
 
 def _content(row: dict[str, Any]) -> bytes:
