@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import numpy as np
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cosa_hf.image_processing_cosa import to_rgb
 
@@ -48,7 +48,11 @@ def read_image(example: dict[str, Any]) -> Image.Image:
         >>> read_image(undecoded(load_shapes("train", num_images=1))[0]).size
         (96, 96)
     """
-    return to_rgb(_decode(example, "image"))
+    image = _decode(example, "image")
+    try:
+        return to_rgb(image)
+    except Exception as error:  # EXIF can be as broken as pixels
+        raise _unreadable(example, "image", error) from error
 
 
 def read_mask(
@@ -102,10 +106,19 @@ def _decode(example: dict[str, Any], column: str) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     try:
+        if value is None:
+            raise ValueError("the row is empty")
         return ImageFeature().decode_example(value)
     except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, zlib and struct errors
-        where = (value or {}).get("path") or "bytes in the dataset"
-        raise UnreadableImageError(
-            f"cannot read the {column} of image {example['image_id']!r} ({where}): {error}; "
-            "replace the file, or take the image off the split's list"
-        ) from error
+        raise _unreadable(example, column, error) from error
+
+
+def _unreadable(example: dict[str, Any], column: str, error: Exception) -> UnreadableImageError:
+    value = example[column]
+    where = (value.get("path") if isinstance(value, dict) else None) or "bytes in the dataset"
+    # Pillow's own words for it hold a memory address, different every time.
+    reason = "no image, or of an unknown format" if isinstance(error, UnidentifiedImageError) else error
+    return UnreadableImageError(
+        f"cannot read the {column} of image {example['image_id']!r} ({where}): {reason}; "
+        "replace the file, or take the image off the split's list"
+    )

@@ -98,7 +98,7 @@ def collect_classes(tags: Iterable[Iterable[str]]) -> list[str]:
         other = spellings.setdefault(tag.casefold(), tag)
         if other != tag:
             raise ValueError(
-                f"the tags {other!r} ({counts[other]} images) and {tag!r} ({counts[tag]}) differ in case alone: "
+                f"the tags {other!r} (images: {counts[other]}) and {tag!r} (images: {counts[tag]}) differ in case alone: "
                 "write one of them everywhere"
             )
     return sorted(counts)
