@@ -21,8 +21,8 @@ def folder(tmp_path):
             ids = np.zeros((8, 8 + number + 2 * (split == "val")), np.uint8)
             ids[:4] = number + 1
             ids[4] = 255
-            Image.fromarray(ids).save(tmp_path / split / f"{tag}_mask.gif")
-            rows.append({"file_name": f"{tag}.png", "labels": [tag], "mask_file_name": f"{tag}_mask.gif"})
+            Image.fromarray(ids).save(tmp_path / split / f"{tag}_mask.png")
+            rows.append({"file_name": f"{tag}.png", "labels": [tag], "mask_file_name": f"{tag}_mask.png"})
         _write(tmp_path / split, rows)
     return tmp_path
 
@@ -69,8 +69,8 @@ def test_broken_files(folder, damage):
 
 
 def test_masks_that_cannot_be_used(folder):
-    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(folder / "train/cat_mask.gif")
-    Image.fromarray(np.zeros((8, 3), np.uint8)).save(folder / "val/dog_mask.gif")
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(folder / "train/cat_mask.png")
+    Image.fromarray(np.zeros((8, 3), np.uint8)).save(folder / "val/dog_mask.png")
     found = check(folder)
     assert list(found.mend) == ["mask"]
     assert "mask of image 'cat' holds the ids [7]" in found.mend["mask"][0]
