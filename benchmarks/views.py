@@ -37,10 +37,10 @@ def main(args: argparse.Namespace) -> None:
         ("both views of a decoded photo", rate(lambda index: views(images[index]), len(files), args.seconds)),
         ("whole training item", rate(item, len(files), args.seconds)),
     )
-    pixels = np.mean([image.size for image in images], axis=0)
+    width, height = np.mean([image.size for image in images], axis=0)
+    kilobytes = np.mean([len(content) for content in files]) / 1000
     print(
-        f"{len(files)} photos of {pixels[0]:.0f} x {pixels[1]:.0f} pixels and {np.mean([*map(len, files)]) / 1000:.0f} kB on "
-        f"average, crop {args.crop_size}, one core"
+        f"{len(files)} photos, {width:.0f} x {height:.0f} pixels and {kilobytes:.0f} kB on average, crop {args.crop_size}"
     )
     for name, images_per_second in rows:
         print(f"{name:30}  {images_per_second:6.1f} images/s  {1000 / images_per_second:6.2f} ms")
@@ -55,7 +55,9 @@ def photos(directory: Path | None, count: int = 32) -> list[bytes]:
 
 
 def _drawn(rng: np.random.Generator) -> bytes:
-    smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+        (500, 375), Image.Resampling.BICUBIC
+    )
     grain = rng.normal(0, 12, (375, 500, 1))
     buffer = io.BytesIO()
     Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)

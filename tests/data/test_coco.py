@@ -94,7 +94,7 @@ def test_smaller_objects_are_on_top():
 
 
 def test_what_is_missing_is_named(coco_dir, tmp_path):
-    with pytest.raises(FileNotFoundError, match="instances_train2014.json; splits found: val2014"):
+    with pytest.raises(FileNotFoundError, match=r"instances_train2014.json; splits found: val2014"):
         load_coco(coco_dir, "train2014")
     with pytest.raises(FileNotFoundError, match="splits found: none"):
         load_coco(tmp_path / "nowhere", "train2014")

@@ -161,7 +161,7 @@ def test_a_picture_named_twice(photos):
 def test_two_pictures_of_the_same_stem(photos):
     image_of(4, 4).save(photos / "a.png")
     jsonl(photos, [{"file_name": "a.jpg", "labels": ["cat"]}, {"file_name": "a.png", "labels": ["dog"]}])
-    with pytest.raises(ValueError, match="a.jpg and a.png would both be called 'a'"):
+    with pytest.raises(ValueError, match=r"a.jpg and a.png would both be called 'a'"):
         load_folder(photos)
 
 
@@ -216,7 +216,7 @@ def test_a_table_that_cannot_be_read_says_where(photos, table, content, message)
 
 
 def test_layouts_that_are_none(photos, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no directory .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no directory .*nowhere"):
         load_folder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no tags: neither metadata.jsonl, metadata.csv, tags.json nor"):
         load_folder(photos)

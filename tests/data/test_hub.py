@@ -70,7 +70,8 @@ def test_every_kind_of_label_column(parquet, values, feature, names, labels):
 
 
 @pytest.mark.parametrize(
-    ("values", "feature"), [([1, 0, 2], PETS), ([[2, 1], [0], [1]], List(PETS)), (["owl", "cat,dog", "dog"], Value("string"))]
+    ("values", "feature"),
+    [([1, 0, 2], PETS), ([[2, 1], [0], [1]], List(PETS)), (["owl", "cat,dog", "dog"], Value("string"))],
 )
 def test_a_stream_has_the_same_rows(parquet, values, feature):
     options = parquet(values, feature, image_id=(["x", "y", "z/1"], Value("string")))
@@ -106,13 +107,13 @@ def test_classes_of_the_dataset_cannot_be_renumbered(parquet):
 
 def test_what_cannot_be_read_is_named(parquet, tmp_path):
     options = parquet(["owl", "Cat"], Value("string"), number=([1.0, 2.0], Value("float64")))
-    with pytest.raises(ValueError, match="no column 'mask': pass --mask_column.*picture: Image"):
+    with pytest.raises(ValueError, match=r"no column 'mask': pass --mask_column.*picture: Image"):
         load_hub(options, "train", masks=True)
-    with pytest.raises(ValueError, match="no column 'image': pass --image_column.*kind: Value"):
+    with pytest.raises(ValueError, match=r"no column 'image': pass --image_column.*kind: Value"):
         load_hub(DatasetOptions(dataset_name=options.dataset_name, label_column="kind"), "train")
-    with pytest.raises(ValueError, match="column 'kind' of .* is Value.*, not Image"):
+    with pytest.raises(ValueError, match=r"column 'kind' of .* is Value.*, not Image"):
         load_hub(DatasetOptions(dataset_name=options.dataset_name, image_column="kind", label_column="kind"), "train")
-    with pytest.raises(ValueError, match="column 'number'.*expected ClassLabel, text"):
+    with pytest.raises(ValueError, match=r"column 'number'.*expected ClassLabel, text"):
         load_hub(
             DatasetOptions(dataset_name=options.dataset_name, image_column="picture", label_column="number"), "train"
         )
@@ -179,10 +180,8 @@ def test_what_is_saved_comes_back_identical(way, tmp_path):
         (tmp_path / name).unlink()
 
     options = DatasetOptions(dataset_name=str(tmp_path / "saved"))
-    if way == "disk":
-        back = datasets.load_from_disk(tmp_path / "saved")
-    else:
-        back = load_hub(options, "train", masks=True)
+    saved = tmp_path / "saved"
+    back = datasets.load_from_disk(saved) if way == "disk" else load_hub(options, "train", masks=True)
     assert back.features == dataset.features
     rows = list(undecoded(back))
     assert [(row["image_id"], row["labels"]) for row in rows] == [("a", [0, 1]), ("b", [])]

@@ -112,7 +112,7 @@ def test_a_mask_column_is_not_opened_unless_asked_for(voc_dir):
         path.write_bytes(b"no mask")
     stream = TrainingStream(dataset, VIEWS, length=3, seed=0)
     assert {stream[p]["image_id"] for p in range(3)} == set(dataset["image_id"])
-    with pytest.raises(ValueError, match="3 images in a row cannot be read.*the mask of image '2007_0"):
+    with pytest.raises(ValueError, match=r"3 images in a row cannot be read.*the mask of image '2007_0"):
         TrainingStream(dataset, VIEWS, length=3, seed=0, masks=True)[0]
 
 
@@ -135,7 +135,7 @@ def test_a_broken_image_is_named_and_replaced_by_the_next(voc_dir, workers):
 def test_nothing_readable_is_an_error(voc_dir):
     for path in (voc_dir / "JPEGImages").iterdir():
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="3 images in a row cannot be read. The first: .*2007_0"):
+    with pytest.raises(ValueError, match=r"3 images in a row cannot be read. The first: .*2007_0"):
         TrainingStream(load_voc(voc_dir, "train"), VIEWS, length=3, seed=0)[0]
 
 

@@ -108,7 +108,7 @@ def test_nothing_to_train_on_is_known_before_the_first_step(shapes):
     images = [{"bytes": b"no image", "path": None}] * 2
     features = tag_features(["cat"])
     bad = Dataset.from_dict({"image": images, "labels": [[0], [0]], "image_id": ["a", "b"]}, features=features)
-    with pytest.raises(ValueError, match="none of the first 100 rows.*cannot read the image of image 'b'"):
+    with pytest.raises(ValueError, match=r"none of the first 100 rows.*cannot read the image of image 'b'"):
         loader_of(bad)
     rows = [row | {"labels": []} for row in undecoded(shapes)]
     columns = {name: [row[name] for row in rows] for name in rows[0]}

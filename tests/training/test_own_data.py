@@ -68,7 +68,9 @@ def test_a_broken_picture_does_not_end_the_run_but_is_listed(folder, tiny, capsy
     train(recipe)
     (problem,) = summary_of(recipe)["unreadable_replaced"]
     assert f"cannot read the image of image '2' ({folder / '2.png'})" in problem
-    assert f"1 images could not be read, others took their places (all in run.json):\n{problem}" in capsys.readouterr().out
+    assert (
+        f"1 images could not be read, others took their places (all in run.json):\n{problem}" in capsys.readouterr().out
+    )
 
 
 def test_a_stream_trains_and_a_resumed_run_equals_the_uninterrupted_one(parquet, tiny, tmp_path, monkeypatch):

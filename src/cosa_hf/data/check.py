@@ -91,7 +91,9 @@ def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: 
     for split, dataset in splits.items():
         names = names or class_names(dataset)
         if class_names(dataset) != names:
-            raise ValueError(f"split {split!r} has the classes {class_names(dataset)}, another one {names}: fix --classes")
+            raise ValueError(
+                f"split {split!r} has the classes {class_names(dataset)}, another one {names}: fix --classes"
+            )
         counts: Counter = Counter()
         for seen in tqdm(
             _read(dataset, num_workers), f"check {split}", total=len(dataset), unit="image", disable=not progress
@@ -120,11 +122,13 @@ def format_findings(found: Findings, shown: int = 10) -> str:
     """
     width = max(len(name) for name in ["images", *next(iter(found.class_counts.values()))])
     splits = list(found.images)
-    rows = [("class", splits)]
+    rows: list[tuple[str, list]] = [("class", splits)]
     rows += [(name, [found.class_counts[split][name] for split in splits]) for name in found.class_counts[splits[0]]]
     rows += [("images", [found.images[split] for split in splits])]
     lines = [
-        "  ".join([name.ljust(width), *(str(cell).rjust(max(5, len(s))) for s, cell in zip(splits, cells, strict=True))])
+        "  ".join(
+            [name.ljust(width), *(str(cell).rjust(max(5, len(s))) for s, cell in zip(splits, cells, strict=True))]
+        )
         for name, cells in rows
     ]
     for verdict, kinds in (("MEND", found.mend), ("LOOK", found.look)):

@@ -29,8 +29,8 @@ def load_coco(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
 
     Reads ``annotations/instances_<split>.json`` and ``<split>/<file name>``. The tags of an image are the classes of
     its annotations, crowd regions included; an image without annotations has none (training leaves it out and counts
-    it). Masks come from ``masks/<split>/<image id>.png``, which ``scripts/convert_coco.py`` writes once. Without `masks`
-    they are not opened or looked for. Image files are opened when a row is read, not here.
+    it). Masks come from ``masks/<split>/<image id>.png``, which ``scripts/convert_coco.py`` writes once. Without
+    `masks` they are not opened or looked for. Image files are opened when a row is read, not here.
 
     Args:
         data_dir: the directory with ``annotations``, ``train2014`` and ``val2014``.
@@ -134,7 +134,7 @@ def render_mask(height: int, width: int, objects: list[tuple[int, dict[str, Any]
         raise ImportError("masks of COCO need pycocotools: pip install 'cosa-hf[coco]'") from error
 
     ids = np.zeros((height, width), dtype=np.uint8)
-    for label, annotation in reversed(sorted(objects, key=lambda one: one[1]["area"])):
+    for label, annotation in sorted(objects, key=lambda one: one[1]["area"])[::-1]:
         region = annotation["segmentation"]
         if isinstance(region, list) or isinstance(region["counts"], list):
             region = rle.frPyObjects(region, height, width)

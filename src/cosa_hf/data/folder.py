@@ -160,7 +160,8 @@ def _read_table(table: Path, split: str | None) -> Iterator[_Picture]:
         if file in seen:
             other = seen[file]
             raise ValueError(
-                f"{file} is named twice, in {other.where} with the tags {other.tags} and in {where} with {tags}: keep one"
+                f"{file} is named twice, in {other.where} with the tags {other.tags} and in {where} with {tags}: "
+                "keep one"
             )
         seen[file] = picture
         yield picture
@@ -199,9 +200,7 @@ def _visible(directory: Path) -> dict[str, os.DirEntry]:
     Names are compared in Unicode's composed form: macOS writes decomposed ones.
     """
     entries = {unicodedata.normalize("NFC", entry.name): entry for entry in os.scandir(directory)}
-    return {
-        name: entries[name] for name in sorted(entries) if not name.startswith(".") and name.lower() not in _LITTER
-    }
+    return {name: entries[name] for name in sorted(entries) if not name.startswith(".") and name.lower() not in _LITTER}
 
 
 def _paths(pictures: list[_Picture], files: list[str]) -> list[str]:

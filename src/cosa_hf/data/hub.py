@@ -22,7 +22,8 @@ def load_hub(options: DatasetOptions, split: str, masks: bool = False) -> Datase
 
     The image column must be of type `Image`. The label column may be a `ClassLabel`, a list of them, text, or a list
     of texts; text is read by `parse_tags` and has the classes of `options.classes`, or all that occur in the split,
-    sorted. Ids come from a column `image_id`, where there is one, otherwise they are row numbers. Neither images nor masks are opened.
+    sorted. Ids come from a column `image_id`, where there is one, otherwise they are row numbers. Neither images nor
+    masks are opened.
 
     Args:
         options: `dataset_name`, and the columns' names where they are not image, labels and mask.
@@ -123,9 +124,7 @@ def _check_columns(features: Features, options: DatasetOptions, masks: bool) -> 
     found = ", ".join(f"{name}: {feature}" for name, feature in features.items())
     for flag, column in wanted.items():
         if column not in features:
-            raise ValueError(
-                f"{options.dataset_name} has no column {column!r}: pass --{flag}. Its columns are {found}"
-            )
+            raise ValueError(f"{options.dataset_name} has no column {column!r}: pass --{flag}. Its columns are {found}")
         if flag != "label_column" and not isinstance(features[column], ImageFeature):
             raise ValueError(f"column {column!r} of {options.dataset_name} is {features[column]}, not Image")
 

@@ -15,7 +15,9 @@ class DatasetOptions:
     dataset_name: str | None = field(
         default=None, metadata={"help": "hub: name on the Hub (org/name), or a local path that load_dataset takes"}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "hub: which configuration, where it has several"})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "hub: which configuration, where it has several"}
+    )
     image_column: str = field(default="image", metadata={"help": "hub: column of the images"})
     label_column: str = field(default="labels", metadata={"help": "hub: column of the tags"})
     mask_column: str = field(default="mask", metadata={"help": "hub: column of the masks, for evaluation"})

@@ -98,8 +98,8 @@ def collect_classes(tags: Iterable[Iterable[str]]) -> list[str]:
         other = spellings.setdefault(tag.casefold(), tag)
         if other != tag:
             raise ValueError(
-                f"the tags {other!r} (images: {counts[other]}) and {tag!r} (images: {counts[tag]}) differ in case alone: "
-                "write one of them everywhere"
+                f"the tags {other!r} (images: {counts[other]}) and {tag!r} (images: {counts[tag]}) differ in case "
+                "alone: write one of them everywhere"
             )
     return sorted(counts)
 
