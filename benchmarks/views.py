@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     width, height = np.mean([image.size for image in images], axis=0)
     kilobytes = np.mean([len(content) for content in files]) / 1000
     print(
-        f"{len(files)} photos, {width:.0f} x {height:.0f} pixels and {kilobytes:.0f} kB on average, crop {args.crop_size}"
+        f"{len(files)} photos of {width:.0f} x {height:.0f} pixels, {kilobytes:.0f} kB (means); crop {args.crop_size}"
     )
     for name, images_per_second in rows:
         print(f"{name:30}  {images_per_second:6.1f} images/s  {1000 / images_per_second:6.2f} ms")

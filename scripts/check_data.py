@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, class_names, load_dataset_by_name
 from cosa_hf.data.check import check_splits, format_findings
+from cosa_hf.data.folder import unnamed_pictures
 
 
 def main(args: argparse.Namespace, options: DatasetOptions) -> int:
@@ -28,6 +29,8 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> int:
             # Classes found in the first split hold for all.
             options = dataclasses.replace(options, classes=class_names(splits[split]))
         found = check_splits(splits, args.num_workers)
+        if args.dataset == "folder" and (unnamed := unnamed_pictures(args.data_dir)):
+            found.look["unnamed"] = unnamed
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     print(format_findings(found))

@@ -9,6 +9,7 @@ from pictures import image_of
 from PIL import Image
 
 from cosa_hf.data import class_names, load_folder, read_image, read_mask, undecoded, without_untagged
+from cosa_hf.data.folder import unnamed_pictures
 
 TAGS = {"a.jpg": ["dog", "cat"], "b.png": ["cow"], "c.jpg": []}
 
@@ -213,6 +214,15 @@ def test_a_table_that_cannot_be_read_says_where(photos, table, content, message)
     (photos / table).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_folder(photos)
+
+
+def test_pictures_that_no_table_names_are_found(photos):
+    (photos / "more").mkdir()
+    image_of(4, 4).save(photos / "more/Fluß.png")
+    image_of(4, 4, "L").save(photos / "mask.png")
+    (photos / "notes.txt").write_text("buy film")
+    jsonl(photos, [{"file_name": "a.jpg", "labels": ["cat"], "mask_file_name": "mask.png"}])
+    assert unnamed_pictures(photos) == ["b.png", "c.jpg", "more/Fluß.png"]
 
 
 def test_layouts_that_are_none(photos, tmp_path):

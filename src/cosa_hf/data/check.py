@@ -55,6 +55,7 @@ ADVICE = {
     "mask": "mend these masks: evaluation stops at them",
     "contradiction": "give equal pictures equal tags, or keep one; a picture with several tags needs a metadata table",
     "leak": "take these pictures out of one of the splits: scores on pictures seen in training mean nothing",
+    "unnamed": "no table names these pictures: they are not used",
     "duplicate": "training sees these pictures more often than others",
     "untagged": "training leaves these pictures out; for evaluation they are background",
     "missing tag": "the mask shows a class that the tags leave out: add the tag, or correct the mask",

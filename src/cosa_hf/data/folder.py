@@ -105,6 +105,29 @@ def load_folder(
     return Dataset.from_dict(columns, features=tag_features(names, masks))
 
 
+def unnamed_pictures(data_dir: str | Path) -> list[str]:
+    """Pictures inside a folder that its tables do not name, and that are therefore not used.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_folder`.
+
+    Example:
+        >>> for name in ("a.png", "b.png"):
+        ...     Image.new("RGB", (4, 3)).save(name)
+        >>> _ = Path("tags.json").write_text('{"a.png": ["cat"]}')
+        >>> unnamed_pictures(".")
+        ['b.png']
+    """
+    root = Path(data_dir).absolute()
+    named = {picture.directory / file for picture in _read(root) for file in (picture.file, picture.mask) if file}
+    endings = Image.registered_extensions()
+    return sorted(
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if path.suffix.lower() in endings and Path(unicodedata.normalize("NFC", str(path))) not in named
+    )
+
+
 def _read(root: Path, split: str | None = None) -> Iterator[_Picture]:
     """All pictures of a folder; `split` is what its name says about them."""
     tables = [root / name for name in _TABLES if (root / name).is_file()]
@@ -244,4 +267,4 @@ def _require_different_names(pictures: list[_Picture]) -> None:
             raise ValueError(f"{other} and {picture.file} would both be called {_image_id(other)!r}: rename one")
 
 
-__all__ = ["FOLDER_SPLITS", "load_folder"]
+__all__ = ["FOLDER_SPLITS", "load_folder", "unnamed_pictures"]
