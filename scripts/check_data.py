@@ -36,7 +36,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> int:
     print(format_findings(found))
     if args.report is not None:
         args.report.parent.mkdir(parents=True, exist_ok=True)
-        args.report.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+        args.report.write_text(json.dumps(vars(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"all findings: {args.report}")
     return 1 if found.mend else 0
 

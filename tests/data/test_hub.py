@@ -98,6 +98,13 @@ def test_masks_and_ids(parquet):
     assert [np.unique(read_mask(row, read_image(row).size, 3)).tolist() for row in rows] == [[0], [1]]
 
 
+def test_a_stream_never_opens_a_mask(parquet):
+    masks = [{"bytes": b"no mask", "path": None}] * 2
+    options = parquet([0, 1], PETS, mask=(masks, ImageFeature()))
+    rows = list(undecoded(stream_hub(options, "train")))
+    assert [sorted(row) for row in rows] == [["image", "image_id", "labels"]] * 2
+
+
 def test_classes_of_the_dataset_cannot_be_renumbered(parquet):
     options = parquet([0, 1], PETS)
     options.classes = ["cat", "dog", "owl"]

@@ -54,7 +54,9 @@ def load_hub(options: DatasetOptions, split: str, masks: bool = False) -> Datase
     dataset = dataset.select_columns(list(columns)).rename_columns(columns)
     dataset = dataset.add_column("labels", labels, feature=features["labels"])
     dataset = dataset.add_column("image_id", image_ids, feature=features["image_id"])
-    return dataset.select_columns(list(features)).cast(features)
+    for column in columns.values():  # not cast(): that would copy every image
+        dataset = dataset.cast_column(column, features[column])
+    return dataset.select_columns(list(features))
 
 
 def stream_hub(options: DatasetOptions, split: str) -> IterableDataset:
@@ -88,7 +90,9 @@ def stream_hub(options: DatasetOptions, split: str) -> IterableDataset:
             f"column {options.label_column!r} of {options.dataset_name} holds text: a stream needs --classes, since it "
             "is not read to its end before training begins"
         )
-    columns = list(stream.features)
+    columns = [options.image_column, options.label_column]
+    if "image_id" in stream.features and "image_id" not in columns:
+        columns.append("image_id")
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         image, image_id = row[options.image_column], row.get("image_id")
@@ -102,8 +106,8 @@ def stream_hub(options: DatasetOptions, split: str) -> IterableDataset:
             labels = []
         return {"image": image, "labels": labels, "image_id": str(image_id).replace("/", "_")}
 
-    # Undecoded, or a broken image would end the stream here.
-    stream = stream.cast_column(options.image_column, ImageFeature(decode=False))
+    # Nothing else is read, masks least of all; and undecoded, or a broken image would end the stream here.
+    stream = stream.select_columns(columns).cast_column(options.image_column, ImageFeature(decode=False))
     return stream.map(convert, remove_columns=columns, features=tag_features(names))
 
 
