@@ -9,15 +9,15 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
 
 from cosa_hf import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name
+from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
 from cosa_hf.evaluation.panels import panel
 from cosa_hf.evaluation.protocols import SCALES, evaluate_model, format_report, label_names, predict_dataset
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     size = {} if args.input_size is None else {"size": {"height": args.input_size, "width": args.input_size}}
     try:
         model = AutoModelForSemanticSegmentation.from_pretrained(args.model)
@@ -31,7 +31,8 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"error: {args.model!r} is a {type(model).__name__}, which has no CAMs to score")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True)
+        options.classes = options.classes or label_names(model.config)[1:]
+        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
         inference = {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
@@ -68,15 +69,18 @@ def save_panels(model, processor, dataset, directory: Path, num_panels: int, inf
     print(f"panels of the first {len(first)} images: {directory}")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
+    parser = HfArgumentParser(
+        DatasetOptions,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
     parser.add_argument(
         "--dataset", required=True, choices=sorted(COEXISTENCE_CLASSES), help="which dataset's layout to read"
     )
-    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); shapes draws itself, needs none")
+    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); not for shapes and hub")
     parser.add_argument("--split", default="val", help="part of the dataset to score (default: %(default)s)")
     parser.add_argument("--report", type=Path, default=Path("report.json"), help="JSON file to write (%(default)s)")
     parser.add_argument(
@@ -100,7 +104,8 @@ def parse_args() -> argparse.Namespace:
         help="side in pixels images are resized to; the processor's own without",
     )
     parser.add_argument("--batch_size", type=positive, default=8, help="images per forward pass (default: %(default)s)")
-    return parser.parse_args()
+    options, args = parser.parse_args_into_dataclasses()
+    return args, options
 
 
 def positive(text: str) -> int:
@@ -111,4 +116,4 @@ def positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(*parse_args())

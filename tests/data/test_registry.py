@@ -8,12 +8,12 @@ def test_known_names(voc_dir):
     assert "mask" in load_dataset_by_name("voc", voc_dir, "train", masks=True).column_names
     shapes = load_dataset_by_name("shapes", None, "val")
     assert shapes.num_rows == 200
-    assert set(COEXISTENCE_CLASSES) == {"voc", "shapes"}
+    assert set(COEXISTENCE_CLASSES) == {"voc", "coco", "shapes", "folder", "hub"}
     assert set(COEXISTENCE_CLASSES["shapes"]) < set(class_names(shapes))
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="unknown dataset 'imagenet'; known: voc, shapes"):
+    with pytest.raises(ValueError, match="unknown dataset 'imagenet'; known: voc, coco, shapes"):
         load_dataset_by_name("imagenet", None, "train")
 
 

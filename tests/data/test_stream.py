@@ -17,6 +17,10 @@ def shapes():
     return load_shapes("train", num_images=7, image_size=32, masks=True)
 
 
+def _items(stream: TrainingStream) -> list[dict]:
+    return [stream[position] for position in range(len(stream))]
+
+
 def _assert_equal(first: dict, second: dict) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -30,7 +34,8 @@ def test_item(shapes):
     assert item["labels"].dtype == torch.float32
     assert item["labels"].nonzero().flatten().tolist() == row["labels"]
     assert item["labels"].shape == (8,)
-    assert set(item) == {"weak", "strong", "valid", "mask", "labels", "image_id"}
+    assert set(item) == {"weak", "strong", "valid", "mask", "labels", "image_id", "unreadable"}
+    assert item["unreadable"] == ""
     assert set(item["mask"].unique().tolist()) <= {0, 255} | {label + 1 for label in row["labels"]}
 
 
@@ -107,24 +112,38 @@ def test_a_mask_column_is_not_opened_unless_asked_for(voc_dir):
         path.write_bytes(b"no mask")
     stream = TrainingStream(dataset, VIEWS, length=3, seed=0)
     assert {stream[p]["image_id"] for p in range(3)} == set(dataset["image_id"])
-    with pytest.raises(ValueError, match="cannot read the mask of image '2007_0"):
+    with pytest.raises(ValueError, match=r"3 images in a row cannot be read.*the mask of image '2007_0"):
         TrainingStream(dataset, VIEWS, length=3, seed=0, masks=True)[0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named(voc_dir, workers):
+def test_a_broken_image_is_named_and_replaced_by_the_next(voc_dir, workers):
+    whole = [item["image_id"] for item in _items(TrainingStream(load_voc(voc_dir, "train"), VIEWS, length=9, seed=0))]
     path = voc_dir / "JPEGImages/2007_02.jpg"
     path.write_bytes(path.read_bytes()[:200])
-    stream = TrainingStream(load_voc(voc_dir, "train"), VIEWS, length=3, seed=0)
-    with pytest.raises(ValueError, match="2007_02"):
-        list(DataLoader(stream, batch_size=None, num_workers=workers))
+    stream = TrainingStream(load_voc(voc_dir, "train"), VIEWS, length=9, seed=0)
+    items = list(DataLoader(stream, batch_size=None, num_workers=workers))
+    assert whole.count("2007_02") == 3
+    for position, image_id in enumerate(whole[:-1]):
+        if image_id == "2007_02":
+            assert items[position]["image_id"] == whole[position + 1]
+            assert f"cannot read the image of image '2007_02' ({path})" in items[position]["unreadable"]
+        else:
+            assert (items[position]["image_id"], items[position]["unreadable"]) == (image_id, "")
+
+
+def test_nothing_readable_is_an_error(voc_dir):
+    for path in (voc_dir / "JPEGImages").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"3 images in a row cannot be read. The first: .*2007_0"):
+        TrainingStream(load_voc(voc_dir, "train"), VIEWS, length=3, seed=0)[0]
 
 
 def test_a_mask_of_another_size_is_named(voc_dir):
     image_of(5, 5, "L").save(voc_dir / "SegmentationClassAug/2007_02.png")
     stream = TrainingStream(load_voc(voc_dir, "train", masks=True), VIEWS, length=3, seed=0, masks=True)
-    with pytest.raises(ValueError, match="mask of image '2007_02' is 5x5"):
-        [stream[p] for p in range(3)]
+    (problem,) = {item["unreadable"] for item in _items(stream)} - {""}
+    assert "mask of image '2007_02' is 5x5" in problem
 
 
 def test_any_error_says_which_image(shapes):
@@ -145,6 +164,13 @@ def test_small_odd_images_pass(tmp_path, one_image):
         item = TrainingStream(one_image(path), VIEWS, length=1, seed=0)[0]
         assert item["weak"].shape == (3, 40, 40)
         assert item["valid"].any()
+
+
+def test_an_extremely_wide_image_passes(tmp_path, one_image):
+    image_of(20_000, 20).save(tmp_path / "wide.png")
+    item = TrainingStream(one_image(tmp_path / "wide.png"), VIEWS, length=1, seed=0)[0]
+    assert item["strong"].isfinite().all()
+    assert item["valid"].any()
 
 
 def test_refuses_what_it_cannot_do(shapes):

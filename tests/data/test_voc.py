@@ -55,6 +55,23 @@ def test_accepts_strings_and_relative_directories(voc_dir, monkeypatch):
     assert dataset[0]["image"].size == (20, 10)
 
 
+def test_train_aug_is_made_from_the_lists_of_sbd(voc_dir):
+    lists = voc_dir / "ImageSets/Segmentation"
+    sbd = voc_dir / "benchmark_RELEASE/dataset"
+    with pytest.raises(FileNotFoundError, match=r"available splits: train .or put SBD's benchmark_RELEASE into"):
+        load_voc(voc_dir, "train_aug")
+    sbd.mkdir(parents=True)
+    (sbd / "train.txt").write_text("2007_02\n")
+    (lists / "train.txt").write_text("2007_03\n")
+    (lists / "val.txt").write_text("2007_01\n")
+    with pytest.raises(FileNotFoundError, match=r"made from four lists; missing .*benchmark_RELEASE/dataset/val.txt"):
+        load_voc(voc_dir, "train_aug")
+    (sbd / "val.txt").write_text("2007_01\n")
+    assert load_voc(voc_dir, "train_aug")["image_id"][:] == ["2007_02", "2007_03"], "without VOC's val"
+    (lists / "train_aug.txt").write_text("2007_01\n")
+    assert load_voc(voc_dir, "train_aug")["image_id"][:] == ["2007_01"], "a list of one's own wins"
+
+
 def test_masks_are_class_ids(voc_dir):
     dataset = undecoded(load_voc(voc_dir, "train", masks=True))
     masks = [read_mask(row, read_image(row).size, num_classes=20) for row in dataset]
@@ -153,7 +170,7 @@ def test_image_without_an_annotation(voc_dir):
 
 def test_tag_that_no_class_has(voc_dir):
     (voc_dir / "image_labels.json").write_text(json.dumps({"2007_01": ["cat"], "2007_02": ["tram"], "2007_03": []}))
-    with pytest.raises(ValueError, match="image '2007_02' has the tag 'tram'"):
+    with pytest.raises(ValueError, match=r"no class: 'tram'.* of 1 image \(2007_02\)"):
         load_voc(voc_dir, "train")
 
 

@@ -10,7 +10,7 @@ def few_shapes(monkeypatch):
     """The embedded set, cut to six images, wherever the loop loads a dataset by name."""
     loaded = []
 
-    def load(name, data_dir, split, masks=False):
+    def load(name, data_dir, split, masks=False, options=None):
         loaded.append((split, masks))
         return load_shapes("train" if split == "train_aug" else split, num_images=6, image_size=48, masks=masks)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cosa_hf.data import COEXISTENCE_CLASSES
 from cosa_hf.training.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -261,7 +262,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_of_the_repository_are_valid(path):
-    assert Recipe.named(path.stem).dataset in ("voc", "coco", "shapes")
+    assert Recipe.named(path.stem).dataset in COEXISTENCE_CLASSES
 
 
 def test_a_recipe_goes_by_name_or_by_path(tmp_path):

@@ -1,16 +1,22 @@
 """Reading one image, or one mask, of a dataset example, with errors that name the file."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cosa_hf.image_processing_cosa import to_rgb
 
+T = TypeVar("T", Dataset, IterableDataset)
 
-def undecoded(dataset: Dataset) -> Dataset:
+
+class UnreadableImageError(ValueError):
+    """An image or mask that cannot be used as it is; the message names it and says why."""
+
+
+def undecoded(dataset: T) -> T:
     """The same dataset with its image columns left as files, for `read_image` and `read_mask` to decode.
 
     Left to itself, a `datasets.Dataset` decodes a row as soon as it is indexed, and what it raises for a
@@ -35,14 +41,18 @@ def read_image(example: dict[str, Any]) -> Image.Image:
         example: a row of an `undecoded` dataset (of a decoded one, only the conversion is left to do).
 
     Raises:
-        ValueError: the file is truncated, corrupt, empty or gone; names the image.
+        UnreadableImageError: the file is truncated, corrupt, empty or gone; names the image.
 
     Example:
         >>> from cosa_hf.data import load_shapes
         >>> read_image(undecoded(load_shapes("train", num_images=1))[0]).size
         (96, 96)
     """
-    return to_rgb(_decode(example, "image"))
+    image = _decode(example, "image")
+    try:
+        return to_rgb(image)
+    except Exception as error:  # EXIF can be as broken as pixels
+        raise _unreadable(example, "image", error) from error
 
 
 def read_mask(
@@ -59,7 +69,7 @@ def read_mask(
         num_classes: C, foreground classes.
 
     Raises:
-        ValueError: the file cannot be read, is no single-channel 8-bit image, has another size than the
+        UnreadableImageError: the file cannot be read, is no single-channel 8-bit image, has another size than the
             image, or holds ids outside 0..C and `ignore_index`; names the image.
 
     Example:
@@ -71,12 +81,12 @@ def read_mask(
     """
     mask = _decode(example, "mask")
     if mask.mode not in ("L", "P"):
-        raise ValueError(
+        raise UnreadableImageError(
             f"mask of image {example['image_id']!r} has mode {mask.mode!r}: "
             "expected class ids in a grayscale or palette PNG (mode 'L' or 'P')"
         )
     if mask.size != image_size:
-        raise ValueError(
+        raise UnreadableImageError(
             f"mask of image {example['image_id']!r} is {mask.width}x{mask.height} (width x height), "
             f"its image is {image_size[0]}x{image_size[1]}"
         )
@@ -84,7 +94,7 @@ def read_mask(
     present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
     unknown = [int(i) for i in present if i > num_classes and i != ignore_index]
     if unknown:
-        raise ValueError(
+        raise UnreadableImageError(
             f"mask of image {example['image_id']!r} holds the ids {unknown}: "
             f"expected 0 (background), 1..{num_classes} (classes) or {ignore_index} (ignore)"
         )
@@ -96,10 +106,19 @@ def _decode(example: dict[str, Any], column: str) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     try:
+        if value is None:
+            raise ValueError("the row is empty")
         return ImageFeature().decode_example(value)
     except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, zlib and struct errors
-        where = (value or {}).get("path") or "bytes in the dataset"
-        raise ValueError(
-            f"cannot read the {column} of image {example['image_id']!r} ({where}): {error}; "
-            "replace the file, or take the image off the split's list"
-        ) from error
+        raise _unreadable(example, column, error) from error
+
+
+def _unreadable(example: dict[str, Any], column: str, error: Exception) -> UnreadableImageError:
+    value = example[column]
+    where = (value.get("path") if isinstance(value, dict) else None) or "bytes in the dataset"
+    # Pillow's own words for it hold a memory address, different every time.
+    reason = "no image, or of an unknown format" if isinstance(error, UnidentifiedImageError) else error
+    return UnreadableImageError(
+        f"cannot read the {column} of image {example['image_id']!r} ({where}): {reason}; "
+        "replace the file, or take the image off the split's list"
+    )

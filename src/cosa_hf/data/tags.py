@@ -1,7 +1,13 @@
 """What a tagged dataset looks like: its columns, its class names, its tags as vectors."""
 
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 
 def tag_features(class_names: list[str], masks: bool = False) -> Features:
@@ -25,7 +31,80 @@ def tag_features(class_names: list[str], masks: bool = False) -> Features:
     return Features(features)
 
 
-def class_names(dataset: Dataset) -> list[str]:
+def parse_tags(value: Any) -> list[str]:
+    """Tags as people write them: a list of names, or one string with commas, semicolons or bars between them.
+
+    Spaces around a name are dropped; nothing else is changed. None and "" are no tags.
+
+    Raises:
+        ValueError: neither text nor a list of texts.
+
+    Example:
+        >>> parse_tags("traffic light; car "), parse_tags([" cat"]), parse_tags(None)
+        (['traffic light', 'car'], ['cat'], [])
+    """
+    if value is None:
+        return []
+    names = re.split("[,;|]", value) if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"tags must be text or a list of texts, got {value!r}")
+    return [name.strip() for name in names if name.strip()]
+
+
+def tag_ids(tags: Sequence[Sequence[str]], classes: Sequence[str], image_ids: Sequence[str]) -> list[list[int]]:
+    """Ids of every image's tags, sorted, each once.
+
+    Case counts: "Cat" is not "cat", and the error says which class was probably meant.
+
+    Raises:
+        ValueError: tags that are no class; names all of them and images that have them.
+
+    Example:
+        >>> tag_ids([["dog", "cat", "dog"], []], ["cat", "dog"], ["photo", "sky"])
+        [[0, 1], []]
+    """
+    ids = {name: index for index, name in enumerate(classes)}
+    unknown: dict[str, list[str]] = {}
+    for image_tags, image_id in zip(tags, image_ids, strict=True):
+        for tag in image_tags:
+            if tag not in ids:
+                unknown.setdefault(tag, []).append(image_id)
+    if unknown:
+        folded = {name.casefold(): name for name in classes}
+        problems = []
+        for tag, images in unknown.items():
+            near = difflib.get_close_matches(tag.casefold(), folded, n=1)
+            meant = f" (did you mean {folded[near[0]]!r}?)" if near else ""
+            problems.append(f"{tag!r}{meant} of {name_some(images, 'image')}")
+        raise ValueError(f"tags that are no class: {'; '.join(problems)}. The classes are {', '.join(classes)}")
+    return [sorted({ids[tag] for tag in image_tags}) for image_tags in tags]
+
+
+def collect_classes(tags: Iterable[Iterable[str]]) -> list[str]:
+    """All tags that occur, sorted: the classes of a dataset that does not list them.
+
+    Raises:
+        ValueError: there are none, or two differ in case alone.
+
+    Example:
+        >>> collect_classes([["dog", "cat"], [], ["dog"]])
+        ['cat', 'dog']
+    """
+    counts = Counter(tag for image_tags in tags for tag in image_tags)
+    if not counts:
+        raise ValueError("no image has a tag: there are no classes")
+    spellings: dict[str, str] = {}
+    for tag in sorted(counts):
+        other = spellings.setdefault(tag.casefold(), tag)
+        if other != tag:
+            raise ValueError(
+                f"the tags {other!r} (images: {counts[other]}) and {tag!r} (images: {counts[tag]}) differ in case "
+                "alone: write one of them everywhere"
+            )
+    return sorted(counts)
+
+
+def class_names(dataset: Dataset | IterableDataset) -> list[str]:
     """Names of the C foreground classes, in tag order.
 
     Raises:
@@ -36,7 +115,7 @@ def class_names(dataset: Dataset) -> list[str]:
         >>> class_names(Dataset.from_dict(examples, features=tag_features(["cat", "dog"])))
         ['cat', 'dog']
     """
-    labels = dataset.features.get("labels")
+    labels = (dataset.features or {}).get("labels")
     if not isinstance(labels, List) or not isinstance(labels.feature, ClassLabel):
         raise ValueError(
             f"the dataset needs a column 'labels' of type List(ClassLabel(names=...)), found {labels!r} "
@@ -55,6 +134,17 @@ def multi_hot(labels: list[int], num_classes: int) -> torch.Tensor:
     vector = torch.zeros(num_classes)
     vector[labels] = 1.0
     return vector
+
+
+def name_some(names: Sequence[str], noun: str) -> str:
+    """Names for an error message, five at most.
+
+    Example:
+        >>> name_some(["a", "b"], "image")
+        '2 images (a, b)'
+    """
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({shown})"
 
 
 def without_untagged(dataset: Dataset) -> tuple[Dataset, list[str]]:

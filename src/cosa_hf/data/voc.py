@@ -2,13 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
 from datasets import Dataset
 
-from cosa_hf.data.tags import tag_features
+from cosa_hf.data.tags import name_some, tag_features, tag_ids
 
 VOC_CLASSES = (
     "aeroplane",
@@ -46,6 +45,11 @@ def load_voc(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
     in the masks. Masks come from ``SegmentationClassAug`` where it exists, otherwise from
     ``SegmentationClass``. Without `masks` no mask file is opened or looked for. Image files are opened when a
     row is read, not here.
+
+    VOC has no list "train_aug". Where the directory has none either, it is made from the lists of SBD, if
+    ``benchmark_RELEASE/dataset/{train,val}.txt`` of its download lies inside the directory: VOC's train and all of SBD
+    without VOC's val, 10,582 images. (SBD's own masks are MATLAB files, which are not read: masks of these images, for
+    supervised bounds, must be in ``SegmentationClassAug``.)
 
     Args:
         data_dir: the ``VOC2012`` directory itself.
@@ -100,16 +104,33 @@ def _check_layout(root: Path) -> None:
 def _read_list(root: Path, split: str) -> list[str]:
     directory = root / "ImageSets" / "Segmentation"
     path = directory / f"{split}.txt"
+    sbd = root / "benchmark_RELEASE" / "dataset"
+    if split == "train_aug" and not path.is_file() and sbd.is_dir():
+        return _train_aug(directory, sbd)
     if not path.is_file():
         available = sorted(file.stem for file in directory.glob("*.txt"))
-        raise FileNotFoundError(f"no list {path}; available splits: {', '.join(available) or 'none'}")
+        hint = f" (or put SBD's benchmark_RELEASE into {root})" if split == "train_aug" else ""
+        raise FileNotFoundError(f"no list {path}; available splits: {', '.join(available) or 'none'}{hint}")
     image_ids = path.read_text().split()
     if not image_ids:
         raise ValueError(f"{path} is empty: split {split!r} has no images")
     twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
     if twice:
-        raise ValueError(f"{path} names {_some(twice, 'image')} more than once")
+        raise ValueError(f"{path} names {name_some(twice, 'image')} more than once")
     return image_ids
+
+
+def _train_aug(directory: Path, sbd: Path) -> list[str]:
+    """The usual training list: everything that VOC and SBD have masks for, without VOC's val."""
+    lists = {
+        path: set(path.read_text().split()) if path.is_file() else None
+        for path in (directory / "train.txt", sbd / "train.txt", sbd / "val.txt", directory / "val.txt")
+    }
+    missing = [str(path) for path, image_ids in lists.items() if image_ids is None]
+    if missing:
+        raise FileNotFoundError(f"split 'train_aug' is made from four lists; missing {', '.join(missing)}")
+    *training, validation = (image_ids or set() for image_ids in lists.values())
+    return sorted(set().union(*training) - validation)
 
 
 def _paths(directory: Path, image_ids: list[str], suffix: str, split: str) -> list[str]:
@@ -119,14 +140,14 @@ def _paths(directory: Path, image_ids: list[str], suffix: str, split: str) -> li
     present = {file.name for file in directory.iterdir()}
     missing = [image_id + suffix for image_id in image_ids if image_id + suffix not in present]
     if missing:
-        raise FileNotFoundError(f"{directory} lacks {_some(missing, 'file')} that split {split!r} names")
+        raise FileNotFoundError(f"{directory} lacks {name_some(missing, 'file')} that split {split!r} names")
     return [str(directory / (image_id + suffix)) for image_id in image_ids]
 
 
 def _read_tags(root: Path, image_ids: list[str]) -> list[list[int]]:
     source = root / "image_labels.json"
     names = _tags_from_json(source, image_ids) if source.is_file() else _tags_from_xml(root, image_ids)
-    return [_class_ids(tags, image_id) for image_id, tags in zip(image_ids, names, strict=True)]
+    return tag_ids(names, VOC_CLASSES, image_ids)
 
 
 def _tags_from_json(path: Path, image_ids: list[str]) -> list[list[str]]:
@@ -138,10 +159,10 @@ def _tags_from_json(path: Path, image_ids: list[str]) -> list[list[str]]:
         raise ValueError(f"{path} holds a {type(tags).__name__}: expected an object, image id -> list of class names")
     missing = [image_id for image_id in image_ids if image_id not in tags]
     if missing:
-        raise ValueError(f"{path} has no entry for {_some(missing, 'image')}; an image without classes needs []")
+        raise ValueError(f"{path} has no entry for {name_some(missing, 'image')}; an image without classes needs []")
     malformed = [image_id for image_id in image_ids if not isinstance(tags[image_id], list)]
     if malformed:
-        raise ValueError(f"{path}: expected a list of class names for {_some(malformed, 'image')}")
+        raise ValueError(f"{path}: expected a list of class names for {name_some(malformed, 'image')}")
     return [tags[image_id] for image_id in image_ids]
 
 
@@ -152,7 +173,7 @@ def _tags_from_xml(root: Path, image_ids: list[str]) -> list[list[str]]:
     present = {file.name for file in directory.iterdir()}
     missing = [image_id for image_id in image_ids if f"{image_id}.xml" not in present]
     if missing:
-        raise FileNotFoundError(f"{directory} has no tags (.xml) for {_some(missing, 'image')}")
+        raise FileNotFoundError(f"{directory} has no tags (.xml) for {name_some(missing, 'image')}")
     names = []
     for image_id in image_ids:
         path = directory / f"{image_id}.xml"
@@ -163,18 +184,3 @@ def _tags_from_xml(root: Path, image_ids: list[str]) -> list[list[str]]:
         # Direct children only: the body parts of a person have names too.
         names.append([(element.text or "").strip() for element in annotation.findall("object/name")])
     return names
-
-
-def _class_ids(tags: Iterable[str], image_id: str) -> list[int]:
-    ids = set()
-    for tag in tags:
-        if tag not in VOC_CLASSES:
-            raise ValueError(f"image {image_id!r} has the tag {tag!r}, which is no class of {', '.join(VOC_CLASSES)}")
-        ids.add(VOC_CLASSES.index(tag))
-    return sorted(ids)
-
-
-def _some(names: list[str], noun: str) -> str:
-    """ "2 images (a, b)", with five names at most."""
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({shown})"

@@ -15,16 +15,18 @@ from cosa_hf.training.recipe import Recipe
 
 
 class Progress:
-    """How many optimiser steps are behind us; saved with a checkpoint."""
+    """How many optimiser steps are behind us, and which images could not be read; saved with a checkpoint."""
 
     def __init__(self) -> None:
         self.step = 0
+        self.unreadable: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
+        return {"step": self.step, "unreadable": sorted(self.unreadable)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
+        self.unreadable = set(state["unreadable"])
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int) -> Path:

@@ -1,13 +1,15 @@
 """The training loop: Algorithm 1, on Accelerate."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from datasets import Dataset
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_polynomial_decay_schedule_with_warmup
@@ -15,10 +17,17 @@ from transformers import get_polynomial_decay_schedule_with_warmup
 from cosa_hf.assignment.network import AssignmentNetwork, assign
 from cosa_hf.assignment.threshold import DynamicThreshold
 from cosa_hf.configuration_cosa import CoSAConfig
-from cosa_hf.data import COEXISTENCE_CLASSES, class_names, load_dataset_by_name, without_untagged
+from cosa_hf.data import (
+    COEXISTENCE_CLASSES,
+    class_names,
+    load_dataset_by_name,
+    stream_hub,
+    streaming_loader,
+    without_untagged,
+)
 from cosa_hf.data.stream import TrainingStream
 from cosa_hf.data.views import Views
-from cosa_hf.evaluation.protocols import evaluate_model
+from cosa_hf.evaluation.protocols import evaluate_model, label_names
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.overall import CoSAObjective
@@ -85,8 +94,8 @@ def train(recipe: Recipe) -> Path:
     schedule = get_polynomial_decay_schedule_with_warmup(
         optimizer, recipe.lr_warmup_steps, recipe.max_steps, lr_end=0.0, power=recipe.lr_power
     )
-    loader = _loader(recipe, dataset, processor, accelerator.num_processes)
-    model, optimizer, loader = accelerator.prepare(online, optimizer, loader)
+    loader = _loader(recipe, dataset, dropped, processor, accelerator)
+    model, optimizer = accelerator.prepare(online, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(assignment, *thresholds, schedule, progress)
     if recipe.resume:
@@ -104,6 +113,7 @@ def train(recipe: Recipe) -> Path:
     model.train()
     for batch in loader:
         labels, valid = batch["labels"], batch["valid"]
+        progress.unreadable.update(filter(None, batch["unreadable"]))
         with accelerator.accumulate(model):
             if recipe.supervision == "masks":
                 losses = supervised_loss(model(batch["strong"]), labels, batch["mask"])
@@ -147,17 +157,28 @@ def train(recipe: Recipe) -> Path:
         if recipe.eval_every and step % recipe.eval_every == 0 and accelerator.is_main_process:
             telemetry.write(step, _scores(recipe, assignment.network, processor))
         if recipe.checkpoint_every and step % recipe.checkpoint_every == 0:
+            progress.unreadable = set(gather_object(list(progress.unreadable)))
             save_checkpoint(accelerator, output_dir, step)
         if recipe.snapshot_every and step % recipe.snapshot_every == 0 and accelerator.is_main_process:
             save_networks(snapshot_directory(output_dir, step), online, assignment.network, processor)
     telemetry.close()
 
     name, reason = recommendation(recipe)
+    dropped, unreadable = (sorted(set(gather_object(list(names)))) for names in (dropped, progress.unreadable))
     if accelerator.is_main_process:
         save_networks(output_dir, online, assignment.network, processor)
-        summary = {"recommended": name, "reason": reason, "images": len(dataset), "untagged_dropped": dropped}
+        summary = {
+            "recommended": name,
+            "reason": reason,
+            "images": len(dataset) if isinstance(dataset, Dataset) else None,
+            "untagged_dropped": dropped,
+            "unreadable_replaced": unreadable,
+        }
         (output_dir / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
+    if unreadable:
+        accelerator.print(f"{len(unreadable)} images could not be read, others took their places (all in run.json):")
+        accelerator.print("\n".join(unreadable[:10]))
     accelerator.print(f"models in {output_dir}/online and {output_dir}/assignment; recommended: {name} ({reason})")
     return output_dir / name
 
@@ -178,16 +199,23 @@ def recommendation(recipe: Recipe) -> tuple[str, str]:
     return "online", f"{recipe.max_steps} steps are too few for an average over about {window:.0f}"
 
 
-def _training_data(recipe: Recipe) -> tuple[Dataset, list[str]]:
-    """Tagged images, with masks only where the recipe reads them; and the ids of those without a tag, left out."""
-    dataset = load_dataset_by_name(recipe.dataset, recipe.data_dir, recipe.train_split, masks=recipe.reads_masks)
+def _training_data(recipe: Recipe) -> tuple[Dataset | IterableDataset, list[str]]:
+    """Tagged images, with masks only where the recipe reads them; and the ids of those without a tag, left out.
+
+    A stream leaves them out as it meets them, and the list fills up then.
+    """
+    if recipe.streaming:
+        return stream_hub(recipe, recipe.train_split), []
+    dataset = load_dataset_by_name(
+        recipe.dataset, recipe.data_dir, recipe.train_split, masks=recipe.reads_masks, options=recipe
+    )
     dataset, dropped = without_untagged(dataset)
     if not len(dataset):
         raise ValueError(f"split {recipe.train_split} of {recipe.dataset}: none of {len(dropped)} images has a tag")
     return dataset, dropped
 
 
-def _build_model(recipe: Recipe, dataset: Dataset) -> CoSAForWeaklySupervisedSegmentation:
+def _build_model(recipe: Recipe, dataset: Dataset | IterableDataset) -> CoSAForWeaklySupervisedSegmentation:
     names = ["background", *class_names(dataset)]
     config = CoSAConfig(
         backbone=recipe.backbone,
@@ -230,7 +258,13 @@ def _objective(recipe: Recipe) -> CoSAObjective:
     )
 
 
-def _loader(recipe: Recipe, dataset: Dataset, processor: CoSAImageProcessor, processes: int) -> DataLoader:
+def _loader(
+    recipe: Recipe,
+    dataset: Dataset | IterableDataset,
+    dropped: list[str],
+    processor: CoSAImageProcessor,
+    accelerator: Accelerator,
+) -> DataLoader:
     """The whole run as one sequence of batches: position in it is all that a resume has to know."""
     views = Views(
         recipe.crop_size,
@@ -238,27 +272,36 @@ def _loader(recipe: Recipe, dataset: Dataset, processor: CoSAImageProcessor, pro
         processor.image_std,
         scale_range=(recipe.scale_min, recipe.scale_max),
     )
-    batches = recipe.max_steps * recipe.gradient_accumulation_steps * processes
+    items = recipe.max_steps * recipe.gradient_accumulation_steps * recipe.batch_size  # of one process
+    options: dict[str, Any] = {
+        "batch_size": recipe.batch_size,
+        "num_workers": recipe.num_workers,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    if isinstance(dataset, IterableDataset):
+        process = (accelerator.process_index, accelerator.num_processes)
+        loader = streaming_loader(
+            dataset, views, items, recipe.seed, shuffle_buffer=recipe.shuffle_buffer, untagged=dropped, process=process,
+            **options,
+        )  # fmt: skip
+        # It gives this process its own rows already; Accelerate is left to move them to the device.
+        return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
     stream = TrainingStream(
         dataset,
         views,
-        length=batches * recipe.batch_size,
+        length=items * accelerator.num_processes,
         seed=recipe.seed,
         masks=recipe.reads_masks,
     )
-    return DataLoader(
-        stream,
-        batch_size=recipe.batch_size,
-        num_workers=recipe.num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+    return accelerator.prepare(DataLoader(stream, **options))
 
 
 def _scores(
     recipe: Recipe, network: CoSAForWeaklySupervisedSegmentation, processor: CoSAImageProcessor
 ) -> dict[str, float]:
     """mIoU on the first `eval_images` of the evaluation split, at one scale: a glance, not the protocol."""
-    dataset = load_dataset_by_name(recipe.dataset, recipe.data_dir, recipe.eval_split, masks=True)
+    options = dataclasses.replace(recipe, classes=label_names(network.config)[1:])
+    dataset = load_dataset_by_name(recipe.dataset, recipe.data_dir, recipe.eval_split, masks=True, options=options)
     dataset = dataset.select(range(min(recipe.eval_images, len(dataset))))
     report = evaluate_model(network, processor, dataset, scales=(1.0,), flip=False, progress=False)
     return {f"eval/{part}": report[part]["miou"] for part in ("seg", "seg_tags", "cam", "cam_aux")}
@@ -270,12 +313,16 @@ def _require_finite(losses: dict[str, Tensor], image_ids: list[str], step: int) 
         raise FloatingPointError(f"loss is not finite at step {step + 1}: {parts}; images {list(image_ids)}")
 
 
-def _announce(accelerator: Accelerator, recipe: Recipe, model: Any, dataset: Dataset, dropped: list[str]) -> None:
+def _announce(
+    accelerator: Accelerator, recipe: Recipe, model: Any, dataset: Dataset | IterableDataset, dropped: list[str]
+) -> None:
     """Say what is about to be trained, and what about it the user may not have meant."""
+    names = class_names(dataset)
+    amount = f"{len(dataset)} images" if isinstance(dataset, Dataset) else "a stream of images"
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     images = recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
     accelerator.print(
-        f"{recipe.backbone}, {millions:.1f} M parameters; {len(dataset)} images, {len(class_names(dataset))} classes; "
+        f"{recipe.backbone}, {millions:.1f} M parameters; {amount}, {len(names)} classes ({', '.join(names)}); "
         f"{recipe.max_steps} steps of {images} images, the first {recipe.warmup_steps} on tags alone"
     )
     if dropped:

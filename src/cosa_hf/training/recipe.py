@@ -8,13 +8,17 @@ from typing import Any, Literal
 
 import yaml
 
+from cosa_hf.data.options import DatasetOptions
+
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 """The recipes that go by name: those of the clone that this package is installed from, with `pip install -e .`."""
 
 
 @dataclass(kw_only=True)
-class Recipe:
+class Recipe(DatasetOptions):
     """One run. The defaults are the paper's for VOC (Sec. 4.1, Tab. 5, 8-10).
+
+    The options of the dataset readers are fields too (`DatasetOptions`).
 
     Raises:
         ValueError: a field of the wrong type or outside its range; the message names it.
@@ -25,10 +29,14 @@ class Recipe:
     """
 
     # Data
-    dataset: str = field(default="voc", metadata={"help": "voc, coco, or shapes (the embedded demo set)"})
+    dataset: str = field(default="voc", metadata={"help": "voc, coco, folder, hub, or shapes (the demo set)"})
     data_dir: str | None = field(default=None, metadata={"help": "root of the dataset, e.g. VOCdevkit/VOC2012"})
     train_split: str = field(default="train_aug", metadata={"help": "split whose tags are learned"})
     eval_split: str = field(default="val", metadata={"help": "split whose masks are compared with, if eval_every > 0"})
+    streaming: bool = field(default=False, metadata={"help": "hub: train on rows as they arrive, keeping none on disk"})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "streaming: rows held in memory, from which the next is drawn"}
+    )
     supervision: Literal["tags", "masks"] = field(
         default="tags", metadata={"help": "masks: train the same network on true masks, as an upper bound"}
     )
@@ -154,6 +162,11 @@ class Recipe:
             raise ValueError(f"lr_warmup_steps must lie below max_steps = {self.max_steps}, got {self.lr_warmup_steps}")
         if not 0 < self.scale_min <= self.scale_max:
             raise ValueError(f"scale_min..scale_max must be a positive range, got {self.scale_min}..{self.scale_max}")
+        if self.streaming and (self.dataset != "hub" or self.reads_masks):
+            raise ValueError(
+                "streaming is for training on the tags of dataset hub, "
+                f"got dataset {self.dataset} and supervision {self.supervision}"
+            )
         if not 0 <= self.ema_momentum < 1:
             raise ValueError(f"ema_momentum must lie in [0, 1): {self.ema_momentum} freezes the assignment network")
         if not 0 < self.dense_energy_scale <= 1:
@@ -221,7 +234,7 @@ class Recipe:
 _POSITIVE = (
     "crop_size", "input_size", "batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
     "head_lr_multiplier", "spl_temperature", "separation_temperature", "log_every", "threshold_queue",
-    "supervision_stride",
+    "supervision_stride", "shuffle_buffer",
 )  # fmt: skip
 
 

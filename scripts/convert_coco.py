@@ -1,0 +1,66 @@
+"""Write the masks of a COCO split once, as palette PNGs, where the reader looks for them: DATA_DIR/masks/SPLIT.
+
+Needs pycocotools (pip install 'cosa-hf[coco]'). Run again after an interruption: masks that are there stay.
+
+Example:
+    python scripts/convert_coco.py --data_dir coco --split val2014
+"""
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from cosa_hf.data.coco import read_instances, render_mask
+from cosa_hf.evaluation.palette import to_palette_image
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        instances = read_instances(args.data_dir, args.split)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    directory = args.data_dir / "masks" / args.split
+    directory.mkdir(parents=True, exist_ok=True)
+    present = {path.stem for path in directory.glob("*.png")}
+    images = [image for image in instances.images if Path(image["file_name"]).stem not in present]
+    targets = [directory / f"{Path(image['file_name']).stem}.png" for image in images]
+    sizes = [(image["height"], image["width"]) for image in images]
+    objects = [instances.objects.get(image["id"], []) for image in images]
+    with ProcessPoolExecutor(args.num_workers) as pool:
+        written = pool.map(write_mask, targets, sizes, objects, chunksize=32)
+        try:
+            for _ in tqdm(written, "masks", total=len(targets), unit="mask"):
+                pass
+        except (ImportError, ValueError) as error:
+            raise SystemExit(f"error: {error}") from None
+    untagged = sum(not instances.objects.get(image["id"]) for image in instances.images)
+    print(
+        f"{len(instances.images)} masks in {directory}: {len(targets)} written, {len(present)} were there; "
+        f"{untagged} images have no annotation"
+    )
+
+
+def write_mask(target: Path, size: tuple[int, int], objects: list) -> None:
+    unfinished = target.with_suffix(".part")
+    try:
+        to_palette_image(render_mask(*size, objects)).save(unfinished, "PNG")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"an annotation of {target.stem} cannot be drawn: {type(error).__name__}: {error}") from error
+    os.replace(unfinished, target)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data_dir", type=Path, required=True, help="directory with annotations/ and train2014/")
+    parser.add_argument("--split", required=True, help="train2014, val2014, or any with its annotations")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse_args())

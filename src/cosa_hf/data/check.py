@@ -1,0 +1,223 @@
+"""Reading a dataset once from end to end, to find before training what would spoil it."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from cosa_hf.data.images import UnreadableImageError, read_image, read_mask, undecoded
+from cosa_hf.data.tags import class_names
+
+FEW_IMAGES = 20
+"""Classes with fewer images than this are pointed out: little can be learned from them."""
+
+_IGNORE_INDEX = 255
+
+
+class _Seen(NamedTuple):
+    """What one image turned out to be."""
+
+    image_id: str
+    digest: str
+    labels: list[int]
+    problem: str  # why it, or its mask, cannot be read
+    kind: str  # "unreadable" or "mask"
+    in_mask: list[int] | None  # the tags that its mask has pixels of; None without a mask
+
+
+@dataclass
+class Findings:
+    """What `check_splits` found.
+
+    Attributes:
+        class_counts: split -> class -> images with that tag.
+        images: split -> images.
+        mend: what must be put right, by kind; each a list of sentences that name the images.
+        look: what may be meant as it is, by kind.
+    """
+
+    class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+    mend: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    look: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+ADVICE = {
+    "unreadable": "replace these files, or remove them and their tags",
+    "mask": "mend these masks: evaluation stops at them",
+    "contradiction": "give equal pictures equal tags, or keep one; a picture with several tags needs a metadata table",
+    "leak": "take these pictures out of one of the splits: scores on pictures seen in training mean nothing",
+    "unnamed": "no table names these pictures: they are not used",
+    "duplicate": "training sees these pictures more often than others",
+    "untagged": "training leaves these pictures out; for evaluation they are background",
+    "missing tag": "the mask shows a class that the tags leave out: add the tag, or correct the mask",
+    "missing pixels": "the tags name a class that the mask does not show: correct the mask, or remove the tag",
+    "few images": f"fewer than {FEW_IMAGES} pictures: find more, or leave the class out",
+}
+"""What to do about each kind of finding."""
+
+
+def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: bool = True) -> Findings:
+    """Read every image (and mask) of some splits once.
+
+    Pictures are equal if their files are, byte for byte.
+
+    Args:
+        splits: name -> dataset of this package's form, with the same classes; with a `mask` column its masks are
+            compared with the tags.
+        num_workers: processes that read, 0: this one.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: splits with different classes.
+
+    Example:
+        >>> from cosa_hf.data import load_shapes
+        >>> split = load_shapes("val", num_images=3, masks=True)
+        >>> findings = check_splits({"train": split, "val": split}, progress=False)
+        >>> list(findings.mend), len(findings.mend["leak"])
+        (['leak'], 3)
+    """
+    names: list[str] = []
+    found = Findings()
+    places: dict[str, list[tuple[str, _Seen]]] = defaultdict(list)  # content -> where it lies
+    for split, dataset in splits.items():
+        names = names or class_names(dataset)
+        if class_names(dataset) != names:
+            raise ValueError(
+                f"split {split!r} has the classes {class_names(dataset)}, another one {names}: fix --classes"
+            )
+        counts: Counter = Counter()
+        for seen in tqdm(
+            _read(dataset, num_workers), f"check {split}", total=len(dataset), unit="image", disable=not progress
+        ):
+            counts.update(seen.labels)
+            _judge(found, split, seen, names, places)
+        found.images[split] = len(dataset)
+        found.class_counts[split] = {name: counts[index] for index, name in enumerate(names)}
+    _compare(found, places, names)
+    for name in names:
+        total = sum(count[name] for count in found.class_counts.values())
+        if total < FEW_IMAGES:
+            found.look["few images"].append(f"class {name!r} has {total} pictures")
+    return found
+
+
+def format_findings(found: Findings, shown: int = 10) -> str:
+    """Findings as a table of class counts and what to do, naming the first `shown` pictures of each kind.
+
+    Example:
+        >>> print(format_findings(Findings({"train": {"cat": 2}}, {"train": 2})))
+        class   train
+        cat         2
+        images      2
+        nothing to mend
+    """
+    width = max(len(name) for name in ["images", *next(iter(found.class_counts.values()))])
+    splits = list(found.images)
+    rows: list[tuple[str, list]] = [("class", splits)]
+    rows += [(name, [found.class_counts[split][name] for split in splits]) for name in found.class_counts[splits[0]]]
+    rows += [("images", [found.images[split] for split in splits])]
+    lines = [
+        "  ".join(
+            [name.ljust(width), *(str(cell).rjust(max(5, len(s))) for s, cell in zip(splits, cells, strict=True))]
+        )
+        for name, cells in rows
+    ]
+    for verdict, kinds in (("MEND", found.mend), ("LOOK", found.look)):
+        for kind, items in kinds.items():
+            lines.append(f"{verdict}  {kind}, {len(items)}: {ADVICE[kind]}")
+            lines += [f"      {item}" for item in items[:shown]]
+            if len(items) > shown:
+                lines.append(f"      ... and {len(items) - shown} more")
+    if not found.mend:
+        lines.append("nothing to mend")
+    return "\n".join(lines)
+
+
+def _judge(
+    found: Findings, split: str, seen: _Seen, names: list[str], places: dict[str, list[tuple[str, _Seen]]]
+) -> None:
+    """What is to be said about one image by itself."""
+    where = f"{split}: {seen.image_id}"
+    if seen.problem:
+        found.mend[seen.kind].append(f"{split}: {seen.problem}")
+        return
+    places[seen.digest].append((split, seen))
+    if not seen.labels:
+        found.look["untagged"].append(where)
+    if seen.in_mask is None:
+        return
+    for index in sorted(set(seen.in_mask) - set(seen.labels)):
+        found.look["missing tag"].append(f"{where}: {names[index]}")
+    for index in sorted(set(seen.labels) - set(seen.in_mask)):
+        found.look["missing pixels"].append(f"{where}: {names[index]}")
+
+
+def _compare(found: Findings, places: dict[str, list[tuple[str, _Seen]]], names: list[str]) -> None:
+    """What is to be said about images with equal content."""
+    for equal in places.values():
+        if len(equal) == 1:
+            continue
+        described = " = ".join(
+            f"{split}: {seen.image_id} [{', '.join(names[index] for index in seen.labels)}]" for split, seen in equal
+        )
+        if len({tuple(seen.labels) for _, seen in equal}) > 1:
+            found.mend["contradiction"].append(described)
+        if len({split for split, _ in equal}) > 1:
+            found.mend["leak"].append(described)
+        elif "contradiction" not in found.mend or found.mend["contradiction"][-1] != described:
+            found.look["duplicate"].append(described)
+
+
+class _Reading(torch.utils.data.Dataset):
+    """Row by row, what `_Seen` says of it."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = undecoded(dataset)
+        self.num_classes = len(class_names(dataset))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> _Seen:
+        row = self.dataset[index]
+        digest, problem, kind, in_mask = "", "", "unreadable", None
+        try:
+            content = _content(row)
+            digest = hashlib.sha256(content).hexdigest()
+            image = read_image(row | {"image": row["image"] | {"bytes": content}})
+            kind = "mask"
+            if "mask" in row:
+                ids = np.asarray(read_mask(row, image.size, self.num_classes))
+                in_mask = [int(i) - 1 for i in np.unique(ids) if i not in (0, _IGNORE_INDEX)]
+        except UnreadableImageError as error:
+            problem = str(error)
+        return _Seen(row["image_id"], digest, row["labels"], problem, kind, in_mask)
+
+
+def _content(row: dict[str, Any]) -> bytes:
+    """The bytes of an image file, read once for both hash and picture."""
+    value = row["image"] or {}
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    try:
+        return Path(value["path"]).read_bytes()
+    except (OSError, KeyError, TypeError) as error:
+        raise UnreadableImageError(f"cannot read the image of image {row['image_id']!r}: {error}") from error
+
+
+def _read(dataset: Dataset, num_workers: int) -> Iterator[_Seen]:
+    for batch in DataLoader(_Reading(dataset), batch_size=16, collate_fn=list, num_workers=num_workers):
+        yield from batch
+
+
+__all__ = ["ADVICE", "Findings", "check_splits", "format_findings"]

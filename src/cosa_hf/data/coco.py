@@ -1,0 +1,155 @@
+"""MS-COCO 2014 in the layout of its official zips."""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+from cosa_hf.data.tags import name_some, tag_features
+
+COCO_CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
+    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone",
+    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
+    "hair drier", "toothbrush",
+)  # fmt: skip
+"""The 80 classes in the order of COCO's category ids; those have gaps (1..90), ids in masks have none (1..80)."""
+
+
+def load_coco(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
+    """Images and tags of a COCO split; masks only if asked for.
+
+    Reads ``annotations/instances_<split>.json`` and ``<split>/<file name>``. The tags of an image are the classes of
+    its annotations, crowd regions included; an image without annotations has none (training leaves it out and counts
+    it). Masks come from ``masks/<split>/<image id>.png``, which ``scripts/convert_coco.py`` writes once. Without
+    `masks` they are not opened or looked for. Image files are opened when a row is read, not here.
+
+    Args:
+        data_dir: the directory with ``annotations``, ``train2014`` and ``val2014``.
+        split: "train2014" or "val2014", or any other with its JSON and directory.
+        masks: add the column `mask`.
+
+    Returns:
+        Dataset with `image`, `labels` (ids into `COCO_CLASSES`, sorted; may be empty), `image_id` (the file name
+        without ending) and, if asked for, `mask` (0 background, 1..80), in the order of the JSON.
+
+    Raises:
+        FileNotFoundError: the directory, the JSON, an image or a mask is missing.
+        ValueError: the JSON cannot be read, lists an image twice, or has classes other than COCO's.
+
+    Example:
+        >>> dataset = load_coco("coco", "train2014")  # doctest: +SKIP
+        >>> dataset[0]["image_id"]  # doctest: +SKIP
+        'COCO_train2014_000000057870'
+    """
+    root = Path(data_dir).absolute()
+    instances = read_instances(root, split)
+    files = [image["file_name"] for image in instances.images]
+    image_ids = [Path(file).stem for file in files]
+    columns: dict[str, list] = {
+        "image": _paths(root / split, files, f"the images of {split}.zip"),
+        "labels": [sorted({label for label, _ in instances.objects[image["id"]]}) for image in instances.images],
+        "image_id": image_ids,
+    }
+    if masks:
+        command = f"python scripts/convert_coco.py --data_dir {data_dir} --split {split}"
+        columns["mask"] = _paths(
+            root / "masks" / split, [f"{image_id}.png" for image_id in image_ids], f"the masks that `{command}` writes"
+        )
+    return Dataset.from_dict(columns, features=tag_features(list(COCO_CLASSES), masks))
+
+
+class Instances(NamedTuple):
+    """What an instances JSON says.
+
+    Attributes:
+        images: as in the JSON: dicts with id, file_name, width and height.
+        objects: image id -> [(label, annotation)], label an index into `COCO_CLASSES`.
+    """
+
+    images: list[dict[str, Any]]
+    objects: dict[int, list[tuple[int, dict[str, Any]]]]
+
+
+def read_instances(root: Path, split: str) -> Instances:
+    """Parse ``annotations/instances_<split>.json``.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_coco`.
+    """
+    path = root / "annotations" / f"instances_{split}.json"
+    if not path.is_file():
+        available = sorted(file.stem.removeprefix("instances_") for file in path.parent.glob("instances_*.json"))
+        raise FileNotFoundError(
+            f"no {path}; splits found: {', '.join(available) or 'none'} (expected COCO's annotations/, train2014/ and "
+            "val2014/, unzipped side by side)"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        label_of = {category["id"]: COCO_CLASSES.index(category["name"]) for category in content["categories"]}
+        objects: dict[int, list] = defaultdict(list)
+        for annotation in content["annotations"]:
+            objects[annotation["image_id"]].append((label_of[annotation["category_id"]], annotation))
+        images = content["images"]
+        twice = [file for file, count in Counter(image["file_name"] for image in images).items() if count > 1]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no instances file of COCO: {type(error).__name__}: {error}") from error
+    if twice:
+        raise ValueError(f"{path} lists {name_some(twice, 'image')} more than once")
+    if not images:
+        raise ValueError(f"{path} lists no images")
+    return Instances(images, objects)
+
+
+def render_mask(height: int, width: int, objects: list[tuple[int, dict[str, Any]]]) -> np.ndarray:
+    """The class ids of an image's pixels, (height, width) uint8, from its annotations.
+
+    Where annotations overlap, the one with the smaller `area` is on top: the cup on the table, the tie on the person.
+    Of equal areas the later one in the JSON is below. Crowd regions count like any other object, with their class
+    and their area. This is the order of the masks that the literature evaluates on (coco2voc).
+
+    Args:
+        height, width: of the image, pixels.
+        objects: (label, annotation) pairs; an annotation has `area` and `segmentation` (polygons or RLE).
+
+    Raises:
+        ImportError: pycocotools, which turns polygons into pixels, is not installed.
+
+    Example:
+        >>> square = {"area": 4.0, "segmentation": [[1, 1, 3, 1, 3, 3, 1, 3]]}
+        >>> render_mask(4, 4, [(16, square)]).tolist()
+        [[0, 0, 0, 0], [0, 17, 17, 0], [0, 17, 17, 0], [0, 0, 0, 0]]
+    """
+    try:
+        from pycocotools import mask as rle
+    except ImportError as error:
+        raise ImportError("masks of COCO need pycocotools: pip install 'cosa-hf[coco]'") from error
+
+    ids = np.zeros((height, width), dtype=np.uint8)
+    for label, annotation in sorted(objects, key=lambda one: one[1]["area"])[::-1]:
+        region = annotation["segmentation"]
+        if isinstance(region, list) or isinstance(region["counts"], list):
+            region = rle.frPyObjects(region, height, width)
+        if isinstance(region, list):
+            region = rle.merge(region)
+        ids[rle.decode(region) == 1] = label + 1
+    return ids
+
+
+def _paths(directory: Path, files: list[str], what: str) -> list[str]:
+    present = {file.name for file in directory.iterdir()} if directory.is_dir() else set()
+    missing = [file for file in files if file not in present]
+    if missing:
+        raise FileNotFoundError(f"{directory} lacks {name_some(missing, 'file')} of {len(files)}: expected {what}")
+    return [str(directory / file) for file in files]
+
+
+__all__ = ["COCO_CLASSES", "Instances", "load_coco", "read_instances", "render_mask"]

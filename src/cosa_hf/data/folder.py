@@ -1,0 +1,270 @@
+"""A folder of one's own pictures with tags.
+
+`load_dataset("imagefolder")` is not used here: it drops pictures without metadata silently, does not read tags from
+text, and what it raises for a missing file does not name the line. A folder that it can read also loads as dataset
+"hub" with the folder as its name.
+"""
+
+import csv
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from datasets import Dataset
+from PIL import Image
+
+from cosa_hf.data.tags import collect_classes, name_some, parse_tags, tag_features, tag_ids
+
+FOLDER_SPLITS = ("train", "val", "validation", "test")
+"""Directory names that mean a split."""
+
+_TABLES = ("metadata.jsonl", "metadata.csv", "tags.json")
+_LITTER = ("thumbs.db", "desktop.ini")  # what file managers leave behind, next to hidden files
+
+
+@dataclass
+class _Picture:
+    """One line of what a folder says about itself."""
+
+    directory: Path  # what `file` and `mask` are relative to
+    file: str
+    tags: list[str]
+    mask: str | None
+    split: str
+    where: str  # for messages: "metadata.csv, line 3"
+
+
+def load_folder(
+    data_dir: str | Path, split: str = "train", masks: bool = False, classes: Sequence[str] | None = None
+) -> Dataset:
+    """Pictures and tags of a folder that has, in this order of precedence,
+
+    1. ``metadata.jsonl`` or ``metadata.csv`` with `file_name` (relative to the folder), `labels` (a list of names,
+       or text with commas, semicolons or bars between them) and, if wanted, `mask_file_name` and `split`;
+    2. ``tags.json``: ``{"file name": ["tag", ...], ...}``;
+    3. only directories called train, val, validation or test, each a folder in the sense of 1, 2 or 4;
+    4. one sub-folder per tag.
+
+    A picture's split is what its `split` column says, otherwise the directory of `FOLDER_SPLITS` that it lies in,
+    otherwise "train". Classes are the tags of all splits, sorted, so that every split has the same. Case counts in
+    tags, spaces around them do not. Pictures are opened when a row is read, not here; masks not before they are
+    asked for.
+
+    Args:
+        data_dir: the folder.
+        split: which part of it.
+        masks: add the column `mask` (ids 0 background, 1..C in the order of the classes, 255 ignore).
+        classes: the classes in the order of their ids; a tag that is none of them is an error.
+
+    Returns:
+        Dataset with `image`, `labels` (sorted; may be empty), `image_id` (the file name without its ending, with
+        sub-directories joined by "_") and, if asked for, `mask`, in the order of the table or of the names.
+
+    Raises:
+        FileNotFoundError: the folder, its tags, a picture or a mask is missing; names it.
+        ValueError: a table that cannot be read, an unknown split or tag, tags that differ in case alone, a picture
+            named twice, two pictures with the same id, an empty file or one that is no picture by its name.
+
+    Example:
+        >>> Image.new("RGB", (4, 3)).save("a.png")
+        >>> _ = Path("metadata.csv").write_text("file_name,labels\\na.png,cat; dog\\n")
+        >>> load_folder(".")[0]["labels"]
+        [0, 1]
+    """
+    root = Path(data_dir).absolute()
+    if not root.is_dir():
+        raise FileNotFoundError(f"no directory {root}: pass the folder of your pictures")
+    pictures = list(_read(root))
+    names = list(classes) if classes else collect_classes(picture.tags for picture in pictures)
+    chosen = [picture for picture in pictures if picture.split == split]
+    if not chosen:
+        found = ", ".join(f"{name} ({count})" for name, count in Counter(p.split for p in pictures).items())
+        raise ValueError(
+            f"{root} has no pictures of split {split!r}, only of {found}: a split is a directory of that name, or a "
+            "`split` column in the metadata"
+        )
+    _require_different_names(chosen)
+    columns: dict[str, list] = {
+        "image": _paths(chosen, [picture.file for picture in chosen]),
+        "labels": tag_ids([picture.tags for picture in chosen], names, [picture.file for picture in chosen]),
+        "image_id": [_image_id(picture.file) for picture in chosen],
+    }
+    if masks:
+        maskless = [picture.file for picture in chosen if not picture.mask]
+        if maskless:
+            raise FileNotFoundError(
+                f"split {split!r} of {root} names no mask for {name_some(maskless, 'picture')}: give each a "
+                "mask_file_name in the metadata"
+            )
+        columns["mask"] = _paths(chosen, [str(picture.mask) for picture in chosen])
+    return Dataset.from_dict(columns, features=tag_features(names, masks))
+
+
+def unnamed_pictures(data_dir: str | Path) -> list[str]:
+    """Pictures inside a folder that its tables do not name, and that are therefore not used.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_folder`.
+
+    Example:
+        >>> for name in ("a.png", "b.png"):
+        ...     Image.new("RGB", (4, 3)).save(name)
+        >>> _ = Path("tags.json").write_text('{"a.png": ["cat"]}')
+        >>> unnamed_pictures(".")
+        ['b.png']
+    """
+    root = Path(data_dir).absolute()
+    named = {picture.directory / file for picture in _read(root) for file in (picture.file, picture.mask) if file}
+    endings = Image.registered_extensions()
+    return sorted(
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if path.suffix.lower() in endings and Path(unicodedata.normalize("NFC", str(path))) not in named
+    )
+
+
+def _read(root: Path, split: str | None = None) -> Iterator[_Picture]:
+    """All pictures of a folder; `split` is what its name says about them."""
+    tables = [root / name for name in _TABLES if (root / name).is_file()]
+    if len(tables) > 1:
+        raise ValueError(f"{root} has {' and '.join(table.name for table in tables)}: keep one, they may contradict")
+    if tables:
+        yield from _read_table(tables[0], split)
+        return
+    directories = [entry for entry in _visible(root).values() if entry.is_dir()]
+    if directories and split is None and all(entry.name in FOLDER_SPLITS for entry in directories):
+        for entry in directories:
+            yield from _read(Path(entry.path), entry.name)
+        return
+    if not directories:
+        raise FileNotFoundError(f"{root} has no tags: neither {', '.join(_TABLES)} nor a sub-folder per tag")
+    for entry in directories:
+        files = _visible(Path(entry.path)).values()
+        if not files:
+            raise ValueError(f"{entry.path} is the sub-folder of a tag, but empty: remove it or fill it")
+        for file in files:
+            if file.is_dir():
+                raise ValueError(
+                    f"{file.path} is a directory inside the sub-folder of the tag {entry.name!r}, where only pictures "
+                    f"belong (directories are splits if all are called {', '.join(FOLDER_SPLITS)})"
+                )
+            relative = f"{entry.name}/{file.name}"
+            yield _Picture(root, relative, [entry.name.strip()], None, split or "train", relative)
+
+
+def _read_table(table: Path, split: str | None) -> Iterator[_Picture]:
+    seen: dict[str, _Picture] = {}
+    for where, row in _rows(table):
+        missing = [column for column in ("file_name", "labels") if column not in row]
+        if missing:
+            raise ValueError(f"{where}: no {' and no '.join(missing)}; found {', '.join(map(str, row))}")
+        file = unicodedata.normalize("NFC", str(row["file_name"] or "").strip())
+        path = PurePosixPath(file)
+        if not file or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{where}: file_name {file!r} must be a path inside {table.parent}")
+        try:
+            tags = parse_tags(row["labels"])
+        except ValueError as error:
+            raise ValueError(f"{where}, picture {file!r}: {error}") from error
+        inside = path.parts[0] if len(path.parts) > 1 and path.parts[0] in FOLDER_SPLITS else None
+        picture = _Picture(
+            directory=table.parent,
+            file=file,
+            tags=tags,
+            mask=unicodedata.normalize("NFC", row.get("mask_file_name") or "").strip() or None,
+            split=(row.get("split") or split or inside or "train").strip(),
+            where=where,
+        )
+        if file in seen:
+            other = seen[file]
+            raise ValueError(
+                f"{file} is named twice, in {other.where} with the tags {other.tags} and in {where} with {tags}: "
+                "keep one"
+            )
+        seen[file] = picture
+        yield picture
+    if not seen:
+        raise ValueError(f"{table} names no pictures")
+
+
+def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table, each with the place it stands at."""
+    with table.open(encoding="utf-8-sig", newline="") as file:  # Excel marks UTF-8 with a signature
+        try:
+            if table.suffix == ".csv":
+                for row in (reader := csv.DictReader(file)):
+                    yield f"{table}, line {reader.line_num}", {key: value for key, value in row.items() if key}
+            elif table.suffix == ".jsonl":
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise ValueError(f"{table}, line {number}: expected an object, got {line.strip()}")
+                        yield f"{table}, line {number}", row
+            else:
+                tags = json.load(file)
+                if not isinstance(tags, dict):
+                    raise ValueError(f"{table} must be an object, file name -> list of tags")
+                for name, value in tags.items():
+                    yield str(table), {"file_name": name, "labels": value}
+        except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+            place = f", line {number}" if table.suffix == ".jsonl" else ""
+            raise ValueError(f"{table}{place} cannot be read: {error}") from error
+
+
+def _visible(directory: Path) -> dict[str, os.DirEntry]:
+    """What a directory holds, by name, sorted: without hidden files and file managers' litter.
+
+    Names are compared in Unicode's composed form: macOS writes decomposed ones.
+    """
+    entries = {unicodedata.normalize("NFC", entry.name): entry for entry in os.scandir(directory)}
+    return {name: entries[name] for name in sorted(entries) if not name.startswith(".") and name.lower() not in _LITTER}
+
+
+def _paths(pictures: list[_Picture], files: list[str]) -> list[str]:
+    """Where the files are, known to exist, to have content and to be pictures by their names."""
+    listings: dict[Path, dict[str, os.DirEntry]] = {}  # one listing instead of a stat per file, for network drives
+    paths, missing, empty, foreign = [], [], [], []
+    endings = Image.registered_extensions()
+    for picture, file in zip(pictures, files, strict=True):
+        path = picture.directory / file
+        if path.parent not in listings:
+            listings[path.parent] = _visible(path.parent) if path.parent.is_dir() else {}
+        entry = listings[path.parent].get(path.name)
+        if entry is None:
+            missing.append(f"{file} of {picture.where}")
+        elif path.suffix.lower() not in endings:
+            foreign.append(file)
+        elif entry.stat().st_size == 0:
+            empty.append(file)
+        else:
+            paths.append(entry.path)
+    root = pictures[0].directory
+    if missing:
+        raise FileNotFoundError(f"{root} lacks {name_some(missing, 'file')}")
+    if foreign:
+        raise ValueError(f"{root} has {name_some(foreign, 'file')} that, by the name, are no pictures: take them out")
+    if empty:
+        raise ValueError(f"{root} has {name_some(empty, 'file')} without content: replace or remove them")
+    return paths
+
+
+def _image_id(file: str) -> str:
+    return str(PurePosixPath(file).with_suffix("")).replace("/", "_")
+
+
+def _require_different_names(pictures: list[_Picture]) -> None:
+    """Masks and pictures of results bear the image's id: it must be one's own."""
+    seen: dict[str, str] = {}
+    for picture in pictures:
+        other = seen.setdefault(_image_id(picture.file), picture.file)
+        if other != picture.file:
+            raise ValueError(f"{other} and {picture.file} would both be called {_image_id(other)!r}: rename one")
+
+
+__all__ = ["FOLDER_SPLITS", "load_folder", "unnamed_pictures"]

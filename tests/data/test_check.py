@@ -1,0 +1,131 @@
+import io
+import json
+
+import numpy as np
+import pytest
+from pictures import image_of
+from PIL import Image
+
+from cosa_hf.data import load_folder, load_shapes
+from cosa_hf.data.check import ADVICE, check_splits, format_findings
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two splits with masks, all in order: three pictures with cats, one with a dog."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        rows = []
+        for number, tag in enumerate(("cat", "dog")):
+            image_of(8 + number + 2 * (split == "val"), 8).save(tmp_path / split / f"{tag}.png")
+            ids = np.zeros((8, 8 + number + 2 * (split == "val")), np.uint8)
+            ids[:4] = number + 1
+            ids[4] = 255
+            Image.fromarray(ids).save(tmp_path / split / f"{tag}_mask.png")
+            rows.append({"file_name": f"{tag}.png", "labels": [tag], "mask_file_name": f"{tag}_mask.png"})
+        _write(tmp_path / split, rows)
+    return tmp_path
+
+
+def _write(directory, rows) -> None:
+    (directory / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _rows(directory) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metadata.jsonl").read_text().splitlines()]
+
+
+def check(folder, masks=True):
+    return check_splits({split: load_folder(folder, split, masks) for split in ("train", "val")}, progress=False)
+
+
+def test_nothing_to_mend(folder):
+    found = check(folder)
+    assert not found.mend
+    assert set(found.look) == {"few images"}
+    assert found.images == {"train": 2, "val": 2}
+    assert found.class_counts == {"train": {"cat": 1, "dog": 1}, "val": {"cat": 1, "dog": 1}}
+    assert "nothing to mend" in format_findings(found)
+
+
+def test_workers_make_no_difference():
+    splits = {"train": load_shapes("train", num_images=40, masks=True)}
+    assert check_splits(splits, num_workers=1, progress=False) == check_splits(splits, progress=False)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no image", "gone"])
+def test_broken_files(folder, damage):
+    path = folder / "train/cat.png"
+    content = path.read_bytes()
+    splits = {"train": load_folder(folder, "train")}
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:100] if damage == "truncated" else b"hello")
+    found = check_splits(splits, progress=False)
+    assert list(found.mend) == ["unreadable"]
+    (problem,) = found.mend["unreadable"]
+    assert "train: cannot read the image of image 'cat'" in problem
+
+
+def test_masks_that_cannot_be_used(folder):
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(folder / "train/cat_mask.png")
+    Image.fromarray(np.zeros((8, 3), np.uint8)).save(folder / "val/dog_mask.png")
+    found = check(folder)
+    assert list(found.mend) == ["mask"]
+    assert "mask of image 'cat' holds the ids [7]" in found.mend["mask"][0]
+    assert "mask of image 'dog' is 3x8" in found.mend["mask"][1]
+    assert not check(folder, masks=False).mend
+
+
+def test_masks_and_tags_that_disagree(folder):
+    rows = _rows(folder / "train")
+    rows[0]["labels"], rows[1]["labels"] = ["cat", "dog"], []
+    _write(folder / "train", rows)
+    found = check(folder)
+    assert found.look["missing pixels"] == ["train: cat: dog"]
+    assert found.look["missing tag"] == ["train: dog: dog"]
+    assert found.look["untagged"] == ["train: dog"]
+    assert not found.mend
+
+
+def test_equal_pictures(folder):
+    rows = _rows(folder / "train")
+    for name, tag in (("again", "cat"), ("other", "dog")):
+        (folder / f"train/{name}.png").write_bytes((folder / "train/cat.png").read_bytes())
+        rows.append({"file_name": f"{name}.png", "labels": [tag]})
+    (folder / "val/leak.png").write_bytes((folder / "train/dog.png").read_bytes())
+    _write(folder / "val", [*_rows(folder / "val"), {"file_name": "leak.png", "labels": ["dog"]}])
+    _write(folder / "train", rows[:-1])
+    found = check(folder, masks=False)
+    assert found.look["duplicate"] == ["train: cat [cat] = train: again [cat]"]
+    assert found.mend == {"leak": ["train: dog [dog] = val: leak [dog]"]}
+    _write(folder / "train", rows)
+    found = check(folder, masks=False)
+    assert found.mend["contradiction"] == ["train: cat [cat] = train: again [cat] = train: other [dog]"]
+    assert "duplicate" not in found.look
+
+
+def test_splits_must_have_the_same_classes():
+    with pytest.raises(ValueError, match="split 'val' has the classes"):
+        check_splits({"train": load_shapes("train", num_images=1), "val": _cats()}, progress=False)
+
+
+def _cats():
+    from datasets import Dataset
+
+    from cosa_hf.data.tags import tag_features
+
+    buffer = io.BytesIO()
+    image_of(4, 4).save(buffer, "PNG")
+    columns = {"image": [{"bytes": buffer.getvalue(), "path": None}], "labels": [[0]], "image_id": ["a"]}
+    return Dataset.from_dict(columns, features=tag_features(["cat"]))
+
+
+def test_every_kind_is_explained_and_long_lists_are_counted(folder):
+    found = check(folder)
+    for kind in ADVICE:
+        found.mend[kind] = [f"picture {number}" for number in range(12)]
+    text = format_findings(found, shown=10)
+    assert text.count("... and 2 more") == len(ADVICE)
+    assert all(advice in text for advice in ADVICE.values())

@@ -1,0 +1,242 @@
+import csv
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import image_of
+from PIL import Image
+
+from cosa_hf.data import class_names, load_folder, read_image, read_mask, undecoded, without_untagged
+from cosa_hf.data.folder import unnamed_pictures
+
+TAGS = {"a.jpg": ["dog", "cat"], "b.png": ["cow"], "c.jpg": []}
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of three pictures, without any tags yet."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number, name in enumerate(TAGS):
+        image_of(20 + number, 10).save(root / name)
+    return root
+
+
+def jsonl(root: Path, rows: list[dict]) -> Path:
+    path = root / "metadata.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_of(dataset) -> dict[str, list[str]]:
+    names = class_names(dataset)
+    return {row["image_id"]: [names[label] for label in row["labels"]] for row in undecoded(dataset)}
+
+
+EXPECTED = {"a": ["cat", "dog"], "b": ["cow"], "c": []}
+
+
+def test_jsonl_with_lists(photos):
+    jsonl(photos, [{"file_name": name, "labels": tags} for name, tags in TAGS.items()])
+    dataset = load_folder(photos)
+    assert rows_of(dataset) == EXPECTED
+    assert class_names(dataset) == ["cat", "cow", "dog"]
+    assert dataset.column_names == ["image", "labels", "image_id"]
+    assert [image.size for image in dataset["image"]] == [(20, 10), (21, 10), (22, 10)]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "|", " ; "])
+def test_csv_with_text_as_a_spreadsheet_writes_it(photos, separator):
+    with (photos / "metadata.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "labels"])
+        writer.writerows((name, separator.join(tags)) for name, tags in TAGS.items())
+    assert rows_of(load_folder(photos)) == EXPECTED
+
+
+def test_sidecar(photos):
+    (photos / "tags.json").write_text(json.dumps(TAGS))
+    assert rows_of(load_folder(photos)) == EXPECTED
+
+
+def test_a_sub_folder_per_tag(tmp_path):
+    for name in ("cat/1.jpg", "cat/2.jpg", "traffic light/1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image_of(8, 9).save(tmp_path / name)
+    (tmp_path / "cat/.DS_Store").write_text("litter")
+    (tmp_path / "cat/Thumbs.db").write_text("litter")
+    assert rows_of(load_folder(tmp_path)) == {
+        "cat_1": ["cat"],
+        "cat_2": ["cat"],
+        "traffic light_1": ["traffic light"],
+    }
+
+
+def test_splits_by_directory(tmp_path):
+    for name in ("train/cat/1.jpg", "train/dog/2.jpg", "val/dog/1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        image_of(8, 9).save(tmp_path / name)
+    assert rows_of(load_folder(tmp_path, "train")) == {"cat_1": ["cat"], "dog_2": ["dog"]}
+    val = load_folder(tmp_path, "val")
+    assert rows_of(val) == {"dog_1": ["dog"]}
+    assert class_names(val) == ["cat", "dog"], "val has no cat, but the model knows it"
+    with pytest.raises(ValueError, match=r"no pictures of split 'test', only of train \(2\), val \(1\)"):
+        load_folder(tmp_path, "test")
+
+
+def test_splits_by_table(photos):
+    (photos / "val").mkdir()
+    (photos / "c.jpg").rename(photos / "val/c.jpg")
+    rows = [{"file_name": "a.jpg", "labels": "cat"}, {"file_name": "b.png", "labels": "cow", "split": "mine"}]
+    jsonl(photos, [*rows, {"file_name": "val/c.jpg", "labels": "dog"}])
+    assert rows_of(load_folder(photos, "train")) == {"a": ["cat"]}
+    assert rows_of(load_folder(photos, "mine")) == {"b": ["cow"]}
+    assert rows_of(load_folder(photos, "val")) == {"val_c": ["dog"]}
+
+
+def test_each_split_directory_may_have_a_table(photos):
+    for split in ("train", "val"):
+        (photos / split).mkdir()
+        image_of(5, 5).save(photos / split / "x.png")
+        jsonl(photos / split, [{"file_name": "x.png", "labels": [split + " thing"]}])
+    for name in TAGS:
+        (photos / name).unlink()
+    assert rows_of(load_folder(photos, "val")) == {"x": ["val thing"]}
+
+
+def test_classes_can_be_fixed(photos):
+    jsonl(photos, [{"file_name": "a.jpg", "labels": ["dog"]}])
+    assert class_names(load_folder(photos, classes=["owl", "dog"])) == ["owl", "dog"]
+    with pytest.raises(ValueError, match=r"no class: 'dog' \(did you mean 'dogs'\?\) of 1 image \(a.jpg\)"):
+        load_folder(photos, classes=["owl", "dogs"])
+
+
+def test_masks_are_looked_for_when_asked_for_only(photos):
+    rows = [{"file_name": "a.jpg", "labels": "cat; dog", "mask_file_name": "masks/a.png"}]
+    jsonl(photos, rows)
+    assert load_folder(photos).column_names == ["image", "labels", "image_id"]
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 file \(masks/a.png"):
+        load_folder(photos, masks=True)
+    (photos / "masks").mkdir()
+    Image.fromarray(np.full((10, 20), 2, np.uint8)).save(photos / "masks/a.png")
+    row = undecoded(load_folder(photos, masks=True))[0]
+    assert np.unique(read_mask(row, read_image(row).size, num_classes=2)).tolist() == [2]
+    with pytest.raises(ValueError, match=r"'a' holds the ids \[2\]"):
+        read_mask(row, (20, 10), num_classes=1)
+    jsonl(photos, [*rows, {"file_name": "b.png", "labels": "cat"}])
+    with pytest.raises(FileNotFoundError, match=r"names no mask for 1 picture \(b.png\)"):
+        load_folder(photos, masks=True)
+
+
+def test_a_picture_without_tags_is_kept_for_evaluation_and_counted_in_training(photos):
+    jsonl(photos, [{"file_name": "a.jpg", "labels": "cat"}, {"file_name": "b.png", "labels": None}])
+    dataset = load_folder(photos)
+    assert dataset["labels"][:] == [[0], []]
+    assert without_untagged(dataset)[1] == ["b"]
+
+
+def test_missing_files_are_all_named(photos):
+    jsonl(photos, [{"file_name": f"{name}.jpg", "labels": "cat"} for name in ("a", "x", "y")])
+    with pytest.raises(FileNotFoundError, match=r"lacks 2 files \(x.jpg of .*line 2, y.jpg of .*line 3\)"):
+        load_folder(photos)
+
+
+def test_tags_of_other_case_or_with_spaces(photos):
+    jsonl(photos, [{"file_name": "a.jpg", "labels": [" cat "]}, {"file_name": "b.png", "labels": "cat ,"}])
+    assert rows_of(load_folder(photos)) == {"a": ["cat"], "b": ["cat"]}
+    jsonl(photos, [{"file_name": "a.jpg", "labels": ["Cat"]}, {"file_name": "b.png", "labels": "cat"}])
+    with pytest.raises(ValueError, match=r"'Cat' \(images: 1\) and 'cat' \(images: 1\) differ in case alone"):
+        load_folder(photos)
+    with pytest.raises(ValueError, match=r"'Cat' \(did you mean 'cat'\?\) of 1 image \(a.jpg\)"):
+        load_folder(photos, classes=["cat"])
+
+
+def test_a_picture_named_twice(photos):
+    jsonl(photos, [{"file_name": "a.jpg", "labels": ["cat"]}, {"file_name": "a.jpg", "labels": ["dog"]}])
+    with pytest.raises(ValueError, match=r"a.jpg is named twice, in .*line 1 with the tags \['cat'\].*line 2.*'dog'"):
+        load_folder(photos)
+
+
+def test_two_pictures_of_the_same_stem(photos):
+    image_of(4, 4).save(photos / "a.png")
+    jsonl(photos, [{"file_name": "a.jpg", "labels": ["cat"]}, {"file_name": "a.png", "labels": ["dog"]}])
+    with pytest.raises(ValueError, match=r"a.jpg and a.png would both be called 'a'"):
+        load_folder(photos)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_unicode_names_in_either_form(tmp_path, form):
+    name = "Gänse am Fluß 湖.jpg"
+    image_of(4, 4).save(tmp_path / unicodedata.normalize(form, name))
+    jsonl(tmp_path, [{"file_name": name, "labels": ["Gänse"]}])
+    dataset = load_folder(tmp_path)
+    assert rows_of(dataset) == {"Gänse am Fluß 湖": ["Gänse"]}
+    assert read_image(undecoded(dataset)[0]).size == (4, 4)
+
+
+def test_files_that_are_no_pictures(photos, tmp_path):
+    (photos / "notes.txt").write_text("buy film")
+    jsonl(photos, [{"file_name": "notes.txt", "labels": ["cat"]}])
+    with pytest.raises(ValueError, match=r"1 file \(notes.txt\) that, by the name, are no pictures"):
+        load_folder(photos)
+    (tmp_path / "tagged/cat").mkdir(parents=True)
+    (photos / "notes.txt").rename(tmp_path / "tagged/cat/notes.txt")
+    with pytest.raises(ValueError, match=r"cat/notes.txt"):
+        load_folder(tmp_path / "tagged")
+
+
+def test_a_file_without_content(photos):
+    (photos / "a.jpg").write_bytes(b"")
+    jsonl(photos, [{"file_name": "a.jpg", "labels": ["cat"]}])
+    with pytest.raises(ValueError, match=r"1 file \(a.jpg\) without content"):
+        load_folder(photos)
+
+
+@pytest.mark.parametrize(
+    ("table", "content", "message"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.jpg", "labels": []}\n{"file', "metadata.jsonl, line 2 cannot be read"),
+        ("metadata.jsonl", '["a.jpg"]', "line 1: expected an object"),
+        ("metadata.jsonl", "\n", "names no pictures"),
+        ("metadata.jsonl", '{"file_name": "a.jpg"}', "line 1: no labels; found file_name"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "labels": 3}', "picture 'a.jpg': tags must be text"),
+        ("metadata.jsonl", '{"file_name": "../a.jpg", "labels": []}', "must be a path inside"),
+        ("metadata.jsonl", '{"file_name": "/a.jpg", "labels": []}', "must be a path inside"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "labels": []}', "no image has a tag"),
+        ("metadata.csv", "file_name;labels\na.jpg;cat\n", "line 2: no file_name and no labels; found file_name;labels"),
+        ("tags.json", "[]", "must be an object"),
+        ("tags.json", "{", "tags.json cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_read_says_where(photos, table, content, message):
+    (photos / table).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_folder(photos)
+
+
+def test_pictures_that_no_table_names_are_found(photos):
+    (photos / "more").mkdir()
+    image_of(4, 4).save(photos / "more/Fluß.png")
+    image_of(4, 4, "L").save(photos / "mask.png")
+    (photos / "notes.txt").write_text("buy film")
+    jsonl(photos, [{"file_name": "a.jpg", "labels": ["cat"], "mask_file_name": "mask.png"}])
+    assert unnamed_pictures(photos) == ["b.png", "c.jpg", "more/Fluß.png"]
+
+
+def test_layouts_that_are_none(photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no directory .*nowhere"):
+        load_folder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no tags: neither metadata.jsonl, metadata.csv, tags.json nor"):
+        load_folder(photos)
+    (photos / "tags.json").write_text("{}")
+    (photos / "metadata.csv").write_text("")
+    with pytest.raises(ValueError, match=r"metadata.csv and tags.json: keep one"):
+        load_folder(photos)
+    (tmp_path / "empty/cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match="cat is the sub-folder of a tag, but empty"):
+        load_folder(tmp_path / "empty")
+    (tmp_path / "empty/cat/more").mkdir()
+    with pytest.raises(ValueError, match="more is a directory inside the sub-folder of the tag 'cat'"):
+        load_folder(tmp_path / "empty")

@@ -1,0 +1,111 @@
+"""The loop on data that is not in one of the official layouts: folders, streams, and what is broken in them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from cosa_hf.data import load_shapes, undecoded
+from cosa_hf.training import loop
+from cosa_hf.training.loop import train
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Six drawn pictures: five in train, with a table of tags; one in val, with a mask."""
+    root = tmp_path / "photos"
+    (root / "masks").mkdir(parents=True)
+    dataset = load_shapes("train", num_images=6, image_size=48, masks=True)
+    names = dataset.features["labels"].feature.names
+    lines = ["file_name,labels,mask_file_name,split"]
+    for index, row in enumerate(undecoded(dataset)):
+        (root / f"{index}.png").write_bytes(row["image"]["bytes"])
+        (root / f"masks/{index}.png").write_bytes(row["mask"]["bytes"] if index == 5 else b"never opened")
+        tags = ";".join(names[label] for label in row["labels"])
+        lines.append(f"{index}.png,{tags},masks/{index}.png,{'val' if index == 5 else 'train'}")
+    (root / "metadata.csv").write_text("\n".join(lines))
+    return root
+
+
+@pytest.fixture
+def parquet(tmp_path) -> str:
+    """The same pictures without masks, one of them broken and one untagged, as a dataset to stream."""
+    dataset = undecoded(load_shapes("train", num_images=8, image_size=48))
+    rows = [dict(row) for row in dataset]
+    rows[3]["image"] = {"bytes": b"no image", "path": "broken.png"}
+    rows[5]["labels"] = []
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    (tmp_path / "parquet").mkdir()
+    loop.Dataset.from_dict(columns, features=load_shapes("train", num_images=1).features).to_parquet(
+        tmp_path / "parquet/train-00000-of-00001.parquet"
+    )
+    return str(tmp_path / "parquet")
+
+
+def summary_of(recipe) -> dict:
+    return json.loads((Path(recipe.output_dir) / "run.json").read_text())
+
+
+def test_a_folder_trains_and_is_evaluated_with_its_own_classes(folder, tiny, capsys):
+    recipe = tiny(
+        dataset="folder", data_dir=str(folder), train_split="train", eval_split="val", eval_every=2,
+        max_steps=2, warmup_steps=1, classes=["train", "boat", "disc", "square", "triangle", "star", "ring", "cross"],
+    )  # fmt: skip
+    model = train(recipe)
+    assert "5 images, 8 classes (train, boat, disc," in capsys.readouterr().out
+    labels = AutoConfig.from_pretrained(model).id2label
+    assert [labels[index] for index in range(9)] == ["background", *recipe.classes]
+    assert (summary_of(recipe)["images"], summary_of(recipe)["unreadable_replaced"]) == (5, [])
+
+
+def test_a_broken_picture_does_not_end_the_run_but_is_listed(folder, tiny, capsys):
+    content = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(content[: len(content) // 2])
+    recipe = tiny(dataset="folder", data_dir=str(folder), train_split="train", warmup_steps=6)
+    train(recipe)
+    (problem,) = summary_of(recipe)["unreadable_replaced"]
+    assert f"cannot read the image of image '2' ({folder / '2.png'})" in problem
+    assert (
+        f"1 images could not be read, others took their places (all in run.json):\n{problem}" in capsys.readouterr().out
+    )
+
+
+def test_a_stream_trains_and_a_resumed_run_equals_the_uninterrupted_one(parquet, tiny, tmp_path, monkeypatch):
+    def recipe(name, **fields):
+        return tiny(
+            dataset="hub", dataset_name=parquet, streaming=True, shuffle_buffer=3, train_split="train",
+            output_dir=str(tmp_path / name), checkpoint_every=4, **fields,
+        )  # fmt: skip
+
+    whole = recipe("whole")
+    train(whole)
+    summary = summary_of(whole)
+    assert (summary["images"], summary["untagged_dropped"]) == (None, ["train-00005"])
+    assert "cannot read the image of image 'train-00003' (broken.png)" in summary["unreadable_replaced"][0]
+
+    save = loop.save_checkpoint
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe("broken"))
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    resumed = recipe("broken", resume=True)
+    train(resumed)
+    assert summary_of(resumed) == summary
+    for name in ("online", "assignment"):
+        one, other = (load_file(Path(r.output_dir) / name / "model.safetensors") for r in (whole, resumed))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_streaming_is_for_tags_of_the_hub(tiny):
+    with pytest.raises(ValueError, match="streaming is for training on the tags of dataset hub, got dataset voc"):
+        tiny(dataset="voc", streaming=True)
+    with pytest.raises(ValueError, match="supervision masks"):
+        tiny(dataset="hub", streaming=True, supervision="masks")
