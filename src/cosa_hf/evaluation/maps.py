@@ -39,12 +39,12 @@ class ImageMaps:
         aux_cam: the same of the auxiliary layer.
 
     Example:
-        >>> cam = torch.tensor([0.0, 0.0, 0.9, 0.4]).reshape(2, 1, 2)
+        >>> cam = torch.tensor([0.0, 0.0, 0.8, 0.4]).reshape(2, 1, 2)
         >>> tags, image = torch.tensor([0.0, 1.0]), Image.new("RGB", (4, 1))
         >>> maps = ImageMaps("a", image, None, tags, torch.zeros(3, 1, 2), cam, cam)
         >>> ids, confidence = maps.label("cam", threshold=0.6)
         >>> ids.tolist(), [round(value, 2) for value in confidence[0].tolist()]
-        ([[2, 2, 0, 0]], [0.9, 0.78, 0.53, 0.4])
+        ([[2, 2, 0, 0]], [0.8, 0.7, 0.5, 0.4])
     """
 
     image_id: str

@@ -80,6 +80,7 @@ def predict_dataset(
     _check_masks(dataset)
     threshold = model.config.cam_threshold if cam_threshold is None else cam_threshold
     for maps in predict_maps(model, processor, dataset, scales, flip, batch_size):
+        assert maps.truth is not None  # the dataset has masks
         yield ImagePrediction(
             maps.image_id,
             maps.image,
