@@ -19,7 +19,7 @@ from cosa_hf.inference import forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, normalize_cams
 
-__all__ = ["SCALES", "ImageMaps", "label_names", "predict_maps"]
+__all__ = ["SCALES", "ImageMaps", "check_classes", "label_names", "predict_maps"]
 
 #: Relative input sizes of the paper's evaluation (Sec. 4.1).
 SCALES = (1.0, 0.5, 1.5, 0.75, 1.25)
@@ -123,7 +123,7 @@ def predict_maps(
 
     Source: paper Sec. 4.1 (scales, flip).
     """
-    _check_classes(dataset, model.config)
+    check_classes(dataset, model.config)
     device = next(model.parameters()).device
     batches = DataLoader(undecoded(dataset), batch_size=batch_size, collate_fn=_Collate(processor, model.config))
     was_training = model.training
@@ -155,6 +155,20 @@ def label_names(config: Any) -> list[str]:
     return [config.id2label[index] for index in range(config.num_labels)]
 
 
+def check_classes(dataset: Dataset, config: CoSAConfig) -> None:
+    """Refuse a dataset whose classes are not the model's, in the same order.
+
+    Raises:
+        ValueError: shows both lists.
+    """
+    known = label_names(config)[1:]
+    found = class_names(dataset)
+    if known != found:
+        raise ValueError(
+            f"the dataset's classes are not the model's, in order:\n  dataset: {found}\n  model:    {known}"
+        )
+
+
 class _Collate:
     """Rows to a batch: pixel values for the model, tags as multi-hot, and the originals to compare with."""
 
@@ -177,12 +191,3 @@ class _Collate:
             "labels": torch.stack([multi_hot(row["labels"], self.num_classes) for row in rows]),
             "originals": originals,
         }
-
-
-def _check_classes(dataset: Dataset, config: CoSAConfig) -> None:
-    known = label_names(config)[1:]
-    found = class_names(dataset)
-    if known != found:
-        raise ValueError(
-            f"the dataset's classes are not the model's, in order:\n  dataset: {found}\n  model:    {known}"
-        )

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from cosa_hf._version import __version__
 from cosa_hf.data.images import undecoded
-from cosa_hf.evaluation.maps import SCALES, ImageMaps, label_names, predict_maps
+from cosa_hf.evaluation.maps import SCALES, ImageMaps, check_classes, label_names, predict_maps
 from cosa_hf.export.files import remove_unfinished, whole_file
 from cosa_hf.export.formats import FORMATS, Format, PseudoLabel
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
@@ -96,6 +96,7 @@ def export_pseudo_labels(
         ['val-00000.png', 'val-00001.png']
     """
     output_dir, state = Path(output_dir), PartialState()
+    check_classes(dataset, model.config)
     dataset = undecoded(dataset.select_columns(["image", "labels", "image_id"]))
     names = label_names(model.config)
     settings: dict[str, Any] = {
@@ -111,7 +112,7 @@ def export_pseudo_labels(
         "images": len(dataset),
         "shard_size": shard_size,
     }
-    _check(settings)
+    _check(settings, batch_size)
     settings["dataset_sha256"] = _check_images(dataset, class_threshold)
     settings["weights_sha256"] = _weights_sha256(model)
     num_shards = -(-len(dataset) // shard_size)
@@ -125,21 +126,23 @@ def export_pseudo_labels(
         if state.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
             remove_unfinished(output_dir)
-            _write_record(output_dir, settings, model, complete=False)
+            if not (output_dir / RECORD).exists():
+                _write_record(output_dir, settings, model, complete=False)
             files.prepare()
         state.wait_for_everyone()
         missing = [shard for shard in range(num_shards) if not files.part(shard).exists()]
-        shards = {shard: dataset.select(_rows(shard, settings), keep_in_memory=True) for shard in missing}
+        rows = [range(start, min(start + shard_size, len(dataset))) for start in range(0, len(dataset), shard_size)]
         state.wait_for_everyone()
 
-        def label(images: Dataset) -> Iterator[PseudoLabel]:
+        def label(rows: range) -> Iterator[PseudoLabel]:
+            images = dataset.select(rows, keep_in_memory=True)
             maps = predict_maps(model, processor, images, scales, flip, batch_size, class_threshold)
             return _pseudo_labels(maps, images, settings)
 
         with state.split_between_processes(missing) as mine:
             bar = tqdm(
                 desc="export" if state.num_processes == 1 else f"export, process 1 of {state.num_processes}",
-                total=sum(len(shards[shard]) for shard in mine),
+                total=sum(len(rows[shard]) for shard in mine),
                 unit="image",
                 disable=not (progress and state.is_main_process),
             )
@@ -147,7 +150,7 @@ def export_pseudo_labels(
             with bar:
                 for shard in mine:
                     try:
-                        _write_shard(files, shard, label(shards[shard]), bar)
+                        _write_shard(files, shard, label(rows[shard]), bar)
                     except ValueError as error:
                         unreadable.append(str(error))
         unreadable = gather_object(unreadable)
@@ -161,7 +164,7 @@ def export_pseudo_labels(
             _write_record(output_dir, settings, model, complete=True)
             files.clean()
         state.wait_for_everyone()
-    return sum(map(len, shards.values()))
+    return sum(len(rows[shard]) for shard in missing)
 
 
 def _pseudo_labels(maps: Iterator[ImageMaps], images: Dataset, settings: dict[str, Any]) -> Iterator[PseudoLabel]:
@@ -185,20 +188,17 @@ def _write_shard(files: Format, shard: int, labels: Iterator[PseudoLabel], bar: 
     files.write(shard, entries)
 
 
-def _rows(shard: int, settings: dict[str, Any]) -> range:
-    size = settings["shard_size"]
-    return range(shard * size, min((shard + 1) * size, settings["images"]))
-
-
-def _check(settings: dict[str, Any]) -> None:
+def _check(settings: dict[str, Any], batch_size: int) -> None:
     for name, known in (("source", SOURCES), ("format", FORMATS)):
         if settings[name] not in known:
             raise ValueError(f"unknown {name} {settings[name]!r}; known: {', '.join(known)}")
     for name in ("threshold", "class_threshold"):
         if settings[name] is not None and not 0 < settings[name] < 1:
             raise ValueError(f"{name} must lie strictly between 0 and 1, got {settings[name]}")
-    if settings["shard_size"] < 1:
-        raise ValueError(f"shard_size must be 1 or more, got {settings['shard_size']}")
+    if settings["shard_size"] < 1 or batch_size < 1:
+        raise ValueError(f"shard_size and batch_size must be 1 or more, got {settings['shard_size']} and {batch_size}")
+    if not settings["scales"] or min(settings["scales"]) <= 0:
+        raise ValueError(f"scales must be positive numbers, at least one, got {settings['scales']}")
     if not settings["images"]:
         raise ValueError("the dataset is empty: nothing to label")
     if len(settings["classes"]) > 254:
