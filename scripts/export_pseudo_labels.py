@@ -48,7 +48,10 @@ def main(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     seconds = time.perf_counter() - start
-    state.print(f"{labelled} images labelled now, {len(dataset) - labelled} before: {labelled / seconds:.2f} images/s")
+    if labelled < len(dataset):
+        state.print(f"{len(dataset) - labelled} images were labelled before")
+    if labelled:
+        state.print(f"{labelled} images labelled, {labelled / seconds:.2f} images/s")
     state.print(f"export: {args.output_dir}")
 
 

@@ -37,7 +37,7 @@ def columns(tmp_path):
         colours = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
         image = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
         exif = Image.Exif()
-        exif[0x0112] = 6 if "turned" == list(SIZES)[number] else 1  # 6: show turned by a quarter
+        exif[0x0112] = 6 if list(SIZES)[number] == "turned" else 1  # 6: show turned by a quarter
         image.save(folder / f"{number}.jpg", exif=exif)
         paths.append(str(folder / f"{number}.jpg"))
     return {"image": paths, "labels": [[0], [1, 2], [0, 1, 2], [2], [1]], "image_id": list(SIZES)}

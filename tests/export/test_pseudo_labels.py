@@ -250,8 +250,16 @@ def test_a_directory_with_other_files_is_not_touched(model, processor, dataset, 
     assert tree(tmp_path / "VOC2012") == {"SegmentationClassAug/plain.png": b"drawn by hand"}
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("write", [0, 1, 2, 4, 6, 9])
+@pytest.mark.parametrize(
+    ("format", "write"),
+    [
+        *(("png", write) for write in (0, 1, 2, 4, 8, 10)),
+        ("parquet", 0),
+        ("parquet", 2),
+        ("coco-json", 1),
+        ("coco-json", 3),
+    ],
+)
 def test_full_disk(format, write, model, processor, dataset, tmp_path, monkeypatch):
     """The disk is full at one write after another: what is there is whole, and the next call goes on."""
     export(model, processor, dataset, tmp_path / "whole", format=format)
@@ -268,9 +276,7 @@ def test_full_disk(format, write, model, processor, dataset, tmp_path, monkeypat
                 raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(formats, "whole_file", until_full)
-    if write >= {"png": 12, "parquet": 3, "coco-json": 4}[format]:
-        pytest.skip("no so many files in this format")
-    with pytest.raises(OSError, match="No space left on device: .*make room and run the same command again"):
+    with pytest.raises(OSError, match=r"No space left on device: .*make room and run the same command again"):
         export(model, processor, dataset, tmp_path / "out", format=format)
     monkeypatch.undo()
     whole, there = tree(tmp_path / "whole"), tree(tmp_path / "out")
