@@ -13,7 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import datasets
+import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name
 from cosa_hf.evaluation.maps import SCALES
@@ -22,8 +24,10 @@ from cosa_hf.inference import load_model
 
 
 def main(args: argparse.Namespace) -> None:
+    # Left to itself, the state takes processes without an accelerator for strangers: each would label everything.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     # A process that is done waits for the others, for as long as they take.
-    state = PartialState(timeout=timedelta(days=7))
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
     datasets.disable_progress_bars()  # its bar for every parquet file would hide ours
     try:
         model, processor = load_model(args.model, state.device)
@@ -53,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
     if labelled:
         state.print(f"{labelled} images labelled, {labelled / seconds:.2f} images/s")
     state.print(f"export: {args.output_dir}")
+    state.destroy_process_group()
 
 
 def parse_args() -> argparse.Namespace:

@@ -55,7 +55,7 @@ def export_pseudo_labels(
     """Label every image of a dataset and write image, tags and mask in a format for other programs.
 
     Masks have the size of the upright image. Nothing outside `output_dir` is written, and there only whole
-    files. The processes of an `accelerate launch` share the shards. A call with the same settings takes up
+    files. The processes of `accelerate.PartialState` share the shards. A call with the same settings takes up
     an export that was interrupted: finished shards stay as they are, only those in hand are computed again,
     and the result is that of an uninterrupted export, byte for byte. Masks in the dataset are never opened.
 
