@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-from cosa_hf.data import SHAPES_CLASSES, load_voc
+from cosa_hf.data import SHAPES_CLASSES, load_shapes, load_voc
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SETTINGS = shlex.split("--dataset shapes --split val --source cam_mean --scales 1 --shard_size 20 --batch_size 4")
@@ -29,6 +29,23 @@ def model_dir(tmp_path_factory):
     CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
     CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def voc_dir(tmp_path_factory):
+    """Six drawn pictures and their masks in VOC layout; the split is called "val"."""
+    root = tmp_path_factory.mktemp("VOC2012")
+    for name in ("JPEGImages", "ImageSets/Segmentation", "SegmentationClassAug"):
+        (root / name).mkdir(parents=True)
+    dataset = load_shapes("val", num_images=6, masks=True)
+    for row in dataset:
+        row["image"].save(root / "JPEGImages" / f"{row['image_id']}.jpg")
+        row["mask"].save(root / "SegmentationClassAug" / f"{row['image_id']}.png")
+    tags = {row["image_id"]: [SHAPES_CLASSES[label] for label in row["labels"]] for row in dataset}
+    (root / "image_labels.json").write_text(json.dumps(tags))
+    (root / "classes.txt").write_text("\n".join(SHAPES_CLASSES))
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(tags))
+    return root
 
 
 def run_here(monkeypatch, script, *arguments):
@@ -106,20 +123,34 @@ def test_two_processes_write_what_one_writes(format, model_dir, tmp_path, monkey
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_png_of_other_classes_reads_back(model_dir, tmp_path, monkeypatch, capsys):
-    export_here(monkeypatch, model_dir, tmp_path / "out", "--format", "png", "--no_flip")
+def test_png_of_other_classes_reads_back(model_dir, voc_dir, tmp_path, monkeypatch, capsys):
+    settings = ("--dataset", "voc", "--data_dir", voc_dir, "--format", "png", "--no_flip")
+    export_here(monkeypatch, model_dir, tmp_path / "out", *settings)
     output = capsys.readouterr().out
-    assert "200 images labelled, " in output
+    assert "6 images labelled, " in output
     assert output.splitlines()[-1] == f"export: {tmp_path / 'out'}"
-    dataset = load_voc(tmp_path / "out", "val", masks=True)
-    assert dataset.num_rows == 200
-    assert dataset.features["labels"].feature.names == list(SHAPES_CLASSES)
-    assert dataset[0]["mask"].size == dataset[0]["image"].size == (96, 96)
-    # Other settings in the same directory, and another directory that is not an export.
-    with pytest.raises(SystemExit, match=r"(?s)error: .*other settings.*  flip: False there, True now"):
-        export_here(monkeypatch, model_dir, tmp_path / "out", "--format", "png")
-    with pytest.raises(SystemExit, match=r"error: .*not empty and has no export\.json"):
-        export_here(monkeypatch, model_dir, tmp_path, "--format", "png")
+    there, here = (load_voc(directory, "val", masks=True) for directory in (voc_dir, tmp_path / "out"))
+    assert here.features == there.features
+    for column in ("image", "labels", "image_id"):
+        assert here[column][:] == there[column][:]
+    assert all(row["mask"].size == (96, 96) for row in here)
+    with pytest.raises(SystemExit, match=r"(?s)error: .*other settings.*  threshold: 0.5 there, 0.25 now"):
+        export_here(monkeypatch, model_dir, tmp_path / "out", *settings, "--threshold", "0.25")
+
+
+def test_untagged_images_need_tags_that_are_predicted(model_dir, voc_dir, tmp_path, monkeypatch):
+    for name in ("JPEGImages", "ImageSets", "classes.txt"):
+        (tmp_path / name).symlink_to(voc_dir / name)
+    tags = json.loads((voc_dir / "image_labels.json").read_text())
+    (tmp_path / "image_labels.json").write_text(json.dumps(tags | {"val-00002": []}))
+    settings = ("--dataset", "voc", "--data_dir", tmp_path, "--format", "png")
+    with pytest.raises(SystemExit, match=r"error: 1 of 6 images have no tag: val-00002; .*--tags predicted"):
+        export_here(monkeypatch, model_dir, tmp_path / "out", *settings)
+    # A random model gives no class a probability of nearly nothing.
+    predicted = ("--tags", "predicted", "--class_threshold", "0.001")
+    export_here(monkeypatch, model_dir, tmp_path / "out", *settings, *predicted)
+    found = json.loads((tmp_path / "out" / "image_labels.json").read_text())
+    assert found == tags | {"val-00002": list(SHAPES_CLASSES)}
 
 
 def test_missing_model_is_one_clear_line(tmp_path, monkeypatch):
@@ -129,15 +160,15 @@ def test_missing_model_is_one_clear_line(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_quality_prints_a_table_and_writes_it_down(model_dir, tmp_path, monkeypatch, capsys):
+def test_quality_prints_a_table_and_writes_it_down(model_dir, voc_dir, tmp_path, monkeypatch, capsys):
     run_here(
         monkeypatch,
-        *("pseudo_label_quality.py", model_dir, "--dataset", "shapes", "--split", "val", "--scales", "1", "--no_flip"),
-        *("--thresholds", "0.3", "0.6", "--report", tmp_path / "new" / "quality.json"),
+        *("pseudo_label_quality.py", model_dir, "--dataset", "voc", "--data_dir", voc_dir, "--split", "val"),
+        *("--scales", "1", "--no_flip", "--thresholds", "0.3", "0.6", "--report", tmp_path / "new" / "quality.json"),
     )
     report = json.loads((tmp_path / "new" / "quality.json").read_text())
     assert [row["threshold"] for row in report["cam_mean"]] == [0.3, 0.6]
-    assert report["protocol"]["scales"] == [1.0]
+    assert (report["images"], report["protocol"]["scales"]) == (6, [1.0])
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[2:4]] == ["0.30", "0.60"]
     assert f"{report['cam'][0]['miou']:.1f}" in table[2]
