@@ -9,28 +9,19 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser
+from transformers import HfArgumentParser
 
-from cosa_hf import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
+from cosa_hf.evaluation.maps import SCALES, label_names
 from cosa_hf.evaluation.panels import panel
-from cosa_hf.evaluation.protocols import SCALES, evaluate_model, format_report, label_names, predict_dataset
+from cosa_hf.evaluation.protocols import evaluate_model, format_report, predict_dataset
+from cosa_hf.inference import load_model
 
 
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     size = {} if args.input_size is None else {"size": {"height": args.input_size, "width": args.input_size}}
     try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(args.model)
-        processor = AutoImageProcessor.from_pretrained(args.model, **size)
-    except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"error: no model at {args.model!r}: neither a directory with one nor a name within reach on the Hub\n"
-            f"{error}"
-        ) from None
-    if not isinstance(model, CoSAForWeaklySupervisedSegmentation):
-        raise SystemExit(f"error: {args.model!r} is a {type(model).__name__}, which has no CAMs to score")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+        model, processor = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu", **size)
         options.classes = options.classes or label_names(model.config)[1:]
         dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
         if args.num_images is not None:

@@ -17,9 +17,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import cosa_hf  # noqa: F401  (registers the model with transformers)
+from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image
 from cosa_hf.evaluation.panels import overlay
-from cosa_hf.evaluation.protocols import label_names
 from cosa_hf.image_processing_cosa import to_rgb
 
 

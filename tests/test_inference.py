@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
-from cosa_hf.inference import forward_multiscale
+from cosa_hf.inference import forward_multiscale, load_model
 
 # Name of a fused field, and of what it is made from in one output of the model.
 MAPS = {"cam_logits": "cam_logits", "aux_cam_logits": "aux_cam_logits", "seg_logits": "logits"}
@@ -161,3 +162,11 @@ def test_maps_are_fused_in_full_precision(model, dtype):
         fused = forward_multiscale(model, images(64, 64))
     for name in ("cls_logits", *MAPS):
         assert getattr(fused, name).dtype == torch.float32
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
+    SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8)).save_pretrained(tmp_path)
+    SegformerImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a SegformerForSemanticSegmentation, which has no CAMs"):
+        load_model(str(tmp_path), "cpu")

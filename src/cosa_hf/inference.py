@@ -1,14 +1,16 @@
-"""A forward pass over scales and flips, fused into one set of maps: what labels, evaluation and export share."""
+"""A saved model, and its forward pass over scales and flips, fused: what labels, evaluation and export share."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.precision import at_least_float32
 
@@ -113,3 +115,39 @@ def forward_multiscale(
         aux_cam_logits=fused_cams(aux_cams),
         seg_logits=on_grid(seg_logits).mean(dim=0),
     )
+
+
+def load_model(
+    name: str, device: torch.device | str, **processor_settings: Any
+) -> tuple[CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor]:
+    """A saved model, in eval mode, and its processor.
+
+    Args:
+        name: a directory of a saved model, or its name on the Hub.
+        device: where to put the model.
+        processor_settings: settings of the processor to replace, such as `size`.
+
+    Raises:
+        FileNotFoundError: there is no model of that name.
+        ValueError: it is another kind of model.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from cosa_hf import CoSAConfig
+        >>> with TemporaryDirectory() as folder:
+        ...     CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit")).save_pretrained(folder)
+        ...     _ = CoSAImageProcessor().save_pretrained(folder)
+        ...     model, processor = load_model(folder, "cpu")
+        >>> model.training, processor.size["height"]
+        (False, 448)
+    """
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, **processor_settings)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no model at {name!r}: neither a directory with one nor a name within reach on the Hub\n{error}"
+        ) from error
+    if not isinstance(model, CoSAForWeaklySupervisedSegmentation):
+        raise ValueError(f"{name!r} is a {type(model).__name__}, which has no CAMs")
+    return model.eval().to(device), processor

@@ -200,3 +200,13 @@ def test_real_voc():
         assert image.mode == "RGB"
         assert max(image.size) <= 384
         assert ids == {label + 1 for label in row["labels"]}, row["image_id"]
+
+
+def test_classes_of_its_own(voc_dir):
+    (voc_dir / "classes.txt").write_text("dog\ncat\ntrain\naeroplane\n")
+    dataset = load_voc(voc_dir, "train")
+    assert class_names(dataset) == ["dog", "cat", "train", "aeroplane"]
+    assert dataset["labels"][:] == [[0, 1], [2], [3]]
+    (voc_dir / "classes.txt").write_text("dog\ncat\n")
+    with pytest.raises(ValueError, match=r"'train' of 1 image \(2007_02\).*The classes are dog, cat"):
+        load_voc(voc_dir, "train")

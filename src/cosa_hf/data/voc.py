@@ -39,6 +39,9 @@ VOC_COEXISTENCE = ("aeroplane", "bird", "boat", "train")
 def load_voc(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
     """Images and tags of a VOC 2012 segmentation split; masks only if asked for.
 
+    The classes are `VOC_CLASSES`, or the lines of ``classes.txt`` where the directory has one, as an export of
+    other classes does.
+
     Reads ``ImageSets/Segmentation/<split>.txt`` and ``JPEGImages/<id>.jpg``. Tags come from
     ``image_labels.json`` (image id -> list of class names) where the directory has one, otherwise from the
     object names in ``Annotations/<id>.xml``, objects marked "difficult" included: they are in the picture and
@@ -57,13 +60,12 @@ def load_voc(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
         masks: add the column `mask`.
 
     Returns:
-        Dataset with `image`, `labels` (ids into `VOC_CLASSES`, sorted; may be empty), `image_id` and, if
-        asked for, `mask` (0 background, 1..20, 255 ignore), in the order of the list.
+        Dataset with `image`, `labels` (ids into the classes, sorted; may be empty), `image_id` and, if asked
+        for, `mask` (0 background, 1..C, 255 ignore), in the order of the list.
 
     Raises:
         FileNotFoundError: the directory, the list, an image, its tags or its mask is missing.
-        ValueError: the list is empty or names an image twice, a tag file is malformed, or a tag is no VOC
-            class.
+        ValueError: the list is empty or names an image twice, a tag file is malformed, or a tag is no class.
 
     Example:
         >>> dataset = load_voc("VOCdevkit/VOC2012", "train_aug")  # doctest: +SKIP
@@ -73,17 +75,18 @@ def load_voc(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
     root = Path(data_dir).absolute()
     _check_layout(root)
     image_ids = _read_list(root, split)
+    classes = _read_classes(root)
     image_paths = _paths(root / "JPEGImages", image_ids, ".jpg", split)
     columns: dict[str, list] = {
         "image": image_paths,
-        "labels": _read_tags(root, image_ids),
+        "labels": _read_tags(root, image_ids, classes),
         "image_id": image_ids,
     }
     if masks:
         augmented = root / "SegmentationClassAug"
         directory = augmented if augmented.is_dir() else root / "SegmentationClass"
         columns["mask"] = _paths(directory, image_ids, ".png", split)
-    return Dataset.from_dict(columns, features=tag_features(list(VOC_CLASSES), masks))
+    return Dataset.from_dict(columns, features=tag_features(classes, masks))
 
 
 def _check_layout(root: Path) -> None:
@@ -133,6 +136,11 @@ def _train_aug(directory: Path, sbd: Path) -> list[str]:
     return sorted(set().union(*training) - validation)
 
 
+def _read_classes(root: Path) -> list[str]:
+    path = root / "classes.txt"
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else list(VOC_CLASSES)
+
+
 def _paths(directory: Path, image_ids: list[str], suffix: str, split: str) -> list[str]:
     if not directory.is_dir():
         raise FileNotFoundError(f"no directory {directory}: split {split!r} needs its {suffix} files")
@@ -144,10 +152,10 @@ def _paths(directory: Path, image_ids: list[str], suffix: str, split: str) -> li
     return [str(directory / (image_id + suffix)) for image_id in image_ids]
 
 
-def _read_tags(root: Path, image_ids: list[str]) -> list[list[int]]:
+def _read_tags(root: Path, image_ids: list[str], classes: list[str]) -> list[list[int]]:
     source = root / "image_labels.json"
     names = _tags_from_json(source, image_ids) if source.is_file() else _tags_from_xml(root, image_ids)
-    return tag_ids(names, VOC_CLASSES, image_ids)
+    return tag_ids(names, classes, image_ids)
 
 
 def _tags_from_json(path: Path, image_ids: list[str]) -> list[list[str]]:

@@ -9,33 +9,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cosa_hf.configuration_cosa import CoSAConfig
-from cosa_hf.data.images import read_image, read_mask, undecoded
-from cosa_hf.data.tags import class_names, multi_hot
+from cosa_hf.evaluation.maps import SCALES, label_names, predict_maps
 from cosa_hf.evaluation.metrics import SegmentationMetric
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
-from cosa_hf.inference import forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, normalize_cams, restrict_to_labels
 
-__all__ = [
-    "PROTOCOLS",
-    "SCALES",
-    "ImagePrediction",
-    "evaluate_model",
-    "format_report",
-    "label_names",
-    "predict_dataset",
-]
+__all__ = ["PROTOCOLS", "ImagePrediction", "evaluate_model", "format_report", "predict_dataset"]
 
 #: What each column of a report predicts from, in the order of the table.
 PROTOCOLS = {
@@ -45,9 +30,6 @@ PROTOCOLS = {
     "cam_aux": "tags given: normalised CAM of the auxiliary layer, thresholded",
     "cam_mean": "tags given: mean of the two normalised CAMs, thresholded",
 }
-
-#: Relative input sizes of the paper's evaluation (Sec. 4.1).
-SCALES = (1.0, 0.5, 1.5, 0.75, 1.25)
 
 
 @dataclass
@@ -82,66 +64,31 @@ def predict_dataset(
 ) -> Iterator[ImagePrediction]:
     """Predict every image of `dataset` in order, under every protocol.
 
-    The processor resizes the images for the model; logits and CAMs go back to each image's own size by
-    bilinear interpolation before the argmax or threshold. The model runs on the device it is on, in eval
-    mode, and is returned to the mode it was in when the iteration ends.
-
     Args:
-        model: on the device to run on.
-        processor: the model's; its `size` is the input size.
+        model: and `processor`, `scales`, `flip`, `batch_size`: as in `predict_maps`.
         dataset: with the columns image, labels, image_id and mask.
-        scales: relative input sizes whose outputs are fused.
-        flip: also fuse the outputs for the mirrored image.
-        batch_size: images per forward; changes speed and memory only.
         cam_threshold: CAM values from here on are foreground; the model's own `cam_threshold` when None.
 
     Yields:
         An `ImagePrediction` per image.
 
     Raises:
-        ValueError: the dataset has no masks, its classes are not the model's, or an image or mask
-            cannot be read or do not fit each other.
+        ValueError: the dataset has no masks; or as `predict_maps`.
 
-    Source: paper Sec. 4.1 (scales, flip, threshold).
+    Source: paper Sec. 4.1 (threshold).
     """
-    config = model.config
-    _check_dataset(dataset, config)
-    threshold = config.cam_threshold if cam_threshold is None else cam_threshold
-    device = next(model.parameters()).device
-    batches = DataLoader(undecoded(dataset), batch_size=batch_size, collate_fn=_Collate(processor, config))
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            with torch.inference_mode():
-                labels = batch["labels"].to(device)
-                fused = forward_multiscale(model, batch["pixel_values"].to(device), scales=scales, flip=flip)
-                seg_logits = fused.seg_logits.float()
-                cams = normalize_cams(fused.cam_logits.float(), labels)
-                aux_cams = normalize_cams(fused.aux_cam_logits.float(), labels)
-            for index, (image_id, image, truth) in enumerate(batch["originals"]):
-                one = slice(index, index + 1)
-                with torch.inference_mode():
-                    size = (image.height, image.width)
-                    logits = _upsample(seg_logits[one], size)
-                    cam, aux_cam = _upsample(cams[one], size), _upsample(aux_cams[one], size)
-                    masks = {
-                        "seg": logits.argmax(1),
-                        "seg_tags": restrict_to_labels(logits, labels[one]).argmax(1),
-                        "cam": cam_pseudo_labels(cam, threshold),
-                        "cam_aux": cam_pseudo_labels(aux_cam, threshold),
-                        "cam_mean": cam_pseudo_labels((cam + aux_cam) / 2, threshold),
-                    }
-                yield ImagePrediction(
-                    image_id,
-                    image,
-                    truth,
-                    cam[0],
-                    aux_cam[0],
-                    {name: mask[0] for name, mask in masks.items()},
-                )
-    finally:
-        model.train(was_training)
+    _check_masks(dataset)
+    threshold = model.config.cam_threshold if cam_threshold is None else cam_threshold
+    for maps in predict_maps(model, processor, dataset, scales, flip, batch_size):
+        assert maps.truth is not None  # the dataset has masks
+        yield ImagePrediction(
+            maps.image_id,
+            maps.image,
+            maps.truth,
+            maps.upsample(maps.cam),
+            maps.upsample(maps.aux_cam),
+            {protocol: maps.label(protocol, threshold)[0] for protocol in PROTOCOLS},
+        )
 
 
 def evaluate_model(
@@ -165,12 +112,7 @@ def evaluate_model(
 
     Args:
         model: wrapped by the accelerator or not.
-        processor: the model's; its `size` is the input size.
-        dataset: with the columns image, labels, image_id and mask.
-        scales: relative input sizes whose outputs are fused.
-        flip: also fuse the outputs for the mirrored image.
-        batch_size: images per forward; changes speed and memory only.
-        cam_threshold: CAM values from here on are foreground; the model's own `cam_threshold` when None.
+        dataset: and all up to `cam_threshold`: as in `predict_dataset`.
         progress: show a bar on stderr.
         dataset_name: written into the report, as is `split`.
         split: which part of it.
@@ -193,7 +135,7 @@ def evaluate_model(
     config = model.config
     if len(dataset) == 0:
         raise ValueError("the dataset is empty: nothing to score")
-    _check_dataset(dataset, config)
+    _check_masks(dataset)
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     share = dataset.select(range(rank, len(dataset), processes))
     names = label_names(config)
@@ -264,50 +206,8 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _Collate:
-    """Rows to a batch: pixel values for the model, tags as multi-hot, and the originals to compare with."""
-
-    def __init__(self, processor: CoSAImageProcessor, config: CoSAConfig):
-        self.processor = processor
-        self.num_classes = config.num_classes
-        self.ignore_index = config.semantic_loss_ignore_index
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        originals = []
-        for row in rows:
-            image = read_image(row)
-            mask = read_mask(row, image.size, self.num_classes, self.ignore_index)
-            originals.append((row["image_id"], image, torch.from_numpy(np.array(mask)).long()))
-        images = [image for _, image, _ in originals]
-        return {
-            "pixel_values": self.processor(images, return_tensors="pt")["pixel_values"],
-            "labels": torch.stack([multi_hot(row["labels"], self.num_classes) for row in rows]),
-            "originals": originals,
-        }
-
-
-def label_names(config: Any) -> list[str]:
-    """The K label names of a model's config in the order of their ids, background first.
-
-    Example:
-        >>> label_names(CoSAConfig(id2label={1: "cat", 0: "background"}))
-        ['background', 'cat']
-    """
-    return [config.id2label[index] for index in range(config.num_labels)]
-
-
-def _upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-
-
-def _check_dataset(dataset: Dataset, config: CoSAConfig) -> None:
+def _check_masks(dataset: Dataset) -> None:
     if "mask" not in dataset.column_names:
         raise ValueError(
             f"evaluation needs a mask column (load with masks=True), the dataset has {dataset.column_names}"
-        )
-    known = label_names(config)[1:]
-    found = class_names(dataset)
-    if known != found:
-        raise ValueError(
-            f"the dataset's classes are not the model's, in order:\n  dataset: {found}\n  model:    {known}"
         )

@@ -1,0 +1,249 @@
+"""How pseudo-labels lie on disk: palette PNGs in VOC layout, a parquet dataset, COCO json.
+
+Every format writes in parts, one per shard of the images. A part is the proof that its shard is done, so it
+appears last and at once; a shard without its part is done again.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from datasets import Dataset, Features, Image
+from PIL import Image as PILImage
+
+from cosa_hf.data.tags import tag_features
+from cosa_hf.evaluation.palette import to_palette_image
+from cosa_hf.export.files import whole_file
+
+__all__ = ["FORMATS", "CocoFormat", "Format", "ParquetFormat", "PngFormat", "PseudoLabel"]
+
+
+@dataclass(frozen=True)
+class PseudoLabel:
+    """One image with what was found in it.
+
+    Attributes:
+        image_id: the dataset's id of the image.
+        file: the image's file as `datasets` stores it: "path", and "bytes" where they are in the dataset.
+        labels: ids of the tags that the mask was made with, 0..C-1.
+        mask: (H, W) uint8 ids, background 0, the image upright and at its own size.
+        confidence: (H, W) uint8, 255 for full confidence.
+    """
+
+    image_id: str
+    file: dict[str, Any]
+    labels: list[int]
+    mask: np.ndarray
+    confidence: np.ndarray
+
+
+class Format:
+    """Where one format's files are, and how a shard and the whole are written.
+
+    Args:
+        output_dir: the export's directory.
+        class_names: the C foreground classes.
+        split: names the list, the parquet files or the json file.
+        num_shards: of the whole export.
+        data_dir: what file names in COCO json are relative to.
+
+    Raises:
+        ValueError: the format needs a library that is not installed.
+    """
+
+    def __init__(
+        self, output_dir: Path, class_names: list[str], split: str, num_shards: int, data_dir: Path | None = None
+    ):
+        self.output_dir, self.class_names, self.split, self.num_shards = output_dir, class_names, split, num_shards
+        self.data_dir = data_dir
+
+    def part(self, shard: int) -> Path:
+        """The file whose presence says that the shard is done."""
+        return self.output_dir / ".parts" / f"{shard:05d}.json"
+
+    def prepare(self) -> None:
+        """Make the directories."""
+        self.part(0).parent.mkdir(exist_ok=True)
+
+    def encode(self, label: PseudoLabel) -> Any:
+        """The entry of one image in its part."""
+        raise NotImplementedError
+
+    def write(self, shard: int, entries: list[Any]) -> None:
+        """Write the part of a shard."""
+        _write_json(self.part(shard), entries)
+
+    def finish(self) -> None:
+        """Make the whole of all parts; again does no harm."""
+        raise NotImplementedError
+
+    def clean(self) -> None:
+        """Remove the parts that are in the whole by now."""
+        shutil.rmtree(self.part(0).parent, ignore_errors=True)
+
+    def entries(self) -> list[Any]:
+        """The entries of all parts, in the order of the dataset."""
+        return [
+            entry
+            for shard in range(self.num_shards)
+            for entry in json.loads(self.part(shard).read_text(encoding="utf-8"))
+        ]
+
+
+class PngFormat(Format):
+    """Palette PNGs in VOC layout, which `load_voc` reads.
+
+    `SegmentationClassAug/ID.png`, `ImageSets/Segmentation/SPLIT.txt`, the tags in `image_labels.json`, the
+    class names in `classes.txt`. `JPEGImages/ID.jpg` is a link to the image where that is a file, so that no
+    picture is on the disk twice, and else the image's own bytes, whatever their format. A slash, backslash,
+    percent sign or blank in an id becomes %2F, %5C, %25 or %20.
+    """
+
+    def prepare(self) -> None:
+        super().prepare()
+        for name in ("SegmentationClassAug", "JPEGImages", "ImageSets/Segmentation"):
+            (self.output_dir / name).mkdir(parents=True, exist_ok=True)
+
+    def encode(self, label: PseudoLabel) -> Any:
+        name = re.sub(r"[%/\\\s]", lambda match: quote(match[0], safe=""), label.image_id)
+        image = self.output_dir / "JPEGImages" / f"{name}.jpg"
+        if not os.path.lexists(image):
+            if label.file["bytes"] is None:
+                image.symlink_to(Path(label.file["path"]).absolute())
+            else:
+                with whole_file(image) as path:
+                    path.write_bytes(label.file["bytes"])
+        mask = self.output_dir / "SegmentationClassAug" / f"{name}.png"
+        if not mask.exists():
+            with whole_file(mask) as path:
+                path.write_bytes(_png(to_palette_image(label.mask)))
+        return {"image_id": name, "labels": [self.class_names[index] for index in label.labels]}
+
+    def finish(self) -> None:
+        labels = {entry["image_id"]: entry["labels"] for entry in self.entries()}
+        _write_json(self.output_dir / "image_labels.json", labels)
+        for path, lines in (
+            (self.output_dir / "classes.txt", self.class_names),
+            (self.output_dir / "ImageSets" / "Segmentation" / f"{self.split}.txt", list(labels)),
+        ):
+            with whole_file(path) as unfinished:
+                unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+class ParquetFormat(Format):
+    """A dataset that `datasets.load_dataset(DIRECTORY)` reads and `push_to_hub` takes.
+
+    Columns: those of the package's datasets, the image with its original bytes and `mask` as a palette PNG,
+    and `confidence`, a grey PNG.
+    """
+
+    def part(self, shard: int) -> Path:
+        return self.output_dir / "data" / f"{self.split}-{shard:05d}-of-{self.num_shards:05d}.parquet"
+
+    def encode(self, label: PseudoLabel) -> Any:
+        source = Path(label.file["path"] or label.image_id)
+        return {
+            "image": {"bytes": label.file["bytes"] or source.read_bytes(), "path": source.name},
+            "labels": label.labels,
+            "image_id": label.image_id,
+            "mask": {"bytes": _png(to_palette_image(label.mask)), "path": None},
+            "confidence": {"bytes": _png(PILImage.fromarray(label.confidence)), "path": None},
+        }
+
+    def write(self, shard: int, entries: list[Any]) -> None:
+        features = Features(tag_features(self.class_names, masks=True) | {"confidence": Image()})
+        dataset = Dataset.from_list(entries, features=features)
+        with whole_file(self.part(shard)) as path, path.open("wb") as file:
+            dataset.to_parquet(file)
+
+    def finish(self) -> None:
+        """The parts are the whole."""
+
+    def clean(self) -> None:
+        """The parts stay."""
+
+
+class CocoFormat(Format):
+    """COCO json, `annotations/instances_SPLIT.json`: one run-length encoded annotation per image and class.
+
+    The annotations do not overlap and none is a crowd; they are segments of a class, not objects. An image's
+    id is its place in the dataset from 1 on, its `name` the dataset's own id, its `file_name` relative to the
+    directory the dataset was read from. A category's id is the id in the masks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        try:
+            from pycocotools import mask
+        except ImportError:
+            raise ValueError(
+                'the format coco-json needs pycocotools: pip install "cosa-hf[coco]" or pip install pycocotools'
+            ) from None
+        self._rle = mask
+
+    def prepare(self) -> None:
+        super().prepare()
+        (self.output_dir / "annotations").mkdir(exist_ok=True)
+
+    def encode(self, label: PseudoLabel) -> Any:
+        height, width = label.mask.shape
+        annotations = []
+        for category in np.unique(label.mask[label.mask > 0]).tolist():
+            code = self._rle.encode(np.asfortranarray(label.mask == category))
+            annotations.append(
+                {
+                    "category_id": category,
+                    "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
+                    "area": int(self._rle.area(code)),
+                    "bbox": self._rle.toBbox(code).tolist(),
+                    "iscrowd": 0,
+                }
+            )
+        image = {"file_name": self._file_name(label), "name": label.image_id, "height": height, "width": width}
+        return image | {"annotations": annotations}
+
+    def _file_name(self, label: PseudoLabel) -> str:
+        path = label.file["path"]
+        if not path:
+            return label.image_id
+        if self.data_dir is not None and Path(path).is_relative_to(self.data_dir.absolute()):
+            return Path(path).relative_to(self.data_dir.absolute()).as_posix()
+        return Path(path).name
+
+    def finish(self) -> None:
+        images: list[dict] = []
+        annotations: list[dict] = []
+        for number, entry in enumerate(self.entries(), 1):
+            for annotation in entry.pop("annotations"):
+                annotations.append({"id": len(annotations) + 1, "image_id": number, **annotation})
+            images.append({"id": number, **entry})
+        _write_json(
+            self.output_dir / "annotations" / f"instances_{self.split}.json",
+            {
+                "images": images,
+                "annotations": annotations,
+                "categories": [{"id": index, "name": name} for index, name in enumerate(self.class_names, 1)],
+            },
+        )
+
+
+#: By the name the command line gives them.
+FORMATS: dict[str, type[Format]] = {"png": PngFormat, "parquet": ParquetFormat, "coco-json": CocoFormat}
+
+
+def _png(image: PILImage.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")

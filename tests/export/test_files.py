@@ -1,0 +1,41 @@
+import pytest
+
+from cosa_hf.export.files import remove_unfinished, whole_file
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "mask.png"
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(b"half")
+        assert not path.exists()
+        assert unfinished.parent == tmp_path  # renaming is instant only within a file system
+    assert path.read_bytes() == b"half"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "mask.png"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError), whole_file(path) as unfinished:
+        unfinished.write_text(b"new")  # opens the file and then refuses
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_at_the_limit_of_the_file_system_can_be_written(tmp_path):
+    path = tmp_path / ("ü" * 125 + ".png")
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(b"x")
+    assert path.exists()
+
+
+def test_what_killed_processes_left_is_removed_everywhere(tmp_path):
+    (tmp_path / "below").mkdir()
+    directories = (tmp_path, tmp_path / "below")
+    contexts = [whole_file(directory / "mask.png") for directory in directories]  # never left, as in a killed process
+    for context, directory in zip(contexts, directories, strict=True):
+        context.__enter__().write_bytes(b"half")
+        (directory / "other.png").write_bytes(b"whole")
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["other.png", "other.png"]

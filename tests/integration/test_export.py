@@ -1,0 +1,174 @@
+"""scripts/export_pseudo_labels.py and scripts/pseudo_label_quality.py as a user runs, kills and repeats them."""
+
+import json
+import os
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.data import SHAPES_CLASSES, load_shapes, load_voc
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SETTINGS = shlex.split("--dataset shapes --split val --source cam_mean --scales 1 --shard_size 20 --batch_size 4")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    names = dict(enumerate(["background", *SHAPES_CLASSES]))
+    config = CoSAConfig(backbone="test_vit", decoder_channels=16, id2label=names)
+    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
+    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def voc_dir(tmp_path_factory):
+    """Six drawn pictures and their masks in VOC layout; the split is called "val"."""
+    root = tmp_path_factory.mktemp("VOC2012")
+    for name in ("JPEGImages", "ImageSets/Segmentation", "SegmentationClassAug"):
+        (root / name).mkdir(parents=True)
+    dataset = load_shapes("val", num_images=6, masks=True)
+    for row in dataset:
+        row["image"].save(root / "JPEGImages" / f"{row['image_id']}.jpg")
+        row["mask"].save(root / "SegmentationClassAug" / f"{row['image_id']}.png")
+    tags = {row["image_id"]: [SHAPES_CLASSES[label] for label in row["labels"]] for row in dataset}
+    (root / "image_labels.json").write_text(json.dumps(tags))
+    (root / "classes.txt").write_text("\n".join(SHAPES_CLASSES))
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(tags))
+    return root
+
+
+def run_here(monkeypatch, script, *arguments):
+    """The script in this process, where starting it anew would only cost time."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+
+
+def export_here(monkeypatch, model_dir, output_dir, *arguments):
+    run_here(monkeypatch, "export_pseudo_labels.py", model_dir, *SETTINGS, *arguments, "--output_dir", output_dir)
+
+
+def files(directory):
+    return {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
+
+
+def contents(directory):
+    return {name: path.read_bytes() for name, path in files(directory).items()}
+
+
+# What an export of 200 images in ten shards is about to have written when it is killed.
+KILLED_AT = {
+    "png": ("SegmentationClassAug/*.png", 23),
+    "parquet": ("data/*.parquet", 2),
+    "coco-json": (".parts/*.json", 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", KILLED_AT)
+def test_killed_in_the_middle_and_run_again(format, model_dir, tmp_path, monkeypatch, capsys):
+    output_dir = tmp_path / "killed"
+    pattern, number = KILLED_AT[format]
+    command = [sys.executable, SCRIPTS / "export_pseudo_labels.py", model_dir, *SETTINGS, "--format", format]
+    with subprocess.Popen([*map(str, command), "--output_dir", str(output_dir)], stderr=subprocess.DEVNULL) as process:
+        while len(list(output_dir.glob(pattern))) < number:
+            assert process.poll() is None, "the export ended before it could be killed"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert json.loads((output_dir / "export.json").read_text())["complete"] is False
+    # All but the parts that are gone when the export is complete, and the file that was being written.
+    kept = {name for name in files(output_dir) if not name.startswith(".") and not Path(name).name.startswith(".")}
+    kept -= {"export.json"}
+    before = {name: (output_dir / name).stat() for name in kept}
+    content = {name: (output_dir / name).read_bytes() for name in kept}
+    parts = [*output_dir.glob(".parts/*.json"), *output_dir.glob("data/*.parquet")]
+
+    export_here(monkeypatch, model_dir, output_dir, "--format", format)
+    assert f"{20 * len(parts)} images were labelled before" in capsys.readouterr().out
+    export_here(monkeypatch, model_dir, tmp_path / "whole", "--format", format)
+    whole = contents(tmp_path / "whole")
+    assert contents(output_dir) == whole
+    for name in kept:
+        assert content[name] == whole[name], f"{name} was half-written"
+        after = (output_dir / name).stat()
+        assert (after.st_mtime_ns, after.st_ino) == (before[name].st_mtime_ns, before[name].st_ino), (
+            f"{name} was written twice"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", KILLED_AT)
+def test_two_processes_write_what_one_writes(format, model_dir, tmp_path, monkeypatch):
+    # Not `accelerate launch --cpu`: without MPI that starts one process, whatever --num_processes says.
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS / "export_pseudo_labels.py")
+    arguments = (model_dir, *SETTINGS, "--format", format, "--output_dir", tmp_path / "two")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *map(str, (*launch, *arguments))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("200 images labelled") == 1
+    assert "export, process 1 of 2" in done.stderr
+    export_here(monkeypatch, model_dir, tmp_path / "one", "--format", format)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_png_of_other_classes_reads_back(model_dir, voc_dir, tmp_path, monkeypatch, capsys):
+    settings = ("--dataset", "voc", "--data_dir", voc_dir, "--format", "png", "--no_flip")
+    export_here(monkeypatch, model_dir, tmp_path / "out", *settings)
+    output = capsys.readouterr().out
+    assert "6 images labelled, " in output
+    assert output.splitlines()[-1] == f"export: {tmp_path / 'out'}"
+    there, here = (load_voc(directory, "val", masks=True) for directory in (voc_dir, tmp_path / "out"))
+    assert here.features == there.features
+    for column in ("image", "labels", "image_id"):
+        assert here[column][:] == there[column][:]
+    assert all(row["mask"].size == (96, 96) for row in here)
+    with pytest.raises(SystemExit, match=r"(?s)error: .*other settings.*  threshold: 0.5 there, 0.25 now"):
+        export_here(monkeypatch, model_dir, tmp_path / "out", *settings, "--threshold", "0.25")
+
+
+def test_untagged_images_need_tags_that_are_predicted(model_dir, voc_dir, tmp_path, monkeypatch):
+    for name in ("JPEGImages", "ImageSets", "classes.txt"):
+        (tmp_path / name).symlink_to(voc_dir / name)
+    tags = json.loads((voc_dir / "image_labels.json").read_text())
+    (tmp_path / "image_labels.json").write_text(json.dumps(tags | {"val-00002": []}))
+    settings = ("--dataset", "voc", "--data_dir", tmp_path, "--format", "png")
+    with pytest.raises(SystemExit, match=r"error: 1 of 6 images have no tag: val-00002; .*--tags predicted"):
+        export_here(monkeypatch, model_dir, tmp_path / "out", *settings)
+    # A random model gives no class a probability of nearly nothing.
+    predicted = ("--tags", "predicted", "--class_threshold", "0.001")
+    export_here(monkeypatch, model_dir, tmp_path / "out", *settings, *predicted)
+    found = json.loads((tmp_path / "out" / "image_labels.json").read_text())
+    assert found == tags | {"val-00002": list(SHAPES_CLASSES)}
+
+
+def test_missing_model_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match="error: no model at "):
+        export_here(monkeypatch, tmp_path / "nowhere", tmp_path / "out", "--format", "png")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quality_prints_a_table_and_writes_it_down(model_dir, voc_dir, tmp_path, monkeypatch, capsys):
+    run_here(
+        monkeypatch,
+        *("pseudo_label_quality.py", model_dir, "--dataset", "voc", "--data_dir", voc_dir, "--split", "val"),
+        *("--scales", "1", "--no_flip", "--thresholds", "0.3", "0.6", "--report", tmp_path / "new" / "quality.json"),
+    )
+    report = json.loads((tmp_path / "new" / "quality.json").read_text())
+    assert [row["threshold"] for row in report["cam_mean"]] == [0.3, 0.6]
+    assert (report["images"], report["protocol"]["scales"]) == (6, [1.0])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[2:4]] == ["0.30", "0.60"]
+    assert f"{report['cam'][0]['miou']:.1f}" in table[2]
