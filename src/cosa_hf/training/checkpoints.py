@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,24 @@ from accelerate import Accelerator
 
 
 class Progress:
-    """How many optimiser steps are behind us; saved with a checkpoint."""
+    """How many optimiser steps are behind us and how long they took; saved with a checkpoint."""
 
     def __init__(self) -> None:
         self.step = 0
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the run, without the time between an interruption and its resume."""
+        return time.monotonic() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
+        return {"step": self.step, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
+        # The first checkpoints did not count time.
+        self._started = time.monotonic() - state.get("seconds", 0.0)
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int) -> Path:

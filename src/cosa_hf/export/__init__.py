@@ -1,0 +1,1 @@
+"""What leaves the package: pseudo-labels, published models, ONNX."""
