@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResultEntry, HfApi, eval_result_entries_to_yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResultEntry,
+    HfApi,
+    eval_result_entries_to_yaml,
+)
 
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.evaluation.weights import weights_sha256
@@ -98,7 +104,8 @@ def stage(
 def publish(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """Make the main revision of `repo_id` hold exactly what `folder` holds, in one commit.
 
-    Large files are uploaded first and the commit comes last: until it is made, readers get the old revision whole.
+    Large files are uploaded first and the commit comes last: until it is made, readers get the old revision whole. It
+    is refused if somebody else commits in between.
 
     Returns:
         Address of the commit.
@@ -109,14 +116,21 @@ def publish(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.model_info(repo_id).private:
+    info = api.model_info(repo_id)
+    if private and not info.private:
         raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or publish without private")
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        # Scores and pictures of earlier weights must not stay behind.
-        delete_patterns="*",
+    # Not upload_folder: it may make several commits, and readers would meet new code with old weights.
+    files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
+    # Scores and pictures of earlier weights must not stay behind.
+    outdated = {sibling.rfilename for sibling in info.siblings or ()} - files.keys() - {".gitattributes"}
+    commit = api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(name, path) for name, path in sorted(files.items())),
+            *(CommitOperationDelete(name, is_folder=False) for name in sorted(outdated)),
+        ],
         commit_message=f"Publish {repo_id.split('/')[-1]}",
+        parent_commit=info.sha,
     )
     return commit.commit_url
 
