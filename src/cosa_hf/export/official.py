@@ -117,10 +117,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(plain):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        reason = str(error.__context__ or error).splitlines()[0]
         raise ValueError(
-            f"{path} is refused: it holds more than tensors and settings ({reason}), and loading that can run code. "
-            'Where you trust its source, save torch.load(..., weights_only=False)["model"] alone and convert that.'
+            f"{path} is refused: it is no file of tensors and plain settings ({reason}), and loading it could run code. "
+            'Where you trust its source, save {"model": torch.load(..., weights_only=False)["model"]} and convert that.'
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         found = sorted(map(str, checkpoint))[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
