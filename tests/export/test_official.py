@@ -134,7 +134,7 @@ class Intruder:
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path, state_dict(20), args=Intruder())
-    with pytest.raises(ValueError, match=r"weights.pth is refused: .*mkdir.*could run code"):
+    with pytest.raises(ValueError, match=r"weights.pth is refused: .*mkdir.*code that loading would run"):
         from_official(path, "voc", backbone="test_vit")
     assert not Path("intruded").exists()
 

@@ -16,7 +16,7 @@ import cosa_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# CPU time: a wall clock would measure the machine's other work. Everything that any vision model of transformers imports
+# CPU time: a wall clock would measure the machine's other work. What any vision model of transformers imports
 # comes first; what is left is this package and timm.
 IMPORT = """
 import time

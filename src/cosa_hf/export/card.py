@@ -10,7 +10,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from cosa_hf.configuration_cosa import CoSAConfig
-from cosa_hf.evaluation.protocols import PROTOCOLS
+from cosa_hf.evaluation.protocols import PROTOCOLS, label_names
 from cosa_hf.training.recipe import Recipe
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -125,7 +125,7 @@ def model_card(
         card_data=data.to_yaml(),
         name=name,
         weights_sha256=weights_sha256,
-        classes=[(config.id2label or {})[index] for index in range(1, config.num_labels)],
+        classes=label_names(config)[1:],
         report=report,
         protocol=report["protocol"] if report else None,
         columns=list(PROTOCOLS),

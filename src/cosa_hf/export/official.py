@@ -105,7 +105,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint {path}")
     # The authors' trainer saves its arguments and score along; these types are plain records of values.
     scalar: Any = np.float64(0).__reduce__()[0]
-    plain = [
+    plain: list[Any] = [
         argparse.Namespace,
         pathlib.PosixPath,
         np.dtype,
@@ -119,7 +119,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = str(error.__context__ or error).splitlines()[0]
         raise ValueError(
-            f"{path} is refused: it is no file of tensors and plain settings ({reason}), and loading it could run code. "
+            f"{path} is refused: it holds more than tensors and settings ({reason}): code that loading would run. "
             'Where you trust its source, save {"model": torch.load(..., weights_only=False)["model"]} and convert that.'
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
