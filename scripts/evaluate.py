@@ -15,6 +15,7 @@ from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_na
 from cosa_hf.evaluation.maps import SCALES, label_names
 from cosa_hf.evaluation.panels import panel
 from cosa_hf.evaluation.protocols import evaluate_model, format_report, predict_dataset
+from cosa_hf.evaluation.weights import weights_sha256
 from cosa_hf.inference import load_model
 
 
@@ -27,7 +28,9 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
         inference = {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
+        weights = weights_sha256(args.model)
         report = evaluate_model(model, processor, dataset, **inference, dataset_name=args.dataset, split=args.split)
+        report["weights_sha256"] = weights
         print(format_report(report))
         args.report.parent.mkdir(parents=True, exist_ok=True)
         args.report.write_text(json.dumps(report, indent=2) + "\n")

@@ -11,6 +11,7 @@ from transformers import AutoModelForSemanticSegmentation
 
 from cosa_hf.data import VOC_CLASSES, load_shapes
 from cosa_hf.training import loop
+from cosa_hf.training.checkpoints import Progress
 from cosa_hf.training.loop import recommendation, train
 from cosa_hf.training.recipe import Recipe
 
@@ -43,6 +44,8 @@ def test_a_run_leaves_two_loadable_models_and_says_which_to_use(tiny, capsys):
         assert model.config.id2label[0] == "background"
     summary = json.loads((recommended.parent / "run.json").read_text())
     assert summary["recommended"] == "assignment"
+    assert summary["hardware"].startswith("1 x ")
+    assert summary["seconds"] >= 0
     assert Recipe.from_yaml(recommended.parent / "recipe.yaml") == recipe
 
 
@@ -190,6 +193,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch)
         for recipe in (whole, resumed)
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_the_clock_of_a_run_goes_on_where_its_checkpoint_left_it():
+    before, after = Progress(), Progress()
+    before.load_state_dict({"step": 3, "seconds": 5000.0})
+    after.load_state_dict(before.state_dict())
+    assert after.step == 3
+    assert 5000 <= after.seconds < 5100
 
 
 def test_resuming_from_nothing_says_so(tiny):

@@ -1,4 +1,4 @@
-"""Pseudo-labels that leave the package: datasets of masks for any network, and what they are worth."""
+"""What leaves the package: pseudo-labels and what they are worth, published models, ONNX."""
 
 from cosa_hf.export.formats import FORMATS, PseudoLabel
 from cosa_hf.export.pseudo_labels import SOURCES, export_pseudo_labels

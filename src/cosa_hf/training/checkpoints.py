@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,25 @@ from cosa_hf.training.recipe import Recipe
 
 
 class Progress:
-    """How many optimiser steps are behind us, and which images could not be read; saved with a checkpoint."""
+    """Optimiser steps behind us, the time they took, and images that could not be read; saved with a checkpoint."""
 
     def __init__(self) -> None:
         self.step = 0
         self.unreadable: set[str] = set()
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the run, without the time between an interruption and its resume."""
+        return time.monotonic() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "unreadable": sorted(self.unreadable)}
+        return {"step": self.step, "unreadable": sorted(self.unreadable), "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.unreadable = set(state["unreadable"])
+        self._started = time.monotonic() - state["seconds"]
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int) -> Path:

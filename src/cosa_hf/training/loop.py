@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def train(recipe: Recipe) -> Path:
     """Train CoSA from tags as the recipe says; returns the directory of the recommended model.
 
     Leaves in `recipe.output_dir`: `recipe.yaml`, `log.jsonl`, `run.json` (what was dropped, what is recommended and
-    why), the models `online` and `assignment`, each with its processor and code, and checkpoints and snapshots if asked
-    for.
+    why, on what hardware and how long it ran), the models `online` and `assignment`, each with its processor and code,
+    and checkpoints and snapshots if asked for.
 
     Raises:
         ValueError: data or settings that cannot be trained on; the message names them.
@@ -173,6 +174,8 @@ def train(recipe: Recipe) -> Path:
             "images": len(dataset) if isinstance(dataset, Dataset) else None,
             "untagged_dropped": dropped,
             "unreadable_replaced": unreadable,
+            "hardware": _hardware(accelerator),
+            "seconds": round(progress.seconds),
         }
         (output_dir / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
@@ -311,6 +314,15 @@ def _require_finite(losses: dict[str, Tensor], image_ids: list[str], step: int) 
     if not torch.isfinite(losses["loss"]):
         parts = {name: value.item() for name, value in losses.items()}
         raise FloatingPointError(f"loss is not finite at step {step + 1}: {parts}; images {list(image_ids)}")
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    """What the run ran on, as a model card says it."""
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name(accelerator.device)
+    else:
+        device = f"{platform.machine()} {accelerator.device.type} with {torch.get_num_threads()} threads"
+    return f"{accelerator.num_processes} x {device}"
 
 
 def _announce(

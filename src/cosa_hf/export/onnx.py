@@ -1,0 +1,96 @@
+"""ONNX: the network for runtimes without torch, checked against it before it is handed over."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+
+OUTPUTS = ("logits", "cam_logits")
+TOLERANCE = 1e-4
+
+
+def export_onnx(model: CoSAForWeaklySupervisedSegmentation, path: str | Path, int8: bool = False) -> float:
+    """Write `model` as ONNX with dynamic batch and image size, and compare it with torch at another of both.
+
+    Input `pixel_values` (B, 3, H, W), float32, prepared as the model's processor does; H and W are multiples of the
+    model's stride. Outputs: `logits` (B, K, h, w), segmentation, background first, and `cam_logits` (B, C, h, w), CAMs
+    before any activation; both at token resolution, to be resized to the image before the argmax.
+
+    Args:
+        model: on any device; it is exported in eval mode and float32, and left as it was.
+        path: of the `.onnx` file.
+        int8: quantise the weights of matrix products and convolutions to 8 bits, for CPUs. Its outputs are close to
+            torch's, not equal: the difference returned says how close.
+
+    Returns:
+        The largest difference to torch on random images, relative to the largest output.
+
+    Raises:
+        ImportError: the extra `onnx` is not installed.
+        RuntimeError: without `int8`, the difference is above 1e-4: the file is removed.
+    """
+    absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if absent:
+        raise ImportError(f"ONNX export needs {', '.join(absent)}: pip install 'cosa-hf[onnx]'")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network = _Outputs(CoSAForWeaklySupervisedSegmentation(model.config)).eval()
+    network.model.load_state_dict(model.state_dict())
+    stride = network.model.backbone.stride
+    # Batch 1 or a square would be taken for a constant.
+    example = torch.rand(2, 3, 6 * stride, 4 * stride)
+    batch, rows, columns = (torch.export.Dim(name) for name in ("batch", "rows", "columns"))
+    torch.onnx.export(
+        network,
+        (example,),
+        path,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        input_names=["pixel_values"],
+        output_names=list(OUTPUTS),
+        dynamic_shapes=({0: batch, 2: stride * rows, 3: stride * columns},),
+    )
+    if int8:
+        _quantize(path)
+    difference = _difference(network, path, torch.rand(3, 3, 5 * stride, 9 * stride))
+    if difference > TOLERANCE and not int8:
+        path.unlink()
+        raise RuntimeError(f"ONNX and torch differ by {difference:.1e} of the largest output, above {TOLERANCE:.0e}")
+    return difference
+
+
+class _Outputs(nn.Module):
+    """The model with the outputs of the file, as a tuple."""
+
+    def __init__(self, model: CoSAForWeaklySupervisedSegmentation):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(pixel_values)
+        return tuple(outputs[name] for name in OUTPUTS)
+
+
+def _quantize(path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # Unsigned: the runtime's integer convolution takes no other weights.
+    quantize_dynamic(path, path, weight_type=QuantType.QUInt8)
+
+
+def _difference(network: nn.Module, path: Path, images: Tensor) -> float:
+    import onnxruntime
+
+    session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(list(OUTPUTS), {"pixel_values": images.numpy()})
+    with torch.inference_mode():
+        expected = network(images)
+    return max(
+        ((torch.from_numpy(there) - here).abs().max() / here.abs().max()).item()
+        for there, here in zip(found, expected, strict=True)
+    )

@@ -1,0 +1,185 @@
+"""What would be published: the card and the directory, from reports and recipes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.data import VOC_CLASSES
+from cosa_hf.data.coco import COCO_CLASSES
+from cosa_hf.evaluation.protocols import PROTOCOLS
+from cosa_hf.evaluation.weights import weights_sha256
+from cosa_hf.export.card import model_card
+from cosa_hf.export.hub import stage
+from cosa_hf.training.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["background", "cat", "dog"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run") / "online"
+    torch.manual_seed(0)
+    config = CoSAConfig(backbone="test_vit", aux_layer=-2, decoder_channels=16, id2label=dict(enumerate(NAMES)))
+    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
+    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def report(model, tmp_path):
+    """A report as scripts/evaluate.py writes it; a class that never occurs has no score."""
+    columns = {
+        column: {
+            "miou": 40.126 + number,
+            "per_class": {"background": 60.25, "cat": 20.0 + number, "dog": None},
+            "coexistence_miou": None,
+        }
+        for number, column in enumerate(PROTOCOLS)
+    }
+    protocol = {
+        **PROTOCOLS,
+        "scales": [1.0, 0.5],
+        "flip": False,
+        "input_size": [64, 64],
+        "cam_threshold": 0.5,
+        "ignore_index": 255,
+        "coexistence_classes": [],
+        "dataset": "voc",
+        "split": "val_report",
+        "model": "/home/someone/run/online",
+    }
+    path = tmp_path / "report.json"
+    digest = weights_sha256(model)
+    path.write_text(
+        json.dumps({**columns, "images": 200, "untagged": [], "protocol": protocol, "weights_sha256": digest})
+    )
+    return path
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_numbers_come_from_the_report(model, report, tmp_path):
+    stage(model, tmp_path / "staged", "org/cats", report=report)
+    text = (tmp_path / "staged" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.model_name == "cats"
+    assert [(each.metric_config, each.metric_value) for each in card.data.eval_results] == [
+        ("seg", 40.13),
+        ("seg_tags", 41.13),
+    ]
+    assert all(each.dataset_type == "voc" and each.dataset_split == "val_report" for each in card.data.eval_results)
+    assert f"| `seg` | {PROTOCOLS['seg']} | 40.1 | - |" in text
+    assert "| cat | 20.0 | 21.0 | 22.0 | 23.0 | 24.0 |" in text
+    assert "| dog | - | - | - | - | - |" in text
+    assert weights_sha256(model) in text
+    assert "200 images" in text
+    assert "--split val_report --scales 1 0.5 --input_size 64 --num_images 200 --no_flip" in text
+    assert "not recorded: they were published without a recipe" in text
+    # The paper's numbers are there, as the paper's.
+    assert "**not measured here**" in text
+    (entry,) = yaml.safe_load((tmp_path / "staged" / ".eval_results" / "seg_tags.yaml").read_text())
+    assert entry["dataset"] == {"id": "voc", "task_id": "seg_tags"}
+    assert entry["value"] == 41.13
+    assert "tags given" in entry["notes"]
+
+
+def test_benchmark_names_the_leaderboard(model, report, tmp_path):
+    stage(model, tmp_path / "staged", "org/cats", report=report, benchmark="org/voc-2012")
+    (entry,) = yaml.safe_load((tmp_path / "staged" / ".eval_results" / "seg.yaml").read_text())
+    assert entry["dataset"]["id"] == "org/voc-2012"
+
+
+def test_report_of_other_weights_is_refused(model, report, tmp_path):
+    edit(report, weights_sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"report.json was measured on those with SHA-256 000000000000"):
+        stage(model, tmp_path / "staged", "org/cats", report=report)
+    edit(report, weights_sha256=None)
+    with pytest.raises(ValueError, match="has no weights_sha256"):
+        stage(model, tmp_path / "staged", "org/cats", report=report)
+    assert not (tmp_path / "staged").exists()
+
+
+def test_without_a_report_there_are_no_numbers(model, tmp_path):
+    stage(model, tmp_path / "staged", "org/cats")
+    card = ModelCard((tmp_path / "staged" / "README.md").read_text())
+    assert card.data.eval_results is None
+    assert "No numbers: nothing has been measured on these weights." in card.text
+    assert not (tmp_path / "staged" / ".eval_results").exists()
+
+
+def test_recipe_travels_without_the_paths_of_this_machine(model, tmp_path):
+    recipe = Recipe(
+        dataset="voc",
+        data_dir="/home/someone/VOC2012",
+        backbone="test_vit",
+        backbone_weights="/home/someone/weights/tiny.safetensors",
+        output_dir="/scratch/someone/cats",
+        resume=True,
+        seed=3,
+    )
+    recipe.to_yaml(tmp_path / "recipe.yaml")
+    (tmp_path / "run.json").write_text(json.dumps({"images": 1696, "hardware": "2 x RTX 3090", "seconds": 31000}))
+    stage(model, tmp_path / "staged", "org/cats", recipe=tmp_path / "recipe.yaml")
+    for path in (tmp_path / "staged").iterdir():
+        if path.suffix != ".safetensors":
+            assert "someone" not in path.read_text(), path
+    published = Recipe.from_yaml(tmp_path / "staged" / "recipe.yaml")
+    assert (published.seed, published.backbone_weights, published.resume) == (3, "tiny.safetensors", False)
+    text = (tmp_path / "staged" / "README.md").read_text()
+    assert "| hardware | 2 x RTX 3090 |" in text
+    assert "| wall clock | 8.6 h |" in text
+    assert "1696 images" in text
+    assert "started from `tiny.safetensors`" in text
+    assert ModelCard(text).data.base_model is None
+
+
+def test_recipe_of_another_backbone_is_refused(model, tmp_path):
+    Recipe(backbone="test_resnet").to_yaml(tmp_path / "recipe.yaml")
+    with pytest.raises(ValueError, match="trains test_resnet, but the model's backbone is test_vit"):
+        stage(model, tmp_path / "staged", "org/cats", recipe=tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("argument", ["report", "recipe", "panels"])
+def test_what_is_named_must_exist(argument, model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        stage(model, tmp_path / "staged", "org/cats", **{argument: tmp_path / "nowhere"})
+
+
+def test_half_a_model_is_refused(model, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((model / "config.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"lacks model.safetensors, preprocessor_config.json, config"):
+        stage(broken, tmp_path / "staged", "org/cats")
+
+
+def test_nothing_is_mixed_into_a_directory(model, tmp_path):
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "note.txt").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        stage(model, tmp_path / "staged", "org/cats")
+
+
+@pytest.mark.parametrize(("dataset", "classes"), [("voc", VOC_CLASSES), ("coco", COCO_CLASSES)])
+def test_cards_of_the_papers_settings_are_up_to_date(dataset, classes):
+    """After a change of template or recipe: write `card.content` to the file."""
+    name = f"cosa-vit-b-{dataset}"
+    recipe = Recipe.from_yaml(ROOT / "recipes" / f"{dataset}-vit-b.yaml")
+    config = CoSAConfig(backbone=recipe.backbone, id2label=dict(enumerate(["background", *classes])))
+    card = model_card(name, config, recipe, recipe_name=f"{dataset}-vit-b")
+    assert card.data.eval_results is None
+    assert "Not trained here" in card.text
+    assert (ROOT / "model_cards" / f"{name}.md").read_text() == card.content
+
+
+def test_a_class_name_cannot_break_the_card():
+    config = CoSAConfig(id2label={0: "background", 1: "{{ 7 * 7 }} <b>"})
+    assert "{{ 7 * 7 }} <b>" in model_card("org/x", config, weights_sha256="0" * 64).text

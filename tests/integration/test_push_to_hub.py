@@ -1,0 +1,209 @@
+"""scripts/push_to_hub.py against a hub on this machine, and the published model in a process without this package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hub_server import Hub
+from huggingface_hub import ModelCard, constants
+from transformers import pipeline
+
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.evaluation.weights import weights_sha256
+from cosa_hf.export.hub import publish, stage
+from cosa_hf.training.recipe import Recipe
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+REPO = "org/cosa-tiny"
+MODEL_FILES = {
+    *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml"),
+    *("configuration_cosa.py", "image_processing_cosa.py", "modeling_cosa.py"),
+}
+
+READER = """
+import json, sys
+import numpy as np
+import torch
+from PIL import Image
+sys.modules["cosa_hf"] = None
+from transformers import AutoImageProcessor, AutoModel, pipeline
+
+name, photo = sys.argv[1:]
+model = AutoModel.from_pretrained(name, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
+image = Image.open(photo)
+with torch.no_grad():
+    outputs = model(**processor(image, return_tensors="pt"))
+mask = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
+segments = pipeline("image-segmentation", model=name, trust_remote_code=True)(photo)
+print(json.dumps({
+    "mask": mask.tolist(),
+    "segments": {segment["label"]: np.asarray(segment["mask"]).tolist() for segment in segments},
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A training run as the loop leaves it, with random weights."""
+    directory = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    names = ["background", *SHAPES_CLASSES]
+    config = CoSAConfig(backbone="test_vit", aux_layer=-2, decoder_channels=16, id2label=dict(enumerate(names)))
+    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory / "assignment")
+    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory / "assignment")
+    Recipe(
+        dataset="shapes", backbone="test_vit", pretrained=False, data_dir="/home/someone/data", output_dir="/tmp/mine"
+    ).to_yaml(directory / "recipe.yaml")
+    (directory / "run.json").write_text(json.dumps({"images": 7, "hardware": "1 x abacus", "seconds": 5400}))
+    load_shapes("test", num_images=1)[0]["image"].save(directory / "photo.png")
+    return directory
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def online(hub, monkeypatch):
+    """This process talks to that hub, whatever its environment says."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    return hub
+
+
+def run(*command, hub, home):
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("HF_TOKEN", None)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=home)
+
+
+@pytest.mark.slow
+def test_evaluated_pushed_and_loaded_by_a_stranger(run_dir, hub, tmp_path):
+    model = run_dir / "assignment"
+    done = run(
+        *(SCRIPTS / "evaluate.py", model, "--dataset", "shapes", "--num_images", 3, "--scales", 1, "--no_flip"),
+        *("--report", tmp_path / "report.json", "--panels", tmp_path / "panels", "--num_panels", 2),
+        hub=hub,
+        home=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["weights_sha256"] == weights_sha256(model)
+
+    done = run(
+        *(SCRIPTS / "push_to_hub.py", model, "--repo_id", REPO, "--private"),
+        *("--report", tmp_path / "report.json", "--panels", tmp_path / "panels"),
+        hub=hub,
+        home=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert hub.repos[REPO]["private"]
+    (_, empty), (sha, files) = hub.repos[REPO]["commits"]
+    assert set(empty) == {".gitattributes"}
+    assert done.stdout.strip().endswith(sha)
+    assert set(files) == MODEL_FILES | {
+        *(".gitattributes", ".eval_results/seg.yaml", ".eval_results/seg_tags.yaml"),
+        *("panels/val-00000.png", "panels/val-00001.png"),
+    }
+
+    card = ModelCard(files["README.md"].decode())
+    headline = {result.metric_config: result for result in card.data.eval_results}
+    for column, protocol in (("seg", "tags unknown"), ("seg_tags", "tags given")):
+        assert headline[column].metric_value == pytest.approx(report[column]["miou"], abs=0.01)
+        assert protocol in headline[column].metric_name
+        (entry,) = yaml.safe_load(files[f".eval_results/{column}.yaml"])
+        assert entry["value"] == headline[column].metric_value
+        assert protocol in entry["notes"]
+        assert f"| `{column}` | {protocol}" in card.text
+
+    (tmp_path / "stranger").mkdir()
+    done = run("-I", "-c", READER, REPO, run_dir / "photo.png", hub=hub, home=tmp_path / "stranger")
+    assert done.returncode == 0, done.stderr
+    there = json.loads(done.stdout.splitlines()[-1])
+    here = pipeline("image-segmentation", model=str(model))(str(run_dir / "photo.png"))
+    assert {segment["label"] for segment in here} == set(there["segments"])
+    ids = np.zeros((96, 96), dtype=int)
+    for segment in here:
+        mask = np.asarray(segment["mask"])
+        assert np.array_equal(mask, there["segments"][segment["label"]])
+        ids[mask > 0] = ["background", *SHAPES_CLASSES].index(segment["label"])
+    assert np.array_equal(ids, there["mask"])
+
+
+def test_failed_upload_leaves_the_old_revision_whole(run_dir, online, tmp_path):
+    stage(run_dir / "assignment", tmp_path / "first", REPO)
+    publish(tmp_path / "first", REPO)
+    before = list(online.repos[REPO]["commits"])
+    assert set(before[-1][1]) == MODEL_FILES | {".gitattributes"}
+
+    changed = tmp_path / "changed"
+    model = CoSAForWeaklySupervisedSegmentation.from_pretrained(run_dir / "assignment")
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.save_pretrained(changed)
+    CoSAImageProcessor.from_pretrained(run_dir / "assignment").save_pretrained(changed)
+    stage(changed, tmp_path / "second", REPO)
+    online.refuse_large_files = True
+    with pytest.raises((RuntimeError, OSError)):
+        publish(tmp_path / "second", REPO)
+    assert online.repos[REPO]["commits"] == before
+
+    online.refuse_large_files = False
+    publish(tmp_path / "second", REPO)
+    _, files = online.repos[REPO]["commits"][-1]
+    assert files["model.safetensors"] == (changed / "model.safetensors").read_bytes()
+    # The first had a recipe, the second has none: the old one must not stay beside new weights.
+    assert set(files) == (MODEL_FILES | {".gitattributes"}) - {"recipe.yaml"}
+
+
+def test_a_public_repository_is_no_place_for_a_private_model(run_dir, online, tmp_path):
+    stage(run_dir / "assignment", tmp_path / "staged", REPO)
+    publish(tmp_path / "staged", REPO)
+    before = list(online.repos[REPO]["commits"])
+    with pytest.raises(ValueError, match="exists and is public"):
+        publish(tmp_path / "staged", REPO, private=True)
+    assert online.repos[REPO]["commits"] == before
+
+
+@pytest.mark.slow
+def test_script_says_that_nothing_was_committed(run_dir, hub, tmp_path):
+    hub.refuse_large_files = True
+    done = run(SCRIPTS / "push_to_hub.py", run_dir / "assignment", "--repo_id", REPO, hub=hub, home=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert f"no commit was made; {REPO} is as it was" in done.stderr
+    assert len(hub.repos[REPO]["commits"]) == 1
+
+
+@pytest.mark.slow
+def test_dry_run_sends_nothing(run_dir, hub, tmp_path):
+    staged = tmp_path / "staged"
+    done = run(
+        *(SCRIPTS / "push_to_hub.py", run_dir / "assignment", "--repo_id", REPO, "--dry_run", staged),
+        hub=hub,
+        home=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert hub.repos == {}
+    assert {path.name for path in staged.iterdir()} == MODEL_FILES
+    assert "the card will hold no numbers" in done.stdout
