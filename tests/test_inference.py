@@ -36,7 +36,7 @@ def nearest(length, stride):
 
 
 @torch.no_grad()
-def reference(model, pixel_values, scales, flip):
+def reference(model, pixel_values, scales, flip, cam_fusion="max"):
     """One pass for each image, scale and mirror image; nothing fused before the end."""
     stride = model.backbone.stride
     height, width = pixel_values.shape[-2:]
@@ -55,7 +55,11 @@ def reference(model, pixel_values, scales, flip):
                     seen[name].append(F.interpolate(maps, size=grid, mode="bilinear", align_corners=False))
         for name, copies in seen.items():
             stacked = torch.stack(copies)
-            fused[name].append(stacked.amax(dim=0) if "cam" in name else stacked.mean(dim=0))
+            if "cam" in name and cam_fusion == "sum":
+                twins = 2 if flip else 1
+                fused[name].append(sum(pair.amax(dim=0).clamp_min(0) for pair in stacked.split(twins)))
+            else:
+                fused[name].append(stacked.amax(dim=0) if "cam" in name else stacked.mean(dim=0))
     return {name: torch.cat(values) for name, values in fused.items()}
 
 
@@ -67,6 +71,19 @@ def test_equals_one_pass_for_each_copy(model, size, scales, flip):
     with torch.no_grad():
         fused = forward_multiscale(model, pixel_values, scales, flip)
     for name, expected in reference(model, pixel_values, scales, flip).items():
+        torch.testing.assert_close(
+            getattr(fused, name), expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5, 1.5)])
+def test_cams_can_be_summed_over_scales(model, scales, flip):
+    """As in the released code: the maximum over flips, of it what is positive, and of that the sum."""
+    pixel_values = images(64, 96)
+    with torch.no_grad():
+        fused = forward_multiscale(model, pixel_values, scales, flip, cam_fusion="sum")
+    for name, expected in reference(model, pixel_values, scales, flip, "sum").items():
         torch.testing.assert_close(
             getattr(fused, name), expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -8,6 +8,7 @@ from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
 from cosa_hf.assignment.network import AssignmentNetwork, assign
 from cosa_hf.assignment.threshold import DynamicThreshold
 from cosa_hf.inference import forward_multiscale
+from cosa_hf.objective.guidance import mask_probabilities
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.pseudo_labels import normalize_cams, segmentation_pseudo_labels
 
@@ -170,6 +171,19 @@ def test_assign_is_the_fused_maps_filtered_by_the_tags(online, batch):
     assert torch.equal(pseudo_labels.aux_cams, normalize_cams(fused.aux_cam_logits, labels, tokens))
     assert torch.equal(pseudo_labels.segmentation, segmentation_pseudo_labels(fused.seg_logits, labels, 0.1))
     assert not torch.equal(pseudo_labels.cams, pseudo_labels.aux_cams)
+
+
+def test_assign_takes_guidance_and_fusion_from_where_it_is_told(online, batch):
+    weak_view, labels, valid = batch
+    online.eval()
+    masks = torch.randint(0, 4, valid.shape, generator=torch.Generator().manual_seed(0))
+    told = {"dynamic": False, "cam_fusion": "sum", "guidance": "gt", "masks": masks}
+    pseudo_labels = assign(online, *batch, thresholds(), SCALES, **told)
+    with torch.no_grad():
+        fused = forward_multiscale(online, weak_view, SCALES, cam_fusion="sum")
+    assert torch.equal(pseudo_labels.segmentation, mask_probabilities(masks, 4, fused.seg_logits.shape[-2:]))
+    tokens = valid_tokens(valid, fused.cam_logits)
+    assert torch.equal(pseudo_labels.cams, normalize_cams(fused.cam_logits, labels, tokens))
 
 
 def test_assign_keeps_background_and_empties_absent_classes(online, batch):

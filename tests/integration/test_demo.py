@@ -1,9 +1,11 @@
 """scripts/demo.py with a recipe of seconds: everything that `make demo` promises is there afterwards."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,42 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
     entries = [json.loads(line) for line in (output_dir / "classification" / "log.jsonl").read_text().splitlines()]
     assert len(entries) == 8
     assert all("c2s" not in entry for entry in entries)
+
+
+@pytest.mark.slow
+def test_a_training_ends_with_all_its_processes(tmp_path, monkeypatch):
+    """Whatever ends the demo, no training and no data worker of one goes on alone."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    # A training that never ends, with a data worker.
+    (tmp_path / "train.py").write_text(
+        "import os, pathlib, subprocess, sys, time\n"
+        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "pathlib.Path(sys.argv[1] + '.unfinished').write_text(f'{os.getpid()} {worker.pid}')\n"
+        "os.replace(sys.argv[1] + '.unfinished', sys.argv[1])\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(demo, "SCRIPTS", tmp_path)
+    started = tmp_path / "pids"
+    with demo.training(started, log=tmp_path / "log") as launcher:
+        while not started.exists():
+            assert launcher.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        training, worker = map(int, started.read_text().split())
+        assert is_running(training)
+        assert is_running(worker)
+    deadline = time.monotonic() + 10
+    while is_running(training) or is_running(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # The dead whom nobody has waited for still have a number.
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"

@@ -6,6 +6,7 @@ import torch
 from scipy.special import expit
 
 from cosa_hf.objective.classification import classification_loss
+from cosa_hf.objective.dense_energy import dense_energy_loss
 from cosa_hf.objective.overall import CoSAObjective, valid_tokens
 from cosa_hf.objective.pseudo_labels import PseudoLabels, normalize_cams, segmentation_pseudo_labels
 
@@ -337,3 +338,118 @@ def test_defaults_are_the_papers():
     assert (objective.alpha, objective.beta, objective.epsilon) == (0.8, 1.0, 1.0)
     assert objective.reliability_weighting
     assert objective.separation_scope == "image"
+
+
+@pytest.mark.parametrize("part", ["s2c", "csc"])
+@pytest.mark.parametrize("detach", ["none", "features", "classifier"])
+def test_detach_stops_the_gradient_of_the_guidance_and_of_nothing_else(part, detach):
+    """Tab. 4a: the value stays; F or W_fc learns nothing from Seg2CAM, but all from the contrast."""
+    outputs, labels, valid, pseudo_labels = make_batch()
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(B, 5, *GRID, generator=generator).requires_grad_()
+    classifier = torch.randn(C, 5, 1, 1, generator=generator).requires_grad_()
+    outputs.hidden_states = (torch.zeros(()), features)
+    outputs.cam_logits = torch.nn.functional.conv2d(features, classifier)
+    losses = CoSAObjective(detach=detach)(outputs, labels, valid, pseudo_labels, classifier=classifier)
+    assert losses["s2c"].item() == CoSAObjective()(outputs, labels, valid, pseudo_labels)["s2c"].item()
+    sources = (features, classifier)
+    gradients = torch.autograd.grad(losses[part], sources, allow_unused=True, retain_graph=True)
+    whole = torch.autograd.grad(CoSAObjective()(outputs, labels, valid, pseudo_labels)[part], sources)
+    for name, gradient, undetached in zip(("features", "classifier"), gradients, whole, strict=True):
+        assert undetached.abs().sum() > 0
+        if part == "s2c" and detach == name:
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, undetached, rtol=1e-5, atol=1e-8)
+
+
+def test_guidance_that_knows_nothing_of_a_token_leaves_it_out():
+    outputs, labels, valid, pseudo_labels = make_batch()
+    pseudo_labels.segmentation[:, :, 1] = 0  # as under the 255 of a true mask
+    a = as_float64(outputs, pseudo_labels)
+    tokens = reference_valid_tokens(valid.numpy())
+    tokens[:, 1] = False
+    value = CoSAObjective()(outputs, labels, valid, pseudo_labels)["s2c"].item()
+    assert value == pytest.approx(reference_seg2cam(a.cam_logits, a.segmentation, tokens), rel=1e-5)
+
+
+def test_relu_floors_seg2cam_at_ln_2():
+    """What the released log shows: 0.69 for a perfect background."""
+    outputs, labels, valid, pseudo_labels = make_batch()
+    pseudo_labels.segmentation[:] = torch.tensor([1.0, 0, 0, 0]).view(1, C + 1, 1, 1)
+    outputs.cam_logits = torch.full((B, C, *GRID), -20.0)
+    floored, free = (CoSAObjective(relu_cams=relu)(outputs, labels, valid, pseudo_labels)["s2c"] for relu in (1, 0))
+    assert floored.item() == pytest.approx(np.log(2), rel=1e-6)
+    assert free.item() < 1e-6
+
+
+def test_background_threshold_and_balance_equal_reference():
+    """The released CAM2Seg: below 0.3 background, from 0.6 foreground, half of the loss for each."""
+    outputs, labels, valid, pseudo_labels = make_batch(threshold=0.6)
+    objective = CoSAObjective(reliability_weighting=False, background_threshold=0.3, balanced=True)
+    a = as_float64(outputs, pseudo_labels)
+    seg_logits, cams = upsample(a.logits), upsample(a.cams)
+    halves: tuple[list, list] = ([], [])
+    ignored = 0
+    for image, y, x in zip(*np.nonzero(valid.numpy()), strict=True):
+        nu, scores = cams[image, :, y, x].max(), seg_logits[image, :, y, x]
+        if 0.3 <= nu < 0.6:
+            ignored += 1
+            continue
+        label = cams[image, :, y, x].argmax() + 1 if nu >= 0.6 else 0
+        halves[int(label > 0)].append(np.logaddexp.reduce(scores) - scores[label])
+    assert ignored > 10
+    assert min(map(len, halves)) > 10
+    expected = (np.mean(halves[0]) + np.mean(halves[1])) / 2
+    assert objective(outputs, labels, valid, pseudo_labels)["c2s"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [2, 3, STRIDE])
+def test_supervision_stride_looks_at_the_same_maps_on_a_coarser_grid(stride):
+    outputs, labels, valid, pseudo_labels = make_batch()
+    valid[:] = True
+    value = CoSAObjective(supervision_stride=stride)(outputs, labels, valid, pseudo_labels)["c2s"].item()
+    grid = [-(-side // stride) for side in SIZE]
+    coarse = torch.ones(B, *grid, dtype=torch.bool)
+    assert value == CoSAObjective()(outputs, labels, coarse, pseudo_labels)["c2s"].item()
+    if stride == STRIDE:  # the token grid itself: nothing is resized at all
+        a = as_float64(outputs, pseudo_labels)
+        expected = [
+            (np.logaddexp.reduce(s := a.logits[image, :, y, x]) - s[label], 1 / perplexity(nu, 0.5))
+            for image, y, x in np.ndindex(B, *GRID)
+            for nu in [a.cams[image, :, y, x].max()]
+            for label in [a.cams[image, :, y, x].argmax() + 1 if nu >= 0.5 else 0]
+        ]
+        losses, reliabilities = map(np.array, zip(*expected, strict=True))
+        assert value == pytest.approx((losses * reliabilities / reliabilities.mean()).mean(), rel=1e-5)
+
+
+def test_dense_energy_is_one_more_part_and_open_to_what_cam2seg_ignores():
+    outputs, labels, valid, pseudo_labels = make_batch(threshold=0.6)
+    images = 255 * torch.rand(B, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    settings = {"dense_energy_weight": 2.0, "reliability_weighting": False}
+    losses = CoSAObjective(**settings)(outputs, labels, valid, pseudo_labels, images=images)
+    without = CoSAObjective(reliability_weighting=False)(outputs, labels, valid, pseudo_labels)
+    assert losses["energy"] < 0
+    assert losses["loss"].item() == pytest.approx((without["loss"] + 2 * losses["energy"]).item(), rel=1e-6)
+    # Where CAM2Seg ignores every pixel, nothing damps the energy.
+    ignoring = PseudoLabels(torch.full_like(pseudo_labels.cams, 0.5), *list(vars(pseudo_labels).values())[1:])
+    ignored = CoSAObjective(**settings, background_threshold=0.4)(outputs, labels, valid, ignoring, images=images)
+    plain = dense_energy_loss(outputs.logits, images, valid)
+    assert ignored["c2s"].item() == 0
+    assert ignored["energy"].item() == plain.item() < losses["energy"].item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_degenerate_batches_under_the_released_objective(case, dtype):
+    outputs, labels, valid, pseudo_labels = degenerate(case, dtype)
+    objective = CoSAObjective(
+        background_threshold=0.0, balanced=True, relu_cams=True, reliability_weighting=False, separation_weight=0.0,
+        dense_energy_weight=0.05,
+    )  # fmt: skip
+    images = 255 * torch.rand(B, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    losses = objective(outputs, labels, valid, pseudo_labels, images=images)
+    losses["loss"].backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert all(torch.isfinite(logits.grad).all() for logits in vars(outputs).values())

@@ -141,6 +141,14 @@ def test_tied_classes_give_one_of_them():
     assert cam_pseudo_labels(cams, 0.5).item() in (2, 3)
 
 
+def test_between_two_thresholds_nothing_is_known():
+    confidence = torch.tensor([[[[0.0, 0.19, 0.2, 0.5, 0.69, 0.7, 1.0]]]])
+    ids = cam_pseudo_labels(confidence, threshold=0.7, background_threshold=0.2)
+    assert ids.flatten().tolist() == [0, 0, 255, 255, 255, 1, 1]
+    padded = cam_pseudo_labels(confidence, 0.7, torch.tensor([[[False] + [True] * 6]]), -1, background_threshold=0.2)
+    assert padded.flatten().tolist() == [-1, 0, -1, -1, -1, 1, 1]
+
+
 def test_padding_gets_the_ignore_index():
     cams, valid = torch.ones(1, 1, 1, 2), torch.tensor([[[True, False]]])
     assert cam_pseudo_labels(cams, 0.5, valid).tolist() == [[[1, 255]]]

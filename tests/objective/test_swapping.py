@@ -105,6 +105,15 @@ def test_cam2seg_custom_ignore_index():
     assert torch.equal(cam2seg_loss(seg_logits, ids), cam2seg_loss(seg_logits, moved, ignore_index=-1))
 
 
+@pytest.mark.parametrize("ids", [[0, 0, 1, 2], [0, 0, 0, 0], [2, 1, 1, IGNORE], [IGNORE] * 4])
+def test_balanced_cam2seg_is_half_background_and_half_foreground(ids):
+    seg_logits = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor(ids).view(1, 2, 2)
+    halves = [target.masked_fill(target != 0, IGNORE), target.masked_fill(target == 0, IGNORE)]
+    expected = sum(reference_cam2seg(seg_logits.numpy(), half.numpy()) for half in halves) / 2
+    assert cam2seg_loss(seg_logits, target, balanced=True).item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.0])
 @pytest.mark.parametrize("classes", [1, 3])
 def test_seg2cam_equals_reference(classes, share):

@@ -79,6 +79,84 @@ def test_switches_remove_their_parts(tiny):
     assert last["xi"] == last["aux_xi"] == 0.4
 
 
+def test_the_release_trains_with_its_regulariser(tiny):
+    recipe = tiny(
+        cam_fusion="sum",
+        label_scales=[1.0, 0.5],
+        dynamic_threshold=False,
+        threshold=0.7,
+        background_threshold=0.2,
+        reliability_weighting=False,
+        balanced=True,
+        relu_cams=True,
+        separation_weight=0.0,
+        dense_energy_weight=0.05,
+        supervision_stride=2,
+    )
+    train(recipe)
+    last = log_of(recipe)[-1]
+    assert {"c2s", "aux_c2s", "s2c", "energy"} <= set(last)
+    assert "csc" not in last
+    assert last["energy"] < 0
+
+
+@pytest.fixture
+def objective_calls(monkeypatch):
+    """What the loop handed to the objective after warm-up, and the losses it got back."""
+    calls, whole = [], loop.CoSAObjective.__call__
+
+    def record(self, outputs, labels, valid, pseudo_labels, mean, images, classifier):
+        losses = whole(self, outputs, labels, valid, pseudo_labels, mean, images, classifier)
+        if "s2c" in losses:
+            reached = torch.autograd.grad(losses["s2c"], (outputs.cam_logits,), allow_unused=True, retain_graph=True)
+            calls.append({"direct": reached[0], "target": pseudo_labels.segmentation, "images": images})
+            if outputs.hidden_states is not None:
+                sources = (outputs.hidden_states[-1], classifier)
+                reached = torch.autograd.grad(losses["s2c"], sources, allow_unused=True, retain_graph=True)
+                calls[-1] |= dict(zip(("features", "classifier"), reached, strict=True))
+        return losses
+
+    monkeypatch.setattr(loop.CoSAObjective, "__call__", record)
+    return calls
+
+
+@pytest.mark.parametrize(("detach", "reached"), [("features", "classifier"), ("classifier", "features")])
+def test_a_detached_guidance_reaches_one_of_its_two_sources(tiny, objective_calls, detach, reached):
+    train(tiny(detach=detach))
+    assert len(objective_calls) == 3
+    for call in objective_calls:
+        assert call["direct"] is None
+        assert call[detach] is None
+        assert call[reached].abs().sum() > 0
+
+
+def test_the_oracle_reads_masks_and_says_so(tiny, few_shapes, objective_calls, capsys):
+    train(tiny(guidance="gt", scale_min=1.0, scale_max=1.0))
+    assert few_shapes == [("train_aug", True)]
+    assert "ORACLE: guidance gt reads the true masks" in capsys.readouterr().out
+    # Shares of tokens of 16 x 16 pixels, where the pseudo-labels of an untrained network would be anything.
+    for call in objective_calls:
+        pixels = call["target"] * 256
+        torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", ["spl", "noise", "none"])
+def test_no_other_guidance_reads_masks(tiny, few_shapes, objective_calls, guidance, capsys):
+    recipe = tiny(guidance=guidance)
+    train(recipe)
+    assert few_shapes == [("train_aug", False)]
+    assert "ORACLE" not in capsys.readouterr().out
+    assert ("s2c" in log_of(recipe)[-1]) == (guidance != "none") == bool(objective_calls)
+
+
+def test_the_dense_energy_sees_the_strong_view_in_steps_of_0_to_255(tiny, objective_calls):
+    train(tiny(scale_min=1.0, scale_max=1.0))  # without padding
+    for call in objective_calls:
+        steps = call["images"] - call["images"].amin(dim=(2, 3), keepdim=True)
+        assert 20 < steps.amax() < 256
+        torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_path):
     runs = [tiny(seed=seed, output_dir=str(tmp_path / name)) for seed, name in ((1, "a"), (1, "b"), (2, "c"))]
     for recipe in runs:

@@ -48,6 +48,15 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
         ("reliability_weighting", True),
         ("dynamic_threshold", True),
         ("supervision", "tags"),
+        ("guidance", "spl"),
+        ("detach", "none"),
+        ("cam_fusion", "max"),
+        ("supervision_stride", 1),
+        # What only the released code does.
+        ("background_threshold", None),
+        ("balanced", False),
+        ("relu_cams", False),
+        ("dense_energy_weight", 0.0),
     ],
 )
 def test_defaults_are_the_papers(name, value):
@@ -92,6 +101,13 @@ def test_unknown_fields_are_named_all_at_once():
         ("supervision", True),
         ("supervision", ["tags"]),
         ("separation_scope", "world"),
+        ("guidance", "segmentation"),
+        ("guidance", None),
+        ("detach", "F"),
+        ("cam_fusion", "mean"),
+        ("supervision_stride", 1.5),
+        ("background_threshold", "low"),
+        ("balanced", 0.5),
         ("mixed_precision", False),  # what YAML makes of an unquoted `no`
         ("mixed_precision", "fp8"),
     ],
@@ -112,6 +128,8 @@ def test_wrong_types_are_refused_by_name(name, value):
         ("warmup_steps", 20_001),
         ("lr_warmup_steps", -1),
         ("lr_warmup_steps", 20_000),
+        *((name, value) for name in ("supervision_stride", "dense_energy_scale") for value in (0, -1)),
+        ("dense_energy_scale", 1.5),
         ("scale_min", 0.0),
         ("scale_min", 2.5),
         ("scale_max", 0.1),
@@ -140,6 +158,19 @@ def test_what_would_only_fail_after_warm_up_is_refused_at_once(name, value):
     """Perplexity is 0 at full distance for alpha = 1 and infinite for 0; a scale of 0 has no pixels."""
     with pytest.raises(ValueError, match=name):
         Recipe.from_mapping({name: value})
+
+
+@pytest.mark.parametrize("fields", [{}, {"dynamic_threshold": False, "threshold": 0.1}])
+def test_a_background_threshold_needs_a_fixed_one_above_it(fields):
+    with pytest.raises(ValueError, match="background_threshold"):
+        Recipe.from_mapping({"background_threshold": 0.2} | fields)
+    assert Recipe(background_threshold=0.2, dynamic_threshold=False).background_threshold == 0.2
+
+
+def test_masks_are_for_the_bound_and_the_oracle():
+    assert not any(Recipe(guidance=source).reads_masks for source in ("none", "spl", "noise"))
+    assert Recipe(guidance="gt").reads_masks
+    assert Recipe(supervision="masks").reads_masks
 
 
 @pytest.mark.parametrize(
@@ -230,4 +261,48 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_of_the_repository_are_valid(path):
-    assert Recipe.from_yaml(path).dataset in ("voc", "shapes")
+    assert Recipe.named(path.stem).dataset in ("voc", "coco", "shapes")
+
+
+def test_a_recipe_goes_by_name_or_by_path(tmp_path):
+    (tmp_path / "mine.yaml").write_text("batch_size: 3\n")
+    assert Recipe.named(tmp_path / "mine.yaml", seed=5) == Recipe(batch_size=3, seed=5)
+    assert Recipe.named("voc-vit-b", max_steps=8_000).max_steps == 8_000
+    with pytest.raises(FileNotFoundError, match=r"voc-vit-x\.yaml; known by name: .*voc-lite0, voc-release"):
+        Recipe.named("voc-vit-x")
+    with pytest.raises(FileNotFoundError, match=r"theirs\.yaml"):
+        Recipe.named(tmp_path / "theirs.yaml")
+
+
+def differences(one: str, other: str) -> dict[str, tuple]:
+    first, second = vars(Recipe.named(one)), vars(Recipe.named(other))
+    return {name: (first[name], second[name]) for name in first if first[name] != second[name]}
+
+
+RUN = {"output_dir", "eval_every", "checkpoint_every"}
+OBJECTIVE = {
+    "cam_fusion", "dynamic_threshold", "threshold", "background_threshold", "spl_temperature", "cam2seg_weight",
+    "aux_cam2seg_weight", "reliability_weighting", "balanced", "relu_cams", "separation_weight", "dense_energy_weight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("paper", "release", "thresholds", "steps"),
+    [
+        ("voc-vit-b", "voc-release", (0.2, 0.7), (20_000, 32_000)),
+        ("coco-vit-b", "coco-release", (0.25, 0.65), (40_000, 60_000)),
+    ],
+)
+def test_the_release_differs_from_the_paper_in_what_its_logs_say(paper, release, thresholds, steps):
+    differing = differences(paper, release)
+    assert set(differing) - RUN == OBJECTIVE | {"max_steps"}
+    assert differing["max_steps"] == steps
+    recipe = Recipe.named(release)
+    assert (recipe.background_threshold, recipe.threshold) == thresholds
+    assert recipe.dense_energy_weight == 0.05
+
+
+def test_the_papers_recipes_are_its_defaults_but_for_the_schedule():
+    for name in ("voc-vit-b", "coco-vit-b"):
+        changed = {field for field, value in vars(Recipe.named(name)).items() if value != vars(Recipe())[field]}
+        assert changed <= RUN | {"dataset", "train_split", "eval_split", "batch_size", "max_steps", "warmup_steps"}
