@@ -9,6 +9,7 @@ Leaves OUTPUT_DIR/TABLE-SPLIT.csv, .json, .md and .png, and one directory for ea
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    # Ended from outside, by a time limit say, it ends its runs too, as it does when interrupted from the keyboard.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
     try:
         main(*parse_args())
     except (ValueError, FileNotFoundError) as error:

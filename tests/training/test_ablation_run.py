@@ -2,6 +2,9 @@
 
 import csv
 import json
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,3 +268,17 @@ def test_a_failed_row_is_named_and_has_no_figures(trainings, processes, tmp_path
     assert "| with CSC | the recipe | 1 | 52.00 | 52.00 |" in text
     assert "## Failed" in text
     assert "KeyError: what happened" in text
+
+
+def test_an_interrupted_table_ends_what_it_started(trainings, tmp_path):
+    (tmp_path / "train.py").write_text("import time\ntime.sleep(60)\n")
+    planned = trainings()
+    for training in planned:
+        training.train_command[0] = str(tmp_path / "train.py")
+    here = threading.main_thread().ident
+    threading.Timer(1.0, signal.pthread_kill, (here, signal.SIGINT)).start()
+    started = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        execute(planned)
+    assert time.perf_counter() - started < 30
+    assert not (tmp_path / "4b-without-CSC-seed-0").exists()
