@@ -2,6 +2,7 @@
 
     accelerate launch scripts/train.py                                        the embedded demo
     accelerate launch scripts/train.py --recipe voc-vit-b --data_dir VOCdevkit/VOC2012
+    accelerate launch scripts/train.py --recipe folder-lite0 --data_dir photos   your own: docs/own-data.md
 
 A recipe is a YAML file, or the name of one in recipes/; every field of it is also a flag, and flags win.
 """
