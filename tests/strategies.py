@@ -15,10 +15,11 @@ EXTREME = [0.0, -0.0, 1.0, -1.0, 1e-6, -1e-6, 1e4, -1e4, 65504.0, -65504.0, -1e9
 
 
 def logits(shape: tuple[int, ...], extreme: bool = True) -> st.SearchStrategy[np.ndarray]:
-    """Class scores; hypothesis likes to repeat a value, so ties and constant maps are common."""
+    """Class scores: ordinary and extreme, tied, or all the same."""
     ordinary = st.floats(-20, 20, width=32).map(lambda value: 0.0 if abs(value) < 1e-20 else value)
     elements = ordinary | st.sampled_from(EXTREME) if extreme else ordinary
-    return hnp.arrays(np.float32, shape, elements=elements)
+    constant = elements.map(lambda value: np.full(shape, value, np.float32))
+    return hnp.arrays(np.float32, shape, elements=elements) | constant
 
 
 def tags(shape: tuple[int, int]) -> st.SearchStrategy[np.ndarray]:

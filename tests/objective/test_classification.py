@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cosa_hf.objective.classification import classification_loss
 
-shapes = st.tuples(st.integers(1, 4), st.integers(1, 20))
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 8))
 
 
 @given(st.data(), shapes)
