@@ -35,6 +35,7 @@ def draw_items() -> list[dict]:
                 "labels": labels,
                 "valid": valid,
                 "image_id": str(position),
+                "unreadable": "",
             }
         )
     return items

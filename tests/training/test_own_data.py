@@ -98,7 +98,7 @@ def test_a_stream_trains_and_a_resumed_run_equals_the_uninterrupted_one(parquet,
     monkeypatch.setattr(loop, "save_checkpoint", save)
     resumed = recipe("broken", resume=True)
     train(resumed)
-    assert summary_of(resumed) == summary
+    assert summary_of(resumed) | {"seconds": 0} == summary | {"seconds": 0}
     for name in ("online", "assignment"):
         one, other = (load_file(Path(r.output_dir) / name / "model.safetensors") for r in (whole, resumed))
         assert all(torch.equal(one[key], other[key]) for key in one)

@@ -112,10 +112,12 @@ def unnamed_pictures(data_dir: str | Path) -> list[str]:
         FileNotFoundError, ValueError: as `load_folder`.
 
     Example:
+        >>> folder = Path("photos")
+        >>> folder.mkdir()
         >>> for name in ("a.png", "b.png"):
-        ...     Image.new("RGB", (4, 3)).save(name)
-        >>> _ = Path("tags.json").write_text('{"a.png": ["cat"]}')
-        >>> unnamed_pictures(".")
+        ...     Image.new("RGB", (4, 3)).save(folder / name)
+        >>> _ = (folder / "tags.json").write_text('{"a.png": ["cat"]}')
+        >>> unnamed_pictures(folder)
         ['b.png']
     """
     root = Path(data_dir).absolute()
