@@ -32,6 +32,8 @@ def main(args: argparse.Namespace) -> None:
             raise SystemExit(f"error: {error}") from error
         if args.report is None:
             print("no report: the card will hold no numbers")
+        if not (folder / "recipe.yaml").is_file():
+            print("no recipe: the card will not tell how it was trained")
         if args.dry_run:
             files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
             print(f"{args.repo_id} would hold:", *files, sep="\n  ")

@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_model_data_config
-from timm.models import load_state_dict as read_state_dict
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -174,6 +171,8 @@ class CoSABackbone(nn.Module):
     @property
     def data_config(self) -> dict[str, tuple[float, ...]]:
         """`mean` and `std` the timm weights of this backbone were trained with, per RGB channel in [0, 1]."""
+        from timm.data import resolve_model_data_config
+
         data_config = resolve_model_data_config(self.model)
         return {"mean": tuple(data_config["mean"]), "std": tuple(data_config["std"])}
 
@@ -191,6 +190,8 @@ class CoSABackbone(nn.Module):
             pretrained = _create_timm_model(self.config, pretrained=True)
             self.model.load_state_dict(pretrained.state_dict(), strict=False)
             return
+        from timm.models import load_state_dict as read_state_dict
+
         state_dict = read_state_dict(os.fspath(weights), use_ema=False, weights_only=True)
         # Each model file of timm knows how foreign checkpoints of its models are laid out.
         adapt = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
@@ -423,6 +424,9 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
 
 def _create_timm_model(config: CoSAConfig, pretrained: bool = False) -> nn.Module:
     """The timm model of a config: no classifier, any input size and the asked stride where timm can."""
+    # Here, not above: of the time that `import cosa_hf` takes beside transformers, timm would be nearly all.
+    import timm
+
     if not timm.is_model(config.backbone):
         raise ValueError(
             f"backbone={config.backbone!r} is no model of timm {timm.__version__}; see timm.list_models()."

@@ -27,7 +27,7 @@ def session_of(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet", "tf_efficientnet_lite0"])
 def test_same_maps_at_any_batch_and_size(backbone, tmp_path):
     pytest.importorskip("onnxscript")
     model = tiny(backbone)
@@ -56,7 +56,8 @@ def test_script_with_8_bits(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert "pixel_values (B, 3, H, W), H and W multiples of 16 -> logits, cam_logits" in capsys.readouterr().out
     small = (tmp_path / "small.onnx").stat().st_size
-    assert small < 0.6 * (tmp_path / "model" / "model.safetensors").stat().st_size
+    # Of a network this small, the graph itself is half of the file.
+    assert small < 0.75 * (tmp_path / "model" / "model.safetensors").stat().st_size
     images = torch.rand(2, 3, 64, 96)
     logits = session_of(tmp_path / "small.onnx").run(["logits"], {"pixel_values": images.numpy()})[0]
     with torch.no_grad():
@@ -73,7 +74,7 @@ def test_missing_extra_is_named(tmp_path, monkeypatch):
 
 def test_a_wrong_file_is_not_handed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx.torch.onnx, "export", lambda network, example, path, **options: path.touch())
-    monkeypatch.setattr(onnx, "_difference", lambda network, path, images: 1e-3)
+    monkeypatch.setattr(onnx, "_difference", lambda path, images, expected: 1e-3)
     with pytest.raises(RuntimeError, match=r"differ by 1.0e-03 of the largest output, above 1e-04"):
         export_onnx(tiny("test_vit"), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -141,6 +141,17 @@ def test_recipe_travels_without_the_paths_of_this_machine(model, tmp_path):
     assert ModelCard(text).data.base_model is None
 
 
+def test_what_the_run_did_not_record_is_not_made_up(model, tmp_path):
+    """Runs of before, and streams, whose length nobody knows."""
+    Recipe(backbone="test_vit").to_yaml(tmp_path / "recipe.yaml")
+    (tmp_path / "run.json").write_text(json.dumps({"images": None, "recommended": "online"}))
+    stage(model, tmp_path / "staged", "org/cats", recipe=tmp_path / "recipe.yaml")
+    text = (tmp_path / "staged" / "README.md").read_text()
+    assert "split `train_aug`, image-level tags only |" in text
+    assert "| hardware | not recorded |" in text
+    assert "| wall clock | not recorded |" in text
+
+
 def test_recipe_of_another_backbone_is_refused(model, tmp_path):
     Recipe(backbone="test_resnet").to_yaml(tmp_path / "recipe.yaml")
     with pytest.raises(ValueError, match="trains test_resnet, but the model's backbone is test_vit"):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
@@ -41,6 +42,10 @@ def export_onnx(model: CoSAForWeaklySupervisedSegmentation, path: str | Path, in
     network = _Outputs(CoSAForWeaklySupervisedSegmentation(model.config)).eval()
     network.model.load_state_dict(model.state_dict())
     stride = network.model.backbone.stride
+    images = torch.rand(3, 3, 5 * stride, 9 * stride)
+    with torch.inference_mode():
+        expected = network(images)
+    _fix_padding(network)
     # Batch 1 or a square would be taken for a constant.
     example = torch.rand(2, 3, 6 * stride, 4 * stride)
     batch, rows, columns = (torch.export.Dim(name) for name in ("batch", "rows", "columns"))
@@ -57,7 +62,7 @@ def export_onnx(model: CoSAForWeaklySupervisedSegmentation, path: str | Path, in
     )
     if int8:
         _quantize(path)
-    difference = _difference(network, path, torch.rand(3, 3, 5 * stride, 9 * stride))
+    difference = _difference(path, images, expected)
     if difference > TOLERANCE and not int8:
         path.unlink()
         raise RuntimeError(f"ONNX and torch differ by {difference:.1e} of the largest output, above {TOLERANCE:.0e}")
@@ -76,6 +81,32 @@ class _Outputs(nn.Module):
         return tuple(outputs[name] for name in OUTPUTS)
 
 
+def _fix_padding(network: nn.Module) -> None:
+    """Make TensorFlow's "same" padding a constant, which it is for sizes that the stride divides.
+
+    As arithmetic on the image size it would keep torch.export busy for good (EfficientNets and other `tf_` models).
+    """
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Conv2dSame):
+                sides = []
+                for kernel, stride, dilation in zip(layer.kernel_size, layer.stride, layer.dilation, strict=True):
+                    total = max((kernel - 1) * dilation + 1 - stride, 0)
+                    sides.append((total // 2, total - total // 2))
+                (top, bottom), (left, right) = sides
+                plain = nn.Conv2d(
+                    layer.in_channels,
+                    layer.out_channels,
+                    layer.kernel_size,  # type: ignore[arg-type]  # a pair, which the annotations of torch call a tuple
+                    layer.stride,  # type: ignore[arg-type]
+                    dilation=layer.dilation,  # type: ignore[arg-type]
+                    groups=layer.groups,
+                    bias=layer.bias is not None,
+                )
+                plain.weight, plain.bias = layer.weight, layer.bias
+                setattr(parent, name, nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), plain))
+
+
 def _quantize(path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -83,13 +114,11 @@ def _quantize(path: Path) -> None:
     quantize_dynamic(path, path, weight_type=QuantType.QUInt8)
 
 
-def _difference(network: nn.Module, path: Path, images: Tensor) -> float:
+def _difference(path: Path, images: Tensor, expected: tuple[Tensor, ...]) -> float:
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = session.run(list(OUTPUTS), {"pixel_values": images.numpy()})
-    with torch.inference_mode():
-        expected = network(images)
     return max(
         ((torch.from_numpy(there) - here).abs().max() / here.abs().max()).item()
         for there, here in zip(found, expected, strict=True)
