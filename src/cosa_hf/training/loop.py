@@ -1,12 +1,14 @@
 """The training loop: Algorithm 1, on Accelerate."""
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -18,33 +20,36 @@ from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import COEXISTENCE_CLASSES, class_names, load_dataset_by_name, without_untagged
 from cosa_hf.data.stream import TrainingStream
 from cosa_hf.data.views import Views
+from cosa_hf.evaluation.panels import save_panels
 from cosa_hf.evaluation.protocols import evaluate_model
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.overall import CoSAObjective
+from cosa_hf.objective.pseudo_labels import PseudoLabels
+from cosa_hf.objective.reliability import ProcessMean
 from cosa_hf.objective.supervised import supervised_loss
-from cosa_hf.training.checkpoints import Progress, newest_checkpoint, save_checkpoint
+from cosa_hf.training.accumulation import blank_outputs, counting, mean_over_parts, parts_of
+from cosa_hf.training.checkpoints import Checkpoints, Progress
 from cosa_hf.training.recipe import Recipe
-from cosa_hf.training.telemetry import Telemetry
+from cosa_hf.training.telemetry import Telemetry, mixture_values
+from cosa_hf.training.watch import Watch
 
 
 def train(recipe: Recipe) -> Path:
     """Train CoSA from tags as the recipe says; returns the directory of the recommended model.
 
     Leaves in `recipe.output_dir`: `recipe.yaml`, `log.jsonl`, `run.json` (what was dropped, what is recommended and
-    why), the models `online` and `assignment`, each with its processor and code, and checkpoints if asked for.
+    why), the models `online` and `assignment`, each with its processor and code, and checkpoints and panels if asked
+    for (docs/training.md). The run is the same on any number of processes that share a step's images among them.
 
     Raises:
         ValueError: data or settings that cannot be trained on; the message names them.
         FloatingPointError: the loss is no longer finite; the message names the images and the parts.
+        OSError: a checkpoint or the log cannot be written, as on a full disk.
+        SystemExit: after SIGTERM, once a checkpoint is saved.
     """
     output_dir = Path(recipe.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        log_with=None if recipe.tracker == "none" else recipe.tracker,
-        project_dir=str(output_dir),
-    )
+    accelerator = _accelerator(recipe)
     set_seed(recipe.seed)
     dataset, dropped = _training_data(recipe)
     online = _build_model(recipe, dataset)
@@ -58,8 +63,8 @@ def train(recipe: Recipe) -> Path:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         recipe.to_yaml(output_dir / "recipe.yaml")
-    _announce(accelerator, recipe, online, dataset, dropped)
-    accelerator.init_trackers("cosa_hf", config={name: str(value) for name, value in vars(recipe).items()})
+    images_per_step = recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
+    _announce(accelerator, recipe, images_per_step, online, dataset, dropped)
 
     assignment = AssignmentNetwork(online, recipe.ema_momentum).to(accelerator.device)
     thresholds = [
@@ -80,67 +85,103 @@ def train(recipe: Recipe) -> Path:
     )
     loader = _loader(recipe, dataset, processor, accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(online, optimizer, loader)
-    progress = Progress()
-    accelerator.register_for_checkpointing(assignment, *thresholds, schedule, progress)
+    progress = Progress(images_per_step)
+    telemetry = Telemetry(accelerator, recipe, images_per_step)
+    parts = {
+        "online": online,
+        "assignment": assignment,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "threshold": thresholds[0],
+        "aux_threshold": thresholds[1],
+        "progress": progress,
+        "telemetry": telemetry,
+    }
+    if accelerator.scaler is not None:
+        parts["scaler"] = accelerator.scaler
+    checkpoints = Checkpoints(
+        accelerator, output_dir, recipe.keep_checkpoints, parts, before_update=("threshold", "aux_threshold")
+    )
     if recipe.resume:
-        accelerator.load_state(str(newest_checkpoint(output_dir)))
-        loader = accelerator.skip_first_batches(loader, progress.step * recipe.gradient_accumulation_steps)
-        accelerator.print(f"resumed at step {progress.step}")
+        checkpoint = checkpoints.load()
+        loader = accelerator.skip_first_batches(loader, progress.step)
+        accelerator.print(f"resumed at step {progress.step} from {checkpoint}")
+    elif earlier := checkpoints.all():
+        raise ValueError(f"{earlier[-1]} is of an earlier run: --resume it, remove it, or choose another output_dir")
+    telemetry.begin(progress.step)
 
     def mean(value: Tensor) -> Tensor:
         return accelerator.reduce(value, "mean")
 
+    def losses_of(
+        outputs: Any, part: dict[str, Any], targets: PseudoLabels | None, mean: ProcessMean, objective=objective
+    ) -> dict[str, Tensor]:
+        if recipe.supervision == "masks":
+            return supervised_loss(outputs, part["labels"], part["mask"], mean=mean)
+        colors = part["strong"] * color_steps
+        return objective(outputs, part["labels"], part["valid"], targets, mean, colors, online.classifier.weight)
+
+    def vitals() -> dict[str, float]:
+        mixtures = mixture_values(thresholds[0]) | mixture_values(thresholds[1], "aux_")
+        return mixtures | {"an_on_distance": assignment.distance(online), "lr": schedule.get_last_lr()[0]}
+
     # Of a normalised image to 0..255, up to an offset: the dense energy compares colours.
     color_steps = 255 * torch.tensor(processor.image_std, device=accelerator.device).view(3, 1, 1)
-    telemetry = Telemetry(accelerator, recipe, progress.step)
     labeller = assignment.network if recipe.swapping_assignments else online
     model.train()
-    for batch in loader:
-        labels, valid = batch["labels"], batch["valid"]
-        with accelerator.accumulate(model):
-            if recipe.supervision == "masks":
-                losses = supervised_loss(model(batch["strong"]), labels, batch["mask"])
-            else:
-                pseudo_labels = None
-                if progress.step >= recipe.warmup_steps:
-                    with accelerator.autocast():
-                        pseudo_labels = assign(
-                            labeller,
-                            batch["weak"],
-                            labels,
-                            valid,
-                            thresholds,
-                            scales=recipe.label_scales,
-                            temperature=recipe.spl_temperature,
-                            dynamic=recipe.dynamic_threshold,
-                            mean=mean,
-                            cam_fusion=recipe.cam_fusion,
-                            guidance=recipe.guidance,
-                            masks=batch.get("mask"),
-                        )
-                outputs = model(batch["strong"], output_hidden_states=recipe.detach != "none")
-                colors = batch["strong"] * color_steps
-                losses = objective(outputs, labels, valid, pseudo_labels, mean, colors, online.classifier.weight)
-            _require_finite(losses, batch["image_id"], progress.step)
-            accelerator.backward(losses["loss"])
-            if accelerator.sync_gradients and recipe.max_grad_norm:
+    with Watch(accelerator, checkpoints, progress, online) as watch:
+        for batch in watch.steps(loader):
+            pseudo_labels = None
+            if recipe.supervision == "tags" and progress.step >= recipe.warmup_steps:
+                with accelerator.autocast():
+                    pseudo_labels = assign(
+                        labeller,
+                        batch["weak"],
+                        batch["labels"],
+                        batch["valid"],
+                        thresholds,
+                        scales=recipe.label_scales,
+                        temperature=recipe.spl_temperature,
+                        dynamic=recipe.dynamic_threshold,
+                        mean=mean,
+                        cam_fusion=recipe.cam_fusion,
+                        guidance=recipe.guidance,
+                        masks=batch.get("mask"),
+                        batch_size=recipe.batch_size,
+                    )
+            batch_parts = list(parts_of(batch, pseudo_labels, recipe.batch_size))
+            step_mean = mean
+            if len(batch_parts) > 1:
+                rehearsals = [
+                    partial(
+                        losses_of, blank_outputs(part["labels"], targets), part, targets, objective=counting(objective)
+                    )
+                    for part, targets in batch_parts
+                ]
+                step_mean = mean_over_parts(rehearsals, mean)
+            losses = []
+            for part, targets in batch_parts:
+                with accelerator.accumulate(model):
+                    outputs = model(part["strong"], output_hidden_states=recipe.detach != "none")
+                    losses.append(losses_of(outputs, part, targets, step_mean))
+                    accelerator.backward(losses[-1]["loss"])
+            watch.require_finite(losses, batch["image_id"])
+            if recipe.max_grad_norm:
                 accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
             optimizer.step()
-            if accelerator.sync_gradients:
+            if not accelerator.optimizer_step_was_skipped:  # as fp16 does where its gradients overflow
                 schedule.step()
             optimizer.zero_grad()
-        telemetry.add(losses)
-        if not accelerator.sync_gradients:
-            continue
-        assignment.update(online)
-        progress.step += 1
-        step = progress.step
-        xi, aux_xi = (threshold.value for threshold in thresholds)
-        telemetry.step(step, xi=xi, aux_xi=aux_xi, lr=schedule.get_last_lr()[0])
-        if recipe.eval_every and step % recipe.eval_every == 0 and accelerator.is_main_process:
-            telemetry.write(step, _scores(recipe, assignment.network, processor))
-        if recipe.checkpoint_every and step % recipe.checkpoint_every == 0:
-            save_checkpoint(accelerator, output_dir, step)
+            assignment.update(online)
+
+            progress.step += 1
+            telemetry.add(losses, pseudo_labels, batch["valid"])
+            telemetry.step(progress.step, vitals)
+            if recipe.eval_every and progress.step % recipe.eval_every == 0:
+                scores = _evaluate(accelerator, recipe, progress.step, assignment.network, processor)
+                telemetry.write(progress.step, scores)
+            if recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0:
+                checkpoints.save(progress.step)
     telemetry.close()
 
     name, reason = recommendation(recipe)
@@ -169,6 +210,33 @@ def recommendation(recipe: Recipe) -> tuple[str, str]:
             f"the average over about {window:.0f} steps is steadier than the last step's weights",
         )
     return "online", f"{recipe.max_steps} steps are too few for an average over about {window:.0f}"
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        # The loader hands out whole steps, so its end is no reason to cut one short.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=recipe.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=None if recipe.tracker == "none" else recipe.tracker,
+        project_dir=recipe.output_dir,
+        # Warm-up leaves the decoder without gradients, and a weight of 0 what only it reaches.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but they do not know of each other and would overwrite each other's "
+            "runs: on a machine without GPUs set ACCELERATE_USE_CPU=1 (docs/training.md)"
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} splits the network among processes, which its moving average and the "
+            "checkpoints here do not follow: use plain processes, with gradient_checkpointing and bf16 to save memory "
+            "(docs/training.md)"
+        )
+    return accelerator
 
 
 def _training_data(recipe: Recipe) -> tuple[Dataset, list[str]]:
@@ -224,53 +292,64 @@ def _objective(recipe: Recipe) -> CoSAObjective:
 
 
 def _loader(recipe: Recipe, dataset: Dataset, processor: CoSAImageProcessor, processes: int) -> DataLoader:
-    """The whole run as one sequence of batches: position in it is all that a resume has to know."""
+    """The whole run as one sequence of steps, each a batch here: position in it is all that a resume has to know."""
     views = Views(
         recipe.crop_size,
         processor.image_mean,
         processor.image_std,
         scale_range=(recipe.scale_min, recipe.scale_max),
     )
-    batches = recipe.max_steps * recipe.gradient_accumulation_steps * processes
+    batch_size = recipe.batch_size * recipe.gradient_accumulation_steps
     stream = TrainingStream(
         dataset,
         views,
-        length=batches * recipe.batch_size,
+        length=recipe.max_steps * batch_size * processes,
         seed=recipe.seed,
         masks=recipe.reads_masks,
     )
     return DataLoader(
         stream,
-        batch_size=recipe.batch_size,
+        batch_size=batch_size,
         num_workers=recipe.num_workers,
         pin_memory=torch.cuda.is_available(),
+        # Its own, or starting it would draw from the global one, and a resumed run starts it once more.
+        generator=torch.Generator(),
     )
 
 
-def _scores(
-    recipe: Recipe, network: CoSAForWeaklySupervisedSegmentation, processor: CoSAImageProcessor
+def _evaluate(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    step: int,
+    network: CoSAForWeaklySupervisedSegmentation,
+    processor: CoSAImageProcessor,
 ) -> dict[str, float]:
-    """mIoU on the first `eval_images` of the evaluation split, at one scale: a glance, not the protocol."""
+    """mIoU on the first `eval_images` of the evaluation split, at one scale: a glance, not the protocol; and panels."""
     dataset = load_dataset_by_name(recipe.dataset, recipe.data_dir, recipe.eval_split, masks=True)
     dataset = dataset.select(range(min(recipe.eval_images, len(dataset))))
-    report = evaluate_model(network, processor, dataset, scales=(1.0,), flip=False, progress=False)
+    glance: dict[str, Any] = {"scales": (1.0,), "flip": False}
+    report = evaluate_model(network, processor, dataset, **glance, progress=False, accelerator=accelerator)
+    if accelerator.is_main_process:
+        shown = dataset.select(range(min(recipe.eval_panels, len(dataset))))
+        save_panels(network, processor, shown, Path(recipe.output_dir) / "panels" / f"step-{step:07d}", **glance)
     return {f"eval/{part}": report[part]["miou"] for part in ("seg", "seg_tags", "cam", "cam_aux")}
 
 
-def _require_finite(losses: dict[str, Tensor], image_ids: list[str], step: int) -> None:
-    if not torch.isfinite(losses["loss"]):
-        parts = {name: value.item() for name, value in losses.items()}
-        raise FloatingPointError(f"loss is not finite at step {step + 1}: {parts}; images {list(image_ids)}")
-
-
-def _announce(accelerator: Accelerator, recipe: Recipe, model: Any, dataset: Dataset, dropped: list[str]) -> None:
+def _announce(
+    accelerator: Accelerator, recipe: Recipe, images_per_step: int, model: Any, dataset: Dataset, dropped: list[str]
+) -> None:
     """Say what is about to be trained, and what about it the user may not have meant."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    images = recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
     accelerator.print(
         f"{recipe.backbone}, {millions:.1f} M parameters; {len(dataset)} images, {len(class_names(dataset))} classes; "
-        f"{recipe.max_steps} steps of {images} images, the first {recipe.warmup_steps} on tags alone"
+        f"{recipe.max_steps} steps of {images_per_step} images, the first {recipe.warmup_steps} on tags alone"
     )
+    if images_per_step != recipe.images_per_step:
+        accelerator.print(
+            f"the schedule is made for {recipe.images_per_step} images a step, this run takes {images_per_step}: "
+            f"{recipe.batch_size} (batch_size) x {recipe.gradient_accumulation_steps} (gradient_accumulation_steps) x "
+            f"{accelerator.num_processes} (processes). Change one of them, or images_per_step if it is meant"
+        )
     if dropped:
         shown = ", ".join(dropped[:10]) + (", ..." if len(dropped) > 10 else "")
         accelerator.print(f"left out {len(dropped)} images without a tag: {shown} (all in run.json)")

@@ -36,8 +36,15 @@ class Recipe:
     input_size: int = field(default=448, metadata={"help": "side that images are resized to at inference, pixels"})
     scale_min: float = field(default=0.5, metadata={"help": "least random rescale"})
     scale_max: float = field(default=2.0, metadata={"help": "greatest random rescale"})
-    batch_size: int = field(default=2, metadata={"help": "images per process and step"})
+    batch_size: int = field(default=2, metadata={"help": "images per process at a time"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per optimiser step"})
+    images_per_step: int = field(
+        default=4,
+        metadata={
+            "help": "what the schedule is made for: batch_size x gradient_accumulation_steps x processes; a run with "
+            "another number says so"
+        },
+    )
     num_workers: int = field(default=4, metadata={"help": "processes that read and augment images"})
 
     # Network
@@ -129,7 +136,9 @@ class Recipe:
     log_every: int = field(default=20, metadata={"help": "steps between log entries"})
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations on eval_split; 0: never"})
     eval_images: int = field(default=100, metadata={"help": "images of each such evaluation, the first of the split"})
-    checkpoint_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: none"})
+    eval_panels: int = field(default=4, metadata={"help": "pictures of each such evaluation, of its first images"})
+    checkpoint_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only when cut short"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many of them to keep, the newest"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
 
     def __post_init__(self) -> None:
@@ -218,7 +227,7 @@ class Recipe:
 _POSITIVE = (
     "crop_size", "input_size", "batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
     "head_lr_multiplier", "spl_temperature", "separation_temperature", "log_every", "threshold_queue",
-    "supervision_stride",
+    "supervision_stride", "images_per_step", "keep_checkpoints",
 )  # fmt: skip
 
 
