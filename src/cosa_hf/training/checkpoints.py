@@ -140,7 +140,7 @@ class Checkpoints:
     def _newest_whole(self) -> tuple[Path, dict[str, Any]]:
         for path in reversed(self.all()):
             try:
-                return path, _read(path)
+                return path, read_checkpoint(path)
             except (OSError, SafetensorError, ValueError) as error:
                 aside = path.with_name(f"damaged-{path.name}")
                 path.rename(aside)
@@ -167,7 +167,7 @@ class Checkpoints:
         processes, rank = len(states["cpu"]), self.accelerator.process_index
         if processes != self.accelerator.num_processes:
             self.accelerator.print(
-                f"the checkpoint is of {processes} processes, this run has {self.accelerator.num_processes}: it will go "
+                f"the checkpoint is of {processes} processes, this run has {self.accelerator.num_processes}: it goes "
                 "on like the other up to rounding, not bit for bit"
             )
         torch.set_rng_state(states["cpu"][rank % processes])
@@ -209,7 +209,12 @@ def _write(path: Path, packed: dict[str, Any]) -> None:
     save_file(tensors, path, metadata={"tree": tree, "checksum": _checksum(tree, tensors)})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The parts of a checkpoint by name, nested as they were, dicts as lists of pairs; for a look into one.
+
+    Raises:
+        SafetensorError, ValueError: it is damaged.
+    """
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         # Copies: what is read is mapped from the file, and optimisers keep what they are given.

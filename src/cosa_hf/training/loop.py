@@ -232,7 +232,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type.value} splits the network among processes, which its moving average and the "
+            f"{accelerator.distributed_type.value} splits the network among processes, which its average and the "
             "checkpoints here do not follow: use plain processes, with gradient_checkpointing and bf16 to save memory "
             "(docs/training.md)"
         )

@@ -108,7 +108,7 @@ class Telemetry:
         """One entry to the log file and the tracker."""
         self._track(self.accelerator.log, values, step=step)
         if self.accelerator.is_main_process:
-            rounded = {name: float(f"{value:.5g}") for name, value in values.items()}
+            rounded = {name: float(f"{value:.7g}") for name, value in values.items()}
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | rounded) + "\n")
 
