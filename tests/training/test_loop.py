@@ -277,7 +277,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tiny, monkeypatch)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for accelerators, and here is one")
 def test_fp16_without_an_accelerator_is_refused(tiny):
     AcceleratorState._reset_state()
-    with pytest.raises(ValueError, match="fp16 mixed precision requires .* 'cpu'"):
+    with pytest.raises(ValueError, match=r"fp16 mixed precision requires .* 'cpu'"):
         train(tiny(mixed_precision="fp16"))
     AcceleratorState._reset_state()
 

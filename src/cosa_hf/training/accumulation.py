@@ -1,6 +1,6 @@
 """Gradient accumulation that equals the larger batch: means that run over all parts of an optimiser step."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from types import SimpleNamespace
@@ -14,9 +14,11 @@ from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.reliability import ProcessMean
 
 
-def parts_of(
-    batch: dict[str, Any], pseudo_labels: PseudoLabels | None, size: int
-) -> Iterator[tuple[dict[str, Any], PseudoLabels | None]]:
+# Of a batch, and of what it is to be taught.
+Part = tuple[dict[str, Any], PseudoLabels | None]
+
+
+def parts_of(batch: dict[str, Any], pseudo_labels: PseudoLabels | None, size: int) -> Iterator[Part]:
     """The batch of an optimiser step, and what it is to be taught, `size` images at a time.
 
     Example:
@@ -34,7 +36,7 @@ def parts_of(
         yield {name: value[part] for name, value in batch.items()}, taught
 
 
-def mean_over_parts(rehearsals: Iterable[Callable[[ProcessMean], Any]], mean: ProcessMean) -> ProcessMean:
+def mean_over_parts(parts: Sequence[Part], losses: Callable[..., Any], mean: ProcessMean) -> ProcessMean:
     """A `ProcessMean` over all processes and over all parts that an optimiser step comes in.
 
     A loss that divides by a number of its own part (of pixels, of anchors) weighs that part by 1 / number; summed over
@@ -44,18 +46,20 @@ def mean_over_parts(rehearsals: Iterable[Callable[[ProcessMean], Any]], mean: Pr
     back, part after part. They take one reduction in all.
 
     Args:
-        rehearsals: for each part, a function that calls the `ProcessMean` it is given as often as the part's losses
-            will, with the same scalars.
+        parts: from `parts_of`.
+        losses: takes outputs, images, pseudo-labels and a `ProcessMean`, and calls that as the step's losses will.
         mean: over processes.
 
     Example:
-        >>> counts = [torch.tensor(2.0), torch.tensor(6.0)]  # of two parts
-        >>> mean = mean_over_parts([lambda take, n=n: take(n) for n in counts], lambda value: value)
-        >>> [mean(count).item() for count in counts]
+        >>> parts = [({"labels": torch.zeros(1, 3), "pixels": torch.tensor(n)}, None) for n in (2.0, 6.0)]
+        >>> mean = mean_over_parts(parts, lambda outputs, part, targets, mean: mean(part["pixels"]), lambda value: value)
+        >>> [mean(part["pixels"]).item() for part, _ in parts]
         [4.0, 4.0]
     """
+    if len(parts) == 1:
+        return mean
     taken: list[list[Tensor]] = []
-    for rehearse in rehearsals:
+    for part, targets in parts:
         values: list[Tensor] = []
 
         def take(value: Tensor, values: list[Tensor] = values) -> Tensor:
@@ -63,7 +67,7 @@ def mean_over_parts(rehearsals: Iterable[Callable[[ProcessMean], Any]], mean: Pr
             return value
 
         with torch.no_grad():
-            rehearse(take)
+            losses(blank_outputs(part["labels"], targets), part, targets, take)
         taken.append(values)
     if not taken[0]:
         return mean

@@ -237,5 +237,5 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _checksum(tree: str, tensors: dict[str, Tensor]) -> str:
     total = zlib.crc32(tree.encode())
     for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
     return f"{total:08x}"

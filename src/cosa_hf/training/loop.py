@@ -28,7 +28,7 @@ from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.reliability import ProcessMean
 from cosa_hf.objective.supervised import supervised_loss
-from cosa_hf.training.accumulation import blank_outputs, counting, mean_over_parts, parts_of
+from cosa_hf.training.accumulation import counting, mean_over_parts, parts_of
 from cosa_hf.training.checkpoints import Checkpoints, Progress
 from cosa_hf.training.recipe import Recipe
 from cosa_hf.training.telemetry import Telemetry, mixture_values
@@ -87,7 +87,7 @@ def train(recipe: Recipe) -> Path:
     model, optimizer, loader = accelerator.prepare(online, optimizer, loader)
     progress = Progress(images_per_step)
     telemetry = Telemetry(accelerator, recipe, images_per_step)
-    parts = {
+    states: dict[str, Any] = {
         "online": online,
         "assignment": assignment,
         "optimizer": optimizer,
@@ -98,9 +98,9 @@ def train(recipe: Recipe) -> Path:
         "telemetry": telemetry,
     }
     if accelerator.scaler is not None:
-        parts["scaler"] = accelerator.scaler
+        states["scaler"] = accelerator.scaler
     checkpoints = Checkpoints(
-        accelerator, output_dir, recipe.keep_checkpoints, parts, before_update=("threshold", "aux_threshold")
+        accelerator, output_dir, recipe.keep_checkpoints, states, before_update=("threshold", "aux_threshold")
     )
     if recipe.resume:
         checkpoint = checkpoints.load()
@@ -149,18 +149,10 @@ def train(recipe: Recipe) -> Path:
                         masks=batch.get("mask"),
                         batch_size=recipe.batch_size,
                     )
-            batch_parts = list(parts_of(batch, pseudo_labels, recipe.batch_size))
-            step_mean = mean
-            if len(batch_parts) > 1:
-                rehearsals = [
-                    partial(
-                        losses_of, blank_outputs(part["labels"], targets), part, targets, objective=counting(objective)
-                    )
-                    for part, targets in batch_parts
-                ]
-                step_mean = mean_over_parts(rehearsals, mean)
+            parts = list(parts_of(batch, pseudo_labels, recipe.batch_size))
+            step_mean = mean_over_parts(parts, partial(losses_of, objective=counting(objective)), mean)
             losses = []
-            for part, targets in batch_parts:
+            for part, targets in parts:
                 with accelerator.accumulate(model):
                     outputs = model(part["strong"], output_hidden_states=recipe.detach != "none")
                     losses.append(losses_of(outputs, part, targets, step_mean))

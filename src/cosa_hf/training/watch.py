@@ -35,18 +35,17 @@ class Watch:
     ) -> None:
         self.accelerator, self.checkpoints, self.progress, self.online = accelerator, checkpoints, progress, online
         self.terminated = False
-        self._handler: Any = None
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Watch":
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._note_termination)
+        self._handle(signal.SIGTERM, self._note_termination)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if error is None:
             return
         if self.checkpoints.held and self.accelerator.num_processes == 1:
@@ -69,6 +68,10 @@ class Watch:
                 batch = next(batches, None)
             except Exception as error:
                 failure = error
+            if hasattr(signal, "SIGCHLD"):
+                # PyTorch's handler would raise a worker's death in the middle of whatever a step is doing. Without it
+                # the loader itself finds out, here, where all processes can save together.
+                self._handle(signal.SIGCHLD, signal.SIG_DFL)
             terminated, failed = self._anywhere(self.terminated, failure is not None)
             if terminated:
                 self._save()
@@ -110,6 +113,11 @@ class Watch:
             return [bool(value) for value in here]
         flags = torch.tensor([float(value) for value in here], device=self.accelerator.device)
         return [bool(value) for value in self.accelerator.reduce(flags, "sum")]
+
+    def _handle(self, number: int, handler: Any) -> None:
+        """Until the end of the run. Only a main thread may."""
+        if number not in self._handlers and threading.current_thread() is threading.main_thread():
+            self._handlers[number] = signal.signal(number, handler)
 
     def _note_termination(self, *_: Any) -> None:
         self.terminated = True
