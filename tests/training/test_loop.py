@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -242,11 +243,17 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny, tmp_path):
             torch.testing.assert_close(value, weights_of(checkpointed)[name][key], atol=1e-5, rtol=1e-4)
 
 
-def test_bf16_trains(tiny):
-    AcceleratorState._reset_state()  # a process has one precision; this test wants another
+@pytest.fixture
+def any_precision():
+    """A process has one precision; these tests want another."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def test_bf16_trains(tiny, any_precision):
     recipe = tiny(mixed_precision="bf16")
     train(recipe)
-    AcceleratorState._reset_state()
     assert all(math.isfinite(value) for entry in log_of(recipe) for value in entry.values())
     assert {weight.dtype for weight in weights_of(recipe)["online"].values()} == {torch.float32}
 
@@ -275,11 +282,21 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tiny, monkeypatch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for accelerators, and here is one")
-def test_fp16_without_an_accelerator_is_refused(tiny):
-    AcceleratorState._reset_state()
-    with pytest.raises(ValueError, match=r"fp16 mixed precision requires .* 'cpu'"):
-        train(tiny(mixed_precision="fp16"))
-    AcceleratorState._reset_state()
+def test_fp16_without_an_accelerator_is_refused(tiny, any_precision):
+    recipe = tiny(mixed_precision="fp16")
+    with pytest.raises(ValueError, match="fp16 needs an accelerator, not cpu"):
+        train(recipe)
+    assert not Path(recipe.output_dir).exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs an accelerator")
+def test_fp16_trains_with_its_scaler_and_resumes(tiny, any_precision, tmp_path):
+    whole, cut = (tiny(mixed_precision="fp16", output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
+    for recipe in (whole, cut):
+        train(dataclasses.replace(recipe, checkpoint_every=4))
+    assert all(math.isfinite(value) for entry in log_of(whole) for value in entry.values())
+    train(dataclasses.replace(cut, resume=True))
+    assert_same_weights(whole, cut)
 
 
 def test_a_momentum_too_large_for_the_run_is_announced(tiny, capsys):

@@ -13,7 +13,6 @@ from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.reliability import ProcessMean
 
-
 # Of a batch, and of what it is to be taught.
 Part = tuple[dict[str, Any], PseudoLabels | None]
 
@@ -52,7 +51,8 @@ def mean_over_parts(parts: Sequence[Part], losses: Callable[..., Any], mean: Pro
 
     Example:
         >>> parts = [({"labels": torch.zeros(1, 3), "pixels": torch.tensor(n)}, None) for n in (2.0, 6.0)]
-        >>> mean = mean_over_parts(parts, lambda outputs, part, targets, mean: mean(part["pixels"]), lambda value: value)
+        >>> losses = lambda outputs, part, targets, mean: mean(part["pixels"])
+        >>> mean = mean_over_parts(parts, losses, mean=lambda value: value)
         >>> [mean(part["pixels"]).item() for part, _ in parts]
         [4.0, 4.0]
     """

@@ -222,6 +222,11 @@ def _accelerator(recipe: Recipe) -> Accelerator:
             f"{launched} processes were launched, but they do not know of each other and would overwrite each other's "
             "runs: on a machine without GPUs set ACCELERATE_USE_CPU=1 (docs/training.md)"
         )
+    if recipe.mixed_precision == "fp16" and accelerator.scaler is None:
+        # Accelerate would go on in fp32 without a word.
+        raise ValueError(
+            f"mixed_precision fp16 needs an accelerator, this is {accelerator.device.type}: take bf16 or no"
+        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{accelerator.distributed_type.value} splits the network among processes, which its average and the "
