@@ -83,7 +83,7 @@ class Checkpoints:
 
     def hold(self) -> None:
         """Remember what the coming step changes before it changes the weights, so that `save` can leave that out."""
-        self._held = {name: _pack(self.parts[name].state_dict()) for name in self.before_update}
+        self._held = {name: _pack(self.parts[name].state_dict(), copy=True) for name in self.before_update}
         self._held["random"] = self._random_state()
 
     def release(self) -> None:
@@ -175,13 +175,13 @@ class Checkpoints:
             torch.cuda.set_rng_state(states["cuda"][rank % processes], self.accelerator.device)
 
 
-def _pack(value: Any) -> Any:
-    """A copy of a nested state on the processor. Pairs for dicts: JSON would make strings of an optimiser's numbers."""
+def _pack(value: Any, copy: bool = False) -> Any:
+    """A nested state in main memory. Dicts as pairs: JSON would make strings of the numbers an optimiser counts by."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=copy)
     if isinstance(value, dict):
-        return {"dict": [[key, _pack(item)] for key, item in value.items()]}
-    return {"list": [_pack(item) for item in value]} if isinstance(value, list | tuple) else value
+        return {"dict": [[key, _pack(item, copy)] for key, item in value.items()]}
+    return {"list": [_pack(item, copy) for item in value]} if isinstance(value, list | tuple) else value
 
 
 def _unpack(value: Any) -> Any:
