@@ -152,8 +152,10 @@ def test_the_newest_are_kept(tiny, tmp_path):
 
 def test_a_run_does_not_mix_with_the_checkpoints_of_an_earlier_one(tiny, tmp_path):
     train(tiny(checkpoint_every=3))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     with pytest.raises(ValueError, match=r"step-0000006\.safetensors is of an earlier run"):
-        train(tiny(checkpoint_every=3))
+        train(tiny(checkpoint_every=3, tracker="tensorboard"))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     shutil.rmtree(tmp_path / "run/checkpoints")
     train(tiny(max_steps=2, warmup_steps=2))
     entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]

@@ -60,9 +60,6 @@ def train(recipe: Recipe) -> Path:
         image_mean=list(online.backbone.data_config["mean"]),
         image_std=list(online.backbone.data_config["std"]),
     )
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        recipe.to_yaml(output_dir / "recipe.yaml")
     images_per_step = recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
     _announce(accelerator, recipe, images_per_step, online, dataset, dropped)
 
@@ -108,6 +105,9 @@ def train(recipe: Recipe) -> Path:
         accelerator.print(f"resumed at step {progress.step} from {checkpoint}")
     elif earlier := checkpoints.all():
         raise ValueError(f"{earlier[-1]} is of an earlier run: --resume it, remove it, or choose another output_dir")
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        recipe.to_yaml(output_dir / "recipe.yaml")
     telemetry.begin(progress.step)
 
     def mean(value: Tensor) -> Tensor:

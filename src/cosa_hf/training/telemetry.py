@@ -36,15 +36,10 @@ class Telemetry:
     def __init__(self, accelerator: Accelerator, recipe: Recipe, images_per_step: int) -> None:
         self.accelerator, self.recipe, self.images_per_step = accelerator, recipe, images_per_step
         self.log = Path(recipe.output_dir) / "log.jsonl"
-        self.bar = tqdm(total=recipe.max_steps, unit="step", dynamic_ncols=True)
         self.sums: dict[str, Tensor] = {}
         self.batches = 0
         self.shares: dict[str, Tensor] = {}
         self.tracking = True
-        self._track(
-            accelerator.init_trackers, "cosa_hf", config={name: str(value) for name, value in vars(recipe).items()}
-        )
-        self.steps, self.since = 0, time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums, "batches": self.batches, "shares": self.shares}
@@ -57,14 +52,17 @@ class Telemetry:
         self.batches = state["batches"]
 
     def begin(self, step: int) -> None:
-        """Go on after `step` steps: drop the entries of those that a resumed run will take again."""
-        self.bar.update(step)
+        """Start after `step` steps: drop the entries of those that a resumed run will take again."""
+        self.bar = tqdm(total=self.recipe.max_steps, initial=step, unit="step", dynamic_ncols=True)
+        settings = {name: str(value) for name, value in vars(self.recipe).items()}
+        self._track(self.accelerator.init_trackers, "cosa_hf", config=settings)
         if self.accelerator.is_main_process:
             kept = [line for line in self._entries() if json.loads(line)["step"] <= step] if step else []
             rewritten = self.log.with_name(f".{self.log.name}")
             rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(rewritten, self.log)
         self.accelerator.wait_for_everyone()
+        self.steps, self.since = 0, time.perf_counter()
 
     def add(
         self,

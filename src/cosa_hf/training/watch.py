@@ -136,4 +136,4 @@ class Watch:
 
     def _say(self, words: str) -> None:
         if self.accelerator.is_main_process:
-            print(words, file=sys.stderr, flush=True)
+            print(f"\n{words}", file=sys.stderr, flush=True)  # below the progress bar
