@@ -174,7 +174,6 @@ def train(recipe: Recipe) -> Path:
                 telemetry.write(progress.step, scores)
             if recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0:
                 checkpoints.save(progress.step)
-    telemetry.close()
 
     name, reason = recommendation(recipe)
     if accelerator.is_main_process:
@@ -185,6 +184,7 @@ def train(recipe: Recipe) -> Path:
         (output_dir / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.print(f"models in {output_dir}/online and {output_dir}/assignment; recommended: {name} ({reason})")
+    telemetry.close()  # at the very end: Accelerate takes the processes' connection down with the trackers
     return output_dir / name
 
 
