@@ -1,66 +1,57 @@
 """Score a model on a dataset with masks: segmentation with and without tags, CAM, auxiliary CAM, per class.
 
-Example:
-    python scripts/evaluate.py runs/voc --dataset voc --data_dir VOC2012 --split val --report report.json
+python scripts/evaluate.py runs/voc --dataset voc --data_dir VOC2012 --split val --report report.json
+accelerate launch scripts/evaluate.py runs/voc ...        the images shared among all GPUs
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import torch
+from accelerate import Accelerator
 from transformers import HfArgumentParser
 
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
 from cosa_hf.evaluation.maps import SCALES, label_names
-from cosa_hf.evaluation.panels import panel
-from cosa_hf.evaluation.protocols import evaluate_model, format_report, predict_dataset
+from cosa_hf.evaluation.panels import save_panels
+from cosa_hf.evaluation.protocols import evaluate_model, format_report
 from cosa_hf.evaluation.weights import weights_sha256
 from cosa_hf.inference import load_model
 
 
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     size = {} if args.input_size is None else {"size": {"height": args.input_size, "width": args.input_size}}
+    accelerator = Accelerator()
     try:
-        model, processor = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu", **size)
+        model, processor = load_model(args.model, accelerator.device, **size)
         options.classes = options.classes or label_names(model.config)[1:]
         dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
         inference = {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
         weights = weights_sha256(args.model)
-        report = evaluate_model(model, processor, dataset, **inference, dataset_name=args.dataset, split=args.split)
+        report = evaluate_model(
+            model,
+            processor,
+            dataset,
+            **inference,
+            dataset_name=args.dataset,
+            split=args.split,
+            accelerator=accelerator,
+        )
+        if not accelerator.is_main_process:
+            return
         report["weights_sha256"] = weights
         print(format_report(report))
         args.report.parent.mkdir(parents=True, exist_ok=True)
         args.report.write_text(json.dumps(report, indent=2) + "\n")
         print(f"report: {args.report}")
         if args.panels is not None:
-            save_panels(model, processor, dataset, args.panels, args.num_panels, inference)
+            first = dataset.select(range(min(args.num_panels, len(dataset))))
+            save_panels(model, processor, first, args.panels, **inference)
+            print(f"panels of the first {len(first)} images: {args.panels}")
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
-
-
-def save_panels(model, processor, dataset, directory: Path, num_panels: int, inference: dict) -> None:
-    """One picture per image, for the first images of the split: not chosen by how well they turned out."""
-    directory.mkdir(parents=True, exist_ok=True)
-    names = label_names(model.config)
-    first = dataset.select(range(min(num_panels, len(dataset))))
-    for row, prediction in zip(
-        first.select_columns("labels"), predict_dataset(model, processor, first, **inference), strict=True
-    ):
-        tags = ", ".join(names[label + 1] for label in row["labels"]) or "none"
-        picture = panel(
-            prediction.image,
-            prediction.cam,
-            prediction.aux_cam,
-            prediction.masks["seg"],
-            prediction.truth,
-            names,
-            title=f"{prediction.image_id}   tags: {tags}",
-        )
-        picture.save(directory / f"{prediction.image_id}.png")
-    print(f"panels of the first {len(first)} images: {directory}")
 
 
 def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:

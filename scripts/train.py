@@ -31,5 +31,5 @@ def parse(arguments: list[str]) -> Recipe:
 if __name__ == "__main__":
     try:
         print(train(parse(sys.argv[1:])))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))

@@ -1,6 +1,7 @@
 """scripts/evaluate.py as a user runs it, on a small random model and drawn shapes."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -75,6 +76,22 @@ def test_report_table_and_panels(model_dir, tmp_path):
     assert [path.name for path in panels] == ["val-00000.png", "val-00001.png"]
     with Image.open(panels[0]) as picture:
         assert picture.width > 5 * 96
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_scores(model_dir, tmp_path, monkeypatch):
+    """Five images: one process gets three of them, the other two."""
+    arguments = ("--dataset", "shapes", "--num_images", "5", "--batch_size", "1", "--scales", "1", "--no_flip")
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    options = ("--mixed_precision", "no", "--dynamo_backend", "no")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1"}
+    command = [sys.executable, *launch, *options, SCRIPT, model_dir, *arguments, "--report", tmp_path / "two.json"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("IoU (%), 5 images") == 1
+    run_here(monkeypatch, model_dir, *arguments, "--report", tmp_path / "one.json")
+    reports = [json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json")]
+    assert reports[0] == reports[1]
 
 
 def test_input_size_is_the_one_asked_for(model_dir, tmp_path, monkeypatch):

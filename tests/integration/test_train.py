@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,51 @@ def test_the_embedded_demo_trains_without_any_recipe_or_data(tmp_path):
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 4]
     assert "eval/seg" in entries[-1]
     assert list((tmp_path / "run").glob("cosa_hf/events.out.tfevents*"))
+
+
+LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+@pytest.mark.slow
+def test_two_processes_and_two_machines_train_what_one_process_trains(tmp_path, monkeypatch):
+    """The machines are two launchers on this one, which find each other over the loopback interface."""
+    expected = train(*TINY, "--output_dir", tmp_path / "one", "--batch_size", 4, "--max_grad_norm", 1)
+    assert expected.returncode == 0, expected.stderr
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    shared = (*TINY, "--max_grad_norm", 1, "--output_dir")
+
+    two = train(*shared, tmp_path / "two", launch=(*LAUNCH, "--num_processes", "2", "--num_machines", "1"))
+    assert two.returncode == 0, two.stderr
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ("--num_processes", 2, "--num_machines", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port)
+    with ThreadPoolExecutor(2) as pool:
+        machines = [
+            pool.submit(train, *shared, tmp_path / "machines", launch=(*LAUNCH, *meeting, "--machine_rank", rank))
+            for rank in (0, 1)
+        ]
+    for machine in machines:
+        assert machine.result().returncode == 0, machine.result().stderr
+
+    losses = {}
+    for name in ("one", "two", "machines"):
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert len(losses["one"]) == 4
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-4)
+    assert losses["machines"] == pytest.approx(losses["two"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_without_a_gpu_and_without_a_word_of_it_are_refused(tmp_path):
+    run = train(
+        *TINY, "--output_dir", tmp_path / "run", launch=(*LAUNCH, "--num_processes", "2", "--num_machines", "1")
+    )
+    assert run.returncode != 0
+    assert "set ACCELERATE_USE_CPU=1" in run.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

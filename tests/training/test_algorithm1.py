@@ -51,7 +51,7 @@ def run(tiny, few_shapes, monkeypatch, request):
         threshold_decay=0.6, threshold_queue=2,
     )  # fmt: skip
     start, steps, thresholds = [], [], [(0.5, 0.5)]
-    build, assign = loop._build_model, loop.assign
+    build, assign, require_finite = loop._build_model, loop.assign, loop.Watch.require_finite
 
     def build_in_float64(recipe, dataset):
         model = build(recipe, dataset).double()
@@ -66,14 +66,16 @@ def run(tiny, few_shapes, monkeypatch, request):
         thresholds.append((targets.threshold, targets.aux_threshold))
         return targets
 
-    def record_losses(losses, image_ids, step):
-        values = {name: value.item() for name, value in losses.items()}
+    def record_losses(watch, losses, image_ids):
+        (whole,) = losses
+        values = {name: value.item() for name, value in whole.items()}
         steps.append(SimpleNamespace(losses=values, thresholds=thresholds[-1]))
+        require_finite(watch, losses, image_ids)
 
     monkeypatch.setattr(loop, "_build_model", build_in_float64)
     monkeypatch.setattr(loop, "_loader", lambda *_: DataLoader(draw_items(), batch_size=BATCH))
     monkeypatch.setattr(loop, "assign", recorded_assign)
-    monkeypatch.setattr(loop, "_require_finite", record_losses)
+    monkeypatch.setattr(loop.Watch, "require_finite", record_losses)
     loop.train(recipe)
     weights = {
         name: load_file(Path(recipe.output_dir) / name / "model.safetensors") for name in ("online", "assignment")

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from cosa_hf.data import load_shapes, undecoded
 from cosa_hf.training import loop
+from cosa_hf.training.checkpoints import Checkpoints
 from cosa_hf.training.loop import train
 
 
@@ -86,16 +87,16 @@ def test_a_stream_trains_and_a_resumed_run_equals_the_uninterrupted_one(parquet,
     assert (summary["images"], summary["untagged_dropped"]) == (None, ["train-00005"])
     assert "cannot read the image of image 'train-00003' (broken.png)" in summary["unreadable_replaced"][0]
 
-    save = loop.save_checkpoint
+    save = Checkpoints.save
 
     def save_and_die(*args):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         train(recipe("broken"))
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(Checkpoints, "save", save)
     resumed = recipe("broken", resume=True)
     train(resumed)
     assert summary_of(resumed) | {"seconds": 0} == summary | {"seconds": 0}

@@ -59,6 +59,16 @@ class AssignmentNetwork(nn.Module):
         """Follow the online network by one step; its buffers are copied."""
         self.average.update_parameters(online)
 
+    @torch.no_grad()
+    def distance(self, online: CoSAForWeaklySupervisedSegmentation) -> float:
+        """How far the two networks are apart: |AN - ON| / |ON| over all weights (Euclidean norms)."""
+        apart = sum(
+            (own - other).square().sum()
+            for own, other in zip(self.network.parameters(), online.parameters(), strict=True)
+        )
+        whole = sum(parameter.square().sum() for parameter in online.parameters())
+        return float((cast(Tensor, apart) / whole).sqrt())
+
 
 @torch.no_grad()
 def assign(
@@ -74,6 +84,7 @@ def assign(
     cam_fusion: Literal["max", "sum"] = "max",
     guidance: Literal["none", "spl", "gt", "noise"] = "spl",
     masks: Tensor | None = None,
+    batch_size: int | None = None,
 ) -> PseudoLabels:
     """Pseudo-labels of a batch (Alg. 1 lines 7-10): CAMs and segmentation filtered by the tags, thresholds moved on.
 
@@ -90,15 +101,22 @@ def assign(
         cam_fusion: of the scales, see `forward_multiscale`.
         guidance: where `PseudoLabels.segmentation` comes from, see `seg2cam_target`.
         masks: class ids, (B, H, W), for the guidance `gt` alone.
+        batch_size: images per forward pass, to save memory; all by default.
     """
     was_training = network.training
     network.eval()
-    fused = forward_multiscale(network, weak_view, scales, cam_fusion=cam_fusion)
+    fused = [
+        forward_multiscale(network, images, scales, cam_fusion=cam_fusion)
+        for images in weak_view.split(batch_size or len(weak_view))
+    ]
     network.train(was_training)
+    cam_logits = torch.cat([part.cam_logits for part in fused])
+    aux_cam_logits = torch.cat([part.aux_cam_logits for part in fused])
+    seg_logits = torch.cat([part.seg_logits for part in fused])
 
-    tokens = valid_tokens(valid, fused.cam_logits)
-    cams = normalize_cams(fused.cam_logits, labels, tokens)
-    aux_cams = normalize_cams(fused.aux_cam_logits, labels, tokens)
+    tokens = valid_tokens(valid, cam_logits)
+    cams = normalize_cams(cam_logits, labels, tokens)
+    aux_cams = normalize_cams(aux_cam_logits, labels, tokens)
     if dynamic:
         for threshold, maps in zip(thresholds, (cams, aux_cams), strict=True):
             threshold.update(maps.amax(dim=1)[tokens], mean)
@@ -106,7 +124,7 @@ def assign(
     return PseudoLabels(
         cams=cams,
         aux_cams=aux_cams,
-        segmentation=seg2cam_target(guidance, fused.seg_logits, labels, temperature, masks),
+        segmentation=seg2cam_target(guidance, seg_logits, labels, temperature, masks),
         threshold=threshold.value,
         aux_threshold=aux_threshold.value,
     )

@@ -1,6 +1,7 @@
 """The dynamic threshold (Eq. 6): two Gaussians fitted to the CAM confidences of the last batches."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,24 @@ FLOOR = 0.05
 LEAST_GAIN = 1e-3
 
 
+class Mixture(NamedTuple):
+    """Two Gaussians fitted to confidences, background first, and the value between their means that parts them."""
+
+    weights: list[float]
+    means: list[float]
+    variances: list[float]
+    split: float
+
+
 class DynamicThreshold(nn.Module):
     """The value that parts foreground from background confidences, followed through training (Eq. 6).
 
     Keeps histograms of the last `queue` batches, fits a two-component Gaussian mixture to their sum by EM, takes the
     point between the means where both components are equally likely, and smooths it by EMA. All of it is state:
     `state_dict` restores it. Where the fit says nothing (too few values, one cluster) the value stays as it is.
+
+    Attributes:
+        mixture: what the last update fitted; None before the first, and where the fit said nothing.
 
     Args:
         start: xi before the first fit, in (0, 1).
@@ -53,6 +66,7 @@ class DynamicThreshold(nn.Module):
         if queue < 1:
             raise ValueError(f"the threshold's queue must hold at least one batch, got {queue}")
         self.decay = decay
+        self.mixture: Mixture | None = None
         self.register_buffer("histograms", torch.zeros(queue, BINS, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
         self.register_buffer("current", torch.tensor(start, dtype=torch.float64))
@@ -71,21 +85,15 @@ class DynamicThreshold(nn.Module):
         histogram = torch.histc(values[values > FLOOR], bins=BINS, min=FLOOR, max=1.0)
         self.histograms[self.seen % len(self.histograms)] = mean(histogram).to(self.histograms)
         self.seen += 1
-        split = equal_likelihood_split(self.histograms.sum(dim=0))
-        if split is not None:
-            self.current.lerp_(torch.tensor(split, dtype=torch.float64), 1 - self.decay)
+        self.mixture = fit_mixture(self.histograms.sum(dim=0))
+        if self.mixture is not None:
+            self.current.lerp_(torch.tensor(self.mixture.split, dtype=torch.float64), 1 - self.decay)
 
 
 def equal_likelihood_split(histogram: Tensor, iterations: int = 200, tolerance: float = 1e-6) -> float | None:
     """Fit two Gaussians to a histogram over (FLOOR, 1] and return where pi_fg N_fg = pi_bg N_bg between their means.
 
-    That point is the threshold of greatest likelihood for the fitted mixture (Eq. 6). EM on the histogram agrees with
-    EM on the values to about the width of a bin and costs as much for a million values as for a thousand.
-
-    Args:
-        histogram: counts, (BINS,), float64.
-        iterations: the most EM steps.
-        tolerance: stop once the means move less than this.
+    That point is the threshold of greatest likelihood for the fitted mixture (Eq. 6). Arguments as `fit_mixture`.
 
     Returns:
         A value in (FLOOR, 1), or None where there are not two clusters to part.
@@ -93,6 +101,30 @@ def equal_likelihood_split(histogram: Tensor, iterations: int = 200, tolerance: 
     Example:
         >>> equal_likelihood_split(torch.zeros(BINS, dtype=torch.float64)) is None
         True
+    """
+    mixture = fit_mixture(histogram, iterations, tolerance)
+    return None if mixture is None else mixture.split
+
+
+def fit_mixture(histogram: Tensor, iterations: int = 200, tolerance: float = 1e-6) -> Mixture | None:
+    """Fit two Gaussians to a histogram over (FLOOR, 1] by EM.
+
+    EM on the histogram agrees with EM on the values to about the width of a bin and costs as much for a million values
+    as for a thousand.
+
+    Args:
+        histogram: counts, (BINS,), float64.
+        iterations: the most EM steps.
+        tolerance: stop once the means move less than this.
+
+    Returns:
+        The mixture, or None where there are not two clusters to part.
+
+    Example:
+        >>> low, high = 0.2 + 0.02 * torch.randn(3000), 0.8 + 0.02 * torch.randn(1000)
+        >>> mixture = fit_mixture(torch.histc(torch.cat([low, high]), BINS, FLOOR, 1.0).double())
+        >>> [round(weight, 2) for weight in mixture.weights], [round(mean, 1) for mean in mixture.means]
+        ([0.75, 0.25], [0.2, 0.8])
     """
     total = histogram.sum()
     if total < 2:
@@ -124,7 +156,9 @@ def equal_likelihood_split(histogram: Tensor, iterations: int = 200, tolerance: 
     two = _log_density(centers, weights, means, variances).logsumexp(dim=0)
     if (mass * (two - one)).sum() < LEAST_GAIN:
         return None
-    return _crossing(weights.tolist(), means.tolist(), variances.tolist())
+    fitted = weights.tolist(), means.tolist(), variances.tolist()
+    split = _crossing(*fitted)
+    return None if split is None else Mixture(*fitted, split)
 
 
 def _log_density(centers: Tensor, weights: Tensor, means: Tensor, variances: Tensor) -> Tensor:

@@ -1,15 +1,21 @@
 """Pictures to judge a model by: CAMs, prediction and truth in a row, and masks drawn over an image."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image, voc_palette
+from cosa_hf.evaluation.protocols import predict_dataset
+from cosa_hf.image_processing_cosa import CoSAImageProcessor
+from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 
-__all__ = ["overlay", "panel"]
+__all__ = ["overlay", "panel", "save_panels"]
 
 IGNORE = 255
 TILE_HEIGHT = 192
@@ -79,6 +85,39 @@ def panel(
         row.paste(tile.resize((width, TILE_HEIGHT), Image.Resampling.LANCZOS), (left, top + LINE_HEIGHT))
     row.paste(legend, (GAP, top + LINE_HEIGHT + TILE_HEIGHT + GAP))
     return row
+
+
+def save_panels(
+    model: CoSAForWeaklySupervisedSegmentation,
+    processor: CoSAImageProcessor,
+    dataset: Dataset,
+    directory: Path,
+    **inference: Any,
+) -> None:
+    """One panel for every image of a dataset with masks, as `directory/ID.png`.
+
+    Args:
+        model: on the device to run on.
+        processor: the model's.
+        dataset: with the columns image, labels, image_id and mask.
+        directory: made if need be.
+        inference: as for `predict_dataset`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    names = label_names(model.config)
+    predictions = predict_dataset(model, processor, dataset, **inference)
+    for row, prediction in zip(dataset.select_columns("labels"), predictions, strict=True):
+        tags = ", ".join(names[label + 1] for label in row["labels"]) or "none"
+        picture = panel(
+            prediction.image,
+            prediction.cam,
+            prediction.aux_cam,
+            prediction.masks["seg"],
+            prediction.truth,
+            names,
+            title=f"{prediction.image_id}   tags: {tags}",
+        )
+        picture.save(directory / f"{prediction.image_id}.png")
 
 
 def overlay(image: Image.Image, mask: Any, names: Sequence[str]) -> Image.Image:

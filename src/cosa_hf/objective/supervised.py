@@ -5,10 +5,13 @@ from typing import Any
 from torch import Tensor
 
 from cosa_hf.objective.classification import classification_loss
+from cosa_hf.objective.reliability import ProcessMean, single_process
 from cosa_hf.objective.swapping import cam2seg_loss
 
 
-def supervised_loss(outputs: Any, labels: Tensor, masks: Tensor, ignore_index: int = 255) -> dict[str, Tensor]:
+def supervised_loss(
+    outputs: Any, labels: Tensor, masks: Tensor, ignore_index: int = 255, mean: ProcessMean = single_process
+) -> dict[str, Tensor]:
     """Classification and plain cross-entropy against true masks, for what full supervision would reach.
 
     Args:
@@ -16,6 +19,7 @@ def supervised_loss(outputs: Any, labels: Tensor, masks: Tensor, ignore_index: i
         labels: multi-hot tags, (B, C).
         masks: class ids, (B, H, W).
         ignore_index: the id that does not count.
+        mean: makes the mean over pixels run over the global batch when there are several processes.
 
     Returns:
         Scalars by name; `loss` is what to differentiate.
@@ -23,6 +27,6 @@ def supervised_loss(outputs: Any, labels: Tensor, masks: Tensor, ignore_index: i
     losses = {
         "cls": classification_loss(outputs.cls_logits, labels),
         "aux_cls": classification_loss(outputs.aux_cls_logits, labels),
-        "seg": cam2seg_loss(outputs.logits, masks, ignore_index=ignore_index),
+        "seg": cam2seg_loss(outputs.logits, masks, ignore_index=ignore_index, mean=mean),
     }
     return losses | {"loss": losses["cls"] + losses["aux_cls"] + losses["seg"]}

@@ -1,25 +1,53 @@
-"""What a run keeps: checkpoints to go on from, written whole or not at all, and snapshots to look back at."""
+"""What a run keeps: checkpoints to go on from, and snapshots to look back at.
+
+A checkpoint is written whole or not at all, checked when read, and nothing in it could run code.
+"""
 
 import json
 import os
-import shutil
 import time
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.training.recipe import Recipe
 
 
-class Progress:
-    """Optimiser steps behind us, the time they took, and images that could not be read; saved with a checkpoint."""
+class Stateful(Protocol):
+    """What a checkpoint is made of: networks, optimiser, schedule, thresholds, telemetry."""
 
-    def __init__(self) -> None:
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+class Progress:
+    """How far a run has come; saved with a checkpoint.
+
+    Attributes:
+        step: optimiser steps behind us.
+        images_per_step: over all processes.
+        unreadable: what was wrong with images that could not be read, of this process; after loading, of all.
+
+    Raises:
+        ValueError: at loading, the checkpoint's steps were of another number of images: the position in the data is
+            counted in steps.
+    """
+
+    def __init__(self, images_per_step: int) -> None:
         self.step = 0
+        self.images_per_step = images_per_step
         self.unreadable: set[str] = set()
         self._started = time.monotonic()
 
@@ -29,45 +57,219 @@ class Progress:
         return time.monotonic() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "unreadable": sorted(self.unreadable), "seconds": self.seconds}
+        """For all processes: the unreadable images are gathered from them."""
+        return {
+            "step": self.step,
+            "images_per_step": self.images_per_step,
+            "unreadable": sorted(set(gather_object(list(self.unreadable)))),
+            "seconds": self.seconds,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["images_per_step"] != self.images_per_step:
+            raise ValueError(
+                f"the checkpoint's run took {state['images_per_step']} images a step, this one takes "
+                f"{self.images_per_step}: keep batch_size x gradient_accumulation_steps x processes as it was"
+            )
         self.step = state["step"]
         self.unreadable = set(state["unreadable"])
         self._started = time.monotonic() - state["seconds"]
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int) -> Path:
-    """Write all registered state to `output_dir/checkpoints/step-N`, and only then remove the one before."""
-    final = output_dir / "checkpoints" / f"step-{step:07d}"
-    unfinished = final.with_name(f".{final.name}")
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(unfinished, final)
-        for older in _checkpoints(output_dir)[:-1]:
-            shutil.rmtree(older)
-    accelerator.wait_for_everyone()
-    return final
+class Checkpoints:
+    """The checkpoints of one run, `output_dir/checkpoints/step-N.safetensors`, the newest `keep` of them.
 
+    A file holds tensors and JSON, and no pickle. It is written under another name and renamed, so that a killed run
+    leaves no half of one; a checksum over all of it tells a file that was damaged later.
 
-def newest_checkpoint(output_dir: Path) -> Path:
-    """The checkpoint of the latest step.
-
-    Raises:
-        FileNotFoundError: there is none to resume from.
+    Args:
+        accelerator: its main process writes, all read: several machines need a common file system to resume.
+        output_dir: of the run.
+        keep: how many to keep.
+        parts: everything with a state, by name. torch's random generators are added, one for each process; nothing in
+            a run draws from any other that is not seeded anew for each image.
+        before_update: names of those that a step changes before it changes the weights.
     """
-    checkpoints = _checkpoints(output_dir)
-    if not checkpoints:
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        keep: int,
+        parts: dict[str, Any],
+        before_update: Sequence[str] = (),
+    ) -> None:
+        self.accelerator, self.keep = accelerator, keep
+        self.directory = output_dir / "checkpoints"
+        self.parts: dict[str, Stateful] = parts
+        self.before_update = before_update
+        self.saved_step = 0
+        self._held: dict[str, Any] | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether the state as of the last whole step can be saved: not while the weights are being changed."""
+        return self._held is not None
+
+    def hold(self) -> None:
+        """Remember what the coming step changes before it changes the weights, so that `save` can leave that out."""
+        self._held = {name: _pack(self.parts[name].state_dict(), copy=True) for name in self.before_update}
+        self._held["random"] = self._random_state()
+
+    def release(self) -> None:
+        """The step is to be kept: weights change from here on, and the next save is of what there is then."""
+        self._held = None
+
+    def save(self, step: int) -> Path:
+        """Write the state after `step` steps and remove what is older than the newest `keep`. For all processes.
+
+        Raises:
+            OSError: the file cannot be written; the message names the last one that is whole.
+        """
+        held = self._held or {"random": self._random_state()}
+        packed = {name: _pack(part.state_dict()) for name, part in self.parts.items() if name not in held} | held
+        packed["random"] = {name: self._of_all_processes(state) for name, state in held["random"].items()}
+        final = self.directory / f"step-{step:07d}.safetensors"
+        if self.accelerator.is_main_process:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob(".*.unfinished"):
+                leftover.unlink()
+            unfinished = final.with_name(f".{final.name}.unfinished")
+            try:
+                _write(unfinished, packed)
+                os.replace(unfinished, final)
+            except (OSError, SafetensorError) as error:
+                unfinished.unlink(missing_ok=True)
+                whole = self.all()
+                raise OSError(
+                    f"cannot write the checkpoint of step {step} to {self.directory}: {error}. "
+                    + (f"The last whole one is {whole[-1].name}" if whole else "There is none before it")
+                ) from error
+            for older in self.all()[: -self.keep]:
+                older.unlink()
+        self.accelerator.wait_for_everyone()
+        self.saved_step = step
+        return final
+
+    def load(self) -> Path:
+        """Put all parts into the state of the newest checkpoint that is whole. For all processes.
+
+        A damaged one is renamed to `damaged-...`, with a line that says so, and the one before it taken.
+
+        Raises:
+            FileNotFoundError: there is none to resume from.
+        """
+        with self.accelerator.main_process_first():
+            path, packed = self._newest_whole()
+        for name, part in self.parts.items():
+            part.load_state_dict(_unpack(packed[name]))
+        self._restore_random_state(packed["random"])
+        self.saved_step = int(path.stem.removeprefix("step-"))
+        return path
+
+    def _newest_whole(self) -> tuple[Path, dict[str, Any]]:
+        for path in reversed(self.all()):
+            try:
+                return path, read_checkpoint(path)
+            except (OSError, SafetensorError, ValueError) as error:
+                aside = path.with_name(f"damaged-{path.name}")
+                path.rename(aside)
+                self.accelerator.print(f"{path} is damaged ({error}); now {aside.name}. Going back to the one before")
         raise FileNotFoundError(
-            f"nothing to resume: no checkpoint in {output_dir / 'checkpoints'} (start without --resume, and with "
+            f"nothing to resume: no whole checkpoint in {self.directory} (start without --resume, and with "
             "--checkpoint_every N)"
         )
-    return checkpoints[-1]
+
+    def all(self) -> list[Path]:
+        """The checkpoints that are there, oldest first."""
+        return sorted(self.directory.glob("step-*.safetensors"))
+
+    def _random_state(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
+        return states
+
+    def _of_all_processes(self, state: Tensor) -> Tensor:
+        return self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()  # (processes, bytes)
+
+    def _restore_random_state(self, states: dict[str, Tensor]) -> None:
+        processes, rank = len(states["cpu"]), self.accelerator.process_index
+        if processes != self.accelerator.num_processes:
+            self.accelerator.print(
+                f"the checkpoint is of {processes} processes, this run has {self.accelerator.num_processes}: it goes "
+                "on like the other up to rounding, not bit for bit"
+            )
+        # Copies: torch reads a state from the start of its memory, and crashes on a view of a later row.
+        torch.set_rng_state(states["cpu"][rank % processes].clone())
+        if self.accelerator.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"][rank % processes].clone(), self.accelerator.device)
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    return sorted((output_dir / "checkpoints").glob("step-*"))
+def _pack(value: Any, copy: bool = False) -> Any:
+    """A nested state in main memory. Dicts as pairs: JSON would make strings of the numbers an optimiser counts by."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=copy)
+    if isinstance(value, dict):
+        return {"dict": [[key, _pack(item, copy)] for key, item in value.items()]}
+    return {"list": [_pack(item, copy) for item in value]} if isinstance(value, list | tuple) else value
+
+
+def _unpack(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "dict" in value:
+            return {key: _unpack(item) for key, item in value["dict"]}
+        return [_unpack(item) for item in value["list"]]
+    return value
+
+
+def _write(path: Path, packed: dict[str, Any]) -> None:
+    tensors: dict[str, Tensor] = {}
+
+    def name_tensors(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = str(len(tensors))
+            tensors[name] = value.contiguous()
+            channels_last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+            return {"tensor": name, "channels_last": channels_last and not value.is_contiguous()}
+        if isinstance(value, dict):
+            return {key: name_tensors(item) for key, item in value.items()}
+        return [name_tensors(item) for item in value] if isinstance(value, list) else value
+
+    tree = json.dumps(name_tensors(packed))
+    save_file(tensors, path, metadata={"tree": tree, "checksum": _checksum(tree, tensors)})
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The parts of a checkpoint by name, nested as they were, dicts as lists of pairs; for a look into one.
+
+    Raises:
+        SafetensorError, ValueError: it is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        # Copies: what is read is mapped from the file, and optimisers keep what they are given.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if metadata.get("checksum") != _checksum(metadata.get("tree", ""), tensors):
+        raise ValueError("its checksum does not fit")
+
+    def place_tensors(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "tensor" in value:
+                tensor = tensors[value["tensor"]]
+                # As it was in memory: an optimiser is slower where its state lies otherwise than the weights.
+                return tensor.contiguous(memory_format=torch.channels_last) if value["channels_last"] else tensor
+            return {key: place_tensors(item) for key, item in value.items()}
+        return [place_tensors(item) for item in value] if isinstance(value, list) else value
+
+    return place_tensors(json.loads(metadata["tree"]))
+
+
+def _checksum(tree: str, tensors: dict[str, Tensor]) -> str:
+    total = zlib.crc32(tree.encode())
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
 
 
 @dataclass(frozen=True)

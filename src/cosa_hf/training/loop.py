@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import os
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object, set_seed
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -28,20 +30,20 @@ from cosa_hf.data import (
 )
 from cosa_hf.data.stream import TrainingStream
 from cosa_hf.data.views import Views
-from cosa_hf.evaluation.protocols import evaluate_model, label_names
+from cosa_hf.evaluation.maps import label_names
+from cosa_hf.evaluation.panels import save_panels
+from cosa_hf.evaluation.protocols import evaluate_model
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.overall import CoSAObjective
+from cosa_hf.objective.pseudo_labels import PseudoLabels
+from cosa_hf.objective.reliability import ProcessMean
 from cosa_hf.objective.supervised import supervised_loss
-from cosa_hf.training.checkpoints import (
-    Progress,
-    newest_checkpoint,
-    save_checkpoint,
-    save_networks,
-    snapshot_directory,
-)
+from cosa_hf.training.accumulation import counting, mean_over_parts, parts_of
+from cosa_hf.training.checkpoints import Checkpoints, Progress, save_networks, snapshot_directory
 from cosa_hf.training.recipe import Recipe
-from cosa_hf.training.telemetry import Telemetry
+from cosa_hf.training.telemetry import Telemetry, mixture_values
+from cosa_hf.training.watch import Watch
 
 
 def train(recipe: Recipe) -> Path:
@@ -49,19 +51,17 @@ def train(recipe: Recipe) -> Path:
 
     Leaves in `recipe.output_dir`: `recipe.yaml`, `log.jsonl`, `run.json` (what was dropped, what is recommended and
     why, on what hardware and how long it ran), the models `online` and `assignment`, each with its processor and code,
-    and checkpoints and snapshots if asked for.
+    and checkpoints, snapshots and panels if asked for (docs/training.md). The run is the same on any number of
+    processes that share a step's images among them, unless it streams its data.
 
     Raises:
         ValueError: data or settings that cannot be trained on; the message names them.
         FloatingPointError: the loss is no longer finite; the message names the images and the parts.
+        OSError: a checkpoint or the log cannot be written, as on a full disk.
+        SystemExit: after SIGTERM, once a checkpoint is saved.
     """
     output_dir = Path(recipe.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        log_with=None if recipe.tracker == "none" else recipe.tracker,
-        project_dir=str(output_dir),
-    )
+    accelerator = _accelerator(recipe)
     set_seed(recipe.seed)
     dataset, dropped = _training_data(recipe)
     online = _build_model(recipe, dataset)
@@ -72,11 +72,8 @@ def train(recipe: Recipe) -> Path:
         image_mean=list(online.backbone.data_config["mean"]),
         image_std=list(online.backbone.data_config["std"]),
     )
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        recipe.to_yaml(output_dir / "recipe.yaml")
-    _announce(accelerator, recipe, online, dataset, dropped)
-    accelerator.init_trackers("cosa_hf", config={name: str(value) for name, value in vars(recipe).items()})
+    images_per_step = recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
+    _announce(accelerator, recipe, images_per_step, online, dataset, dropped)
 
     assignment = AssignmentNetwork(online, recipe.ema_momentum).to(accelerator.device)
     thresholds = [
@@ -97,72 +94,101 @@ def train(recipe: Recipe) -> Path:
     )
     loader = _loader(recipe, dataset, dropped, processor, accelerator)
     model, optimizer = accelerator.prepare(online, optimizer)
-    progress = Progress()
-    accelerator.register_for_checkpointing(assignment, *thresholds, schedule, progress)
+    progress = Progress(images_per_step)
+    telemetry = Telemetry(accelerator, recipe, images_per_step)
+    states: dict[str, Any] = {
+        "online": online,
+        "assignment": assignment,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "threshold": thresholds[0],
+        "aux_threshold": thresholds[1],
+        "progress": progress,
+        "telemetry": telemetry,
+    }
+    if accelerator.scaler is not None:
+        states["scaler"] = accelerator.scaler
+    checkpoints = Checkpoints(
+        accelerator, output_dir, recipe.keep_checkpoints, states, before_update=("threshold", "aux_threshold")
+    )
     if recipe.resume:
-        accelerator.load_state(str(newest_checkpoint(output_dir)))
-        loader = accelerator.skip_first_batches(loader, progress.step * recipe.gradient_accumulation_steps)
-        accelerator.print(f"resumed at step {progress.step}")
+        checkpoint = checkpoints.load()
+        loader = accelerator.skip_first_batches(loader, progress.step)
+        accelerator.print(f"resumed at step {progress.step} from {checkpoint}")
+    elif earlier := checkpoints.all():
+        raise ValueError(f"{earlier[-1]} is of an earlier run: --resume it, remove it, or choose another output_dir")
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        recipe.to_yaml(output_dir / "recipe.yaml")
+    telemetry.begin(progress.step)
 
     def mean(value: Tensor) -> Tensor:
         return accelerator.reduce(value, "mean")
 
+    def losses_of(
+        outputs: Any, part: dict[str, Any], targets: PseudoLabels | None, mean: ProcessMean, objective=objective
+    ) -> dict[str, Tensor]:
+        if recipe.supervision == "masks":
+            return supervised_loss(outputs, part["labels"], part["mask"], mean=mean)
+        colors = part["strong"] * color_steps
+        return objective(outputs, part["labels"], part["valid"], targets, mean, colors, online.classifier.weight)
+
+    def vitals() -> dict[str, float]:
+        mixtures = mixture_values(thresholds[0]) | mixture_values(thresholds[1], "aux_")
+        return mixtures | {"an_on_distance": assignment.distance(online), "lr": schedule.get_last_lr()[0]}
+
     # Of a normalised image to 0..255, up to an offset: the dense energy compares colours.
     color_steps = 255 * torch.tensor(processor.image_std, device=accelerator.device).view(3, 1, 1)
-    telemetry = Telemetry(accelerator, recipe, progress.step)
     labeller = assignment.network if recipe.swapping_assignments else online
     model.train()
-    for batch in loader:
-        labels, valid = batch["labels"], batch["valid"]
-        progress.unreadable.update(filter(None, batch["unreadable"]))
-        with accelerator.accumulate(model):
-            if recipe.supervision == "masks":
-                losses = supervised_loss(model(batch["strong"]), labels, batch["mask"])
-            else:
-                pseudo_labels = None
-                if progress.step >= recipe.warmup_steps:
-                    with accelerator.autocast():
-                        pseudo_labels = assign(
-                            labeller,
-                            batch["weak"],
-                            labels,
-                            valid,
-                            thresholds,
-                            scales=recipe.label_scales,
-                            temperature=recipe.spl_temperature,
-                            dynamic=recipe.dynamic_threshold,
-                            mean=mean,
-                            cam_fusion=recipe.cam_fusion,
-                            guidance=recipe.guidance,
-                            masks=batch.get("mask"),
-                        )
-                outputs = model(batch["strong"], output_hidden_states=recipe.detach != "none")
-                colors = batch["strong"] * color_steps
-                losses = objective(outputs, labels, valid, pseudo_labels, mean, colors, online.classifier.weight)
-            _require_finite(losses, batch["image_id"], progress.step)
-            accelerator.backward(losses["loss"])
-            if accelerator.sync_gradients and recipe.max_grad_norm:
+    with Watch(accelerator, checkpoints, progress, online) as watch:
+        for batch in watch.steps(loader):
+            pseudo_labels = None
+            if recipe.supervision == "tags" and progress.step >= recipe.warmup_steps:
+                with accelerator.autocast():
+                    pseudo_labels = assign(
+                        labeller,
+                        batch["weak"],
+                        batch["labels"],
+                        batch["valid"],
+                        thresholds,
+                        scales=recipe.label_scales,
+                        temperature=recipe.spl_temperature,
+                        dynamic=recipe.dynamic_threshold,
+                        mean=mean,
+                        cam_fusion=recipe.cam_fusion,
+                        guidance=recipe.guidance,
+                        masks=batch.get("mask"),
+                        batch_size=recipe.batch_size,
+                    )
+            parts = list(parts_of(batch, pseudo_labels, recipe.batch_size))
+            step_mean = mean_over_parts(parts, partial(losses_of, objective=counting(objective)), mean)
+            losses = []
+            for part, targets in parts:
+                with accelerator.accumulate(model):
+                    outputs = model(part["strong"], output_hidden_states=recipe.detach != "none")
+                    losses.append(losses_of(outputs, part, targets, step_mean))
+                    accelerator.backward(losses[-1]["loss"])
+            watch.require_finite(losses, batch["image_id"])
+            if recipe.max_grad_norm:
                 accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
             optimizer.step()
-            if accelerator.sync_gradients:
+            if not accelerator.optimizer_step_was_skipped:  # as fp16 does where its gradients overflow
                 schedule.step()
             optimizer.zero_grad()
-        telemetry.add(losses)
-        if not accelerator.sync_gradients:
-            continue
-        assignment.update(online)
-        progress.step += 1
-        step = progress.step
-        xi, aux_xi = (threshold.value for threshold in thresholds)
-        telemetry.step(step, xi=xi, aux_xi=aux_xi, lr=schedule.get_last_lr()[0])
-        if recipe.eval_every and step % recipe.eval_every == 0 and accelerator.is_main_process:
-            telemetry.write(step, _scores(recipe, assignment.network, processor))
-        if recipe.checkpoint_every and step % recipe.checkpoint_every == 0:
-            progress.unreadable = set(gather_object(list(progress.unreadable)))
-            save_checkpoint(accelerator, output_dir, step)
-        if recipe.snapshot_every and step % recipe.snapshot_every == 0 and accelerator.is_main_process:
-            save_networks(snapshot_directory(output_dir, step), online, assignment.network, processor)
-    telemetry.close()
+            assignment.update(online)
+
+            progress.step += 1
+            progress.unreadable.update(filter(None, batch["unreadable"]))
+            telemetry.add(losses, pseudo_labels, batch["valid"])
+            telemetry.step(progress.step, vitals)
+            if recipe.eval_every and progress.step % recipe.eval_every == 0:
+                scores = _evaluate(accelerator, recipe, progress.step, assignment.network, processor)
+                telemetry.write(progress.step, scores)
+            if recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0:
+                checkpoints.save(progress.step)
+            if recipe.snapshot_every and progress.step % recipe.snapshot_every == 0 and accelerator.is_main_process:
+                save_networks(snapshot_directory(output_dir, progress.step), online, assignment.network, processor)
 
     name, reason = recommendation(recipe)
     dropped, unreadable = (sorted(set(gather_object(list(names)))) for names in (dropped, progress.unreadable))
@@ -183,6 +209,7 @@ def train(recipe: Recipe) -> Path:
         accelerator.print(f"{len(unreadable)} images could not be read, others took their places (all in run.json):")
         accelerator.print("\n".join(unreadable[:10]))
     accelerator.print(f"models in {output_dir}/online and {output_dir}/assignment; recommended: {name} ({reason})")
+    telemetry.close()  # at the very end: Accelerate takes the processes' connection down with the trackers
     return output_dir / name
 
 
@@ -200,6 +227,38 @@ def recommendation(recipe: Recipe) -> tuple[str, str]:
             f"the average over about {window:.0f} steps is steadier than the last step's weights",
         )
     return "online", f"{recipe.max_steps} steps are too few for an average over about {window:.0f}"
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        # The loader hands out whole steps, so its end is no reason to cut one short.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=recipe.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=None if recipe.tracker == "none" else recipe.tracker,
+        project_dir=recipe.output_dir,
+        # Warm-up leaves the decoder without gradients, and a weight of 0 what only it reaches.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but they do not know of each other and would overwrite each other's "
+            "runs: on a machine without GPUs set ACCELERATE_USE_CPU=1 (docs/training.md)"
+        )
+    if recipe.mixed_precision == "fp16" and accelerator.scaler is None:
+        # Accelerate would go on in fp32 without a word.
+        raise ValueError(
+            f"mixed_precision fp16 needs an accelerator, this is {accelerator.device.type}: take bf16 or no"
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} splits the network among processes, which its average and the "
+            "checkpoints here do not follow: use plain processes, with gradient_checkpointing and bf16 to save memory "
+            "(docs/training.md)"
+        )
+    return accelerator
 
 
 def _training_data(recipe: Recipe) -> tuple[Dataset | IterableDataset, list[str]]:
@@ -268,18 +327,21 @@ def _loader(
     processor: CoSAImageProcessor,
     accelerator: Accelerator,
 ) -> DataLoader:
-    """The whole run as one sequence of batches: position in it is all that a resume has to know."""
+    """The whole run as one sequence of steps, each a batch here: position in it is all that a resume has to know."""
     views = Views(
         recipe.crop_size,
         processor.image_mean,
         processor.image_std,
         scale_range=(recipe.scale_min, recipe.scale_max),
     )
-    items = recipe.max_steps * recipe.gradient_accumulation_steps * recipe.batch_size  # of one process
+    batch_size = recipe.batch_size * recipe.gradient_accumulation_steps
+    items = recipe.max_steps * batch_size  # of one process
     options: dict[str, Any] = {
-        "batch_size": recipe.batch_size,
+        "batch_size": batch_size,
         "num_workers": recipe.num_workers,
         "pin_memory": torch.cuda.is_available(),
+        # Its own, or starting it would draw from the global one, and a resumed run starts it once more.
+        "generator": torch.Generator(),
     }
     if isinstance(dataset, IterableDataset):
         process = (accelerator.process_index, accelerator.num_processes)
@@ -299,21 +361,23 @@ def _loader(
     return accelerator.prepare(DataLoader(stream, **options))
 
 
-def _scores(
-    recipe: Recipe, network: CoSAForWeaklySupervisedSegmentation, processor: CoSAImageProcessor
+def _evaluate(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    step: int,
+    network: CoSAForWeaklySupervisedSegmentation,
+    processor: CoSAImageProcessor,
 ) -> dict[str, float]:
-    """mIoU on the first `eval_images` of the evaluation split, at one scale: a glance, not the protocol."""
+    """mIoU on the first `eval_images` of the evaluation split, at one scale: a glance, not the protocol; and panels."""
     options = dataclasses.replace(recipe, classes=label_names(network.config)[1:])
     dataset = load_dataset_by_name(recipe.dataset, recipe.data_dir, recipe.eval_split, masks=True, options=options)
     dataset = dataset.select(range(min(recipe.eval_images, len(dataset))))
-    report = evaluate_model(network, processor, dataset, scales=(1.0,), flip=False, progress=False)
+    glance: dict[str, Any] = {"scales": (1.0,), "flip": False}
+    report = evaluate_model(network, processor, dataset, **glance, progress=False, accelerator=accelerator)
+    if accelerator.is_main_process:
+        shown = dataset.select(range(min(recipe.eval_panels, len(dataset))))
+        save_panels(network, processor, shown, Path(recipe.output_dir) / "panels" / f"step-{step:07d}", **glance)
     return {f"eval/{part}": report[part]["miou"] for part in ("seg", "seg_tags", "cam", "cam_aux")}
-
-
-def _require_finite(losses: dict[str, Tensor], image_ids: list[str], step: int) -> None:
-    if not torch.isfinite(losses["loss"]):
-        parts = {name: value.item() for name, value in losses.items()}
-        raise FloatingPointError(f"loss is not finite at step {step + 1}: {parts}; images {list(image_ids)}")
 
 
 def _hardware(accelerator: Accelerator) -> str:
@@ -326,17 +390,27 @@ def _hardware(accelerator: Accelerator) -> str:
 
 
 def _announce(
-    accelerator: Accelerator, recipe: Recipe, model: Any, dataset: Dataset | IterableDataset, dropped: list[str]
+    accelerator: Accelerator,
+    recipe: Recipe,
+    images_per_step: int,
+    model: Any,
+    dataset: Dataset | IterableDataset,
+    dropped: list[str],
 ) -> None:
     """Say what is about to be trained, and what about it the user may not have meant."""
     names = class_names(dataset)
     amount = f"{len(dataset)} images" if isinstance(dataset, Dataset) else "a stream of images"
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    images = recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
     accelerator.print(
         f"{recipe.backbone}, {millions:.1f} M parameters; {amount}, {len(names)} classes ({', '.join(names)}); "
-        f"{recipe.max_steps} steps of {images} images, the first {recipe.warmup_steps} on tags alone"
+        f"{recipe.max_steps} steps of {images_per_step} images, the first {recipe.warmup_steps} on tags alone"
     )
+    if images_per_step != recipe.images_per_step:
+        accelerator.print(
+            f"the schedule is made for {recipe.images_per_step} images a step, this run takes {images_per_step}: "
+            f"{recipe.batch_size} (batch_size) x {recipe.gradient_accumulation_steps} (gradient_accumulation_steps) x "
+            f"{accelerator.num_processes} (processes). Change one of them, or images_per_step if it is meant"
+        )
     if dropped:
         shown = ", ".join(dropped[:10]) + (", ..." if len(dropped) > 10 else "")
         accelerator.print(f"left out {len(dropped)} images without a tag: {shown} (all in run.json)")

@@ -44,8 +44,15 @@ class Recipe(DatasetOptions):
     input_size: int = field(default=448, metadata={"help": "side that images are resized to at inference, pixels"})
     scale_min: float = field(default=0.5, metadata={"help": "least random rescale"})
     scale_max: float = field(default=2.0, metadata={"help": "greatest random rescale"})
-    batch_size: int = field(default=2, metadata={"help": "images per process and step"})
+    batch_size: int = field(default=2, metadata={"help": "images per process at a time"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per optimiser step"})
+    images_per_step: int = field(
+        default=4,
+        metadata={
+            "help": "what the schedule is made for: batch_size x gradient_accumulation_steps x processes; a run with "
+            "another number says so"
+        },
+    )
     num_workers: int = field(default=4, metadata={"help": "processes that read and augment images"})
 
     # Network
@@ -137,7 +144,9 @@ class Recipe(DatasetOptions):
     log_every: int = field(default=20, metadata={"help": "steps between log entries"})
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations on eval_split; 0: never"})
     eval_images: int = field(default=100, metadata={"help": "images of each such evaluation, the first of the split"})
-    checkpoint_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: none"})
+    eval_panels: int = field(default=4, metadata={"help": "pictures of each such evaluation, of its first images"})
+    checkpoint_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only when cut short"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many of them to keep, the newest"})
     snapshot_every: int = field(
         default=0, metadata={"help": "steps between copies of both networks, kept for scripts/analyze.py; 0: none"}
     )
@@ -234,7 +243,7 @@ class Recipe(DatasetOptions):
 _POSITIVE = (
     "crop_size", "input_size", "batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
     "head_lr_multiplier", "spl_temperature", "separation_temperature", "log_every", "threshold_queue",
-    "supervision_stride", "shuffle_buffer",
+    "supervision_stride", "shuffle_buffer", "images_per_step", "keep_checkpoints",
 )  # fmt: skip
 
 

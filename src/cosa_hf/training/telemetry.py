@@ -1,60 +1,194 @@
 """What a run tells while it runs: a progress bar, a line every N steps, a tracker."""
 
 import json
+import os
 import time
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
+import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import Tensor
 
+from cosa_hf.assignment.threshold import DynamicThreshold
+from cosa_hf.objective.overall import valid_tokens
+from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels
+from cosa_hf.objective.reliability import perplexity
 from cosa_hf.training.recipe import Recipe
 
 
 class Telemetry:
-    """Averages the losses between log entries and sends them to the bar, to `log.jsonl` and to the tracker.
+    """Averages what it is told between log entries, over all processes, and sends it to bar, `log.jsonl` and tracker.
+
+    What has been summed up since the last entry is its state, so that a resumed run's entries equal the other's. A
+    tracker that fails is warned about once and then left alone.
 
     Args:
         accelerator: only its main process writes.
         recipe: gives the cadence and what the tracker shows as the run's settings.
-        first_step: where a resumed run goes on.
+        images_per_step: over all processes.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, first_step: int) -> None:
-        self.accelerator, self.every = accelerator, recipe.log_every
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, images_per_step: int) -> None:
+        self.accelerator, self.recipe, self.images_per_step = accelerator, recipe, images_per_step
         self.log = Path(recipe.output_dir) / "log.jsonl"
-        self.images_per_step = recipe.batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
-        self.bar = tqdm(total=recipe.max_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self.sums: dict[str, Tensor] = {}
-        self.batches = self.steps = 0
-        self.since = time.perf_counter()
+        self.batches = 0
+        self.shares: dict[str, Tensor] = {}
+        self.tracking = True
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Take in the loss parts of one batch."""
-        self.batches += 1
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "batches": self.batches, "shares": self.shares}
 
-    def step(self, step: int, **values: float) -> None:
-        """Count one optimiser step; every `log_every` of them, write an entry."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.accelerator.device
+        self.sums, self.shares = (
+            {name: value.to(device) for name, value in state[part].items()} for part in ("sums", "shares")
+        )
+        self.batches = state["batches"]
+
+    def begin(self, step: int) -> None:
+        """Start after `step` steps: drop the entries of those that a resumed run will take again."""
+        self.bar = tqdm(total=self.recipe.max_steps, initial=step, unit="step", dynamic_ncols=True)
+        settings = {name: str(value) for name, value in vars(self.recipe).items()}
+        self._track(self.accelerator.init_trackers, "cosa_hf", config=settings)
+        if self.accelerator.is_main_process:
+            kept = [line for line in self._entries() if json.loads(line)["step"] <= step] if step else []
+            rewritten = self.log.with_name(f".{self.log.name}")
+            rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(rewritten, self.log)
+        self.accelerator.wait_for_everyone()
+        self.steps, self.since = 0, time.perf_counter()
+
+    def add(
+        self,
+        losses: Sequence[dict[str, Tensor]],
+        pseudo_labels: PseudoLabels | None = None,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Take in the loss parts of a step's batches, and the labels that it learned from."""
+        self.batches += len(losses)
+        for part in losses:
+            for name, value in part.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+        if pseudo_labels is not None and valid is not None:
+            alpha, beta = self.recipe.perplexity_alpha, self.recipe.perplexity_beta
+            for name, value in label_statistics(pseudo_labels, valid, alpha, beta).items():
+                self.shares[name] = self.shares.get(name, 0.0) + value
+
+    def step(self, step: int, vitals: Callable[[], dict[str, float]]) -> None:
+        """Count one optimiser step; every `log_every` of them, write an entry.
+
+        Args:
+            step: its number.
+            vitals: gives what is to be logged as it is then, the same on every process.
+        """
         self.steps += 1
         self.bar.update()
-        if step % self.every and step != self.bar.total:
+        if step % self.recipe.log_every and step != self.recipe.max_steps:
             return
-        means = {name: float(value) / self.batches for name, value in self.sums.items()}
-        self.bar.set_postfix({name: f"{value:.3f}" for name, value in (means | values).items() if name != "lr"})
+        means = {name: value / self.batches for name, value in self._over_processes(self.sums).items()}
+        shares = self._over_processes(self.shares)
+        tokens = max(shares.pop("tokens", 0.0), 1.0)
+        values = means | {name: value / tokens for name, value in shares.items()} | vitals()
+        self.bar.set_postfix({name: f"{values[name]:.3f}" for name in ("loss", "cls", "xi")})
         seconds = time.perf_counter() - self.since
-        self.write(step, means | values | {"images_per_second": self.images_per_step * self.steps / seconds})
-        self.sums, self.batches, self.steps, self.since = {}, 0, 0, time.perf_counter()
+        values["images_per_second"] = self.images_per_step * self.steps / seconds
+        self.write(step, values | {"memory_gb": memory(self.accelerator.device)})
+        self.sums, self.batches, self.shares = {}, 0, {}
+        self.steps, self.since = 0, time.perf_counter()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One entry to the log file and the tracker."""
-        self.accelerator.log(values, step=step)
+        self._track(self.accelerator.log, values, step=step)
         if self.accelerator.is_main_process:
-            rounded = {name: float(f"{value:.5g}") for name, value in values.items()}
+            rounded = {name: float(f"{value:.7g}") for name, value in values.items()}
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | rounded) + "\n")
 
     def close(self) -> None:
         self.bar.close()
-        self.accelerator.end_training()
+        self._track(self.accelerator.end_training)
+
+    def _entries(self) -> list[str]:
+        """The lines of the log; the last may be one that a killed run could not finish."""
+        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True) if self.log.exists() else []
+        return [line.rstrip("\n") for line in lines if line.endswith("\n")]
+
+    def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        if not sums:
+            return {}
+        names = sorted(sums)
+        reduced = self.accelerator.reduce(torch.stack([sums[name].double() for name in names]), "mean")
+        return dict(zip(names, reduced.tolist(), strict=True))
+
+    def _track(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        if not self.tracking:
+            return
+        try:
+            call(*arguments, **options)
+        except Exception as error:
+            # Whatever a service may raise: no dashboard is worth a run.
+            self.tracking = False
+            warnings.warn(
+                f"tracker {self.recipe.tracker} failed and is left out from now on, {self.log} goes on: {error!r}",
+                stacklevel=2,
+            )
+
+
+def label_statistics(pseudo_labels: PseudoLabels, valid: Tensor, alpha: float, beta: float) -> dict[str, Tensor]:
+    """What to watch of a batch's pseudo-labels, summed over its valid tokens, and `tokens`, their number.
+
+    Args:
+        pseudo_labels: of the batch.
+        valid: V, (B, H, W).
+        alpha: of Eq. 4.
+        beta: of Eq. 4.
+
+    Returns:
+        foreground: tokens that CPL gives a class. reliability: 1 / perplexity. agreement: tokens that CPL and SPL give
+        the same class.
+
+    Example:
+        >>> cams = torch.tensor([[[[0.9, 0.1]]]])
+        >>> spl = torch.tensor([[[[0.0, 0.2]], [[1.0, 0.8]]]])
+        >>> labels = PseudoLabels(cams, cams, spl, threshold=0.5, aux_threshold=0.5)
+        >>> sums = label_statistics(labels, torch.ones(1, 1, 2, dtype=torch.bool), alpha=0.8, beta=1.0)
+        >>> {name: round(value.item(), 2) for name, value in sums.items()}
+        {'foreground': 1.0, 'reliability': 4.48, 'agreement': 1.0, 'tokens': 2.0}
+    """
+    cams, xi = pseudo_labels.cams, pseudo_labels.threshold
+    tokens = valid_tokens(valid, cams)
+    ids = cam_pseudo_labels(cams, xi)
+    sums = {
+        "foreground": (ids > 0) & tokens,
+        "reliability": tokens / perplexity(cams.amax(dim=1), xi, alpha, beta),
+        "agreement": (ids == pseudo_labels.segmentation.argmax(dim=1)) & tokens,
+        "tokens": tokens,
+    }
+    return {name: values.sum(dtype=torch.float32) for name, values in sums.items()}
+
+
+def mixture_values(threshold: DynamicThreshold, prefix: str = "") -> dict[str, float]:
+    """xi, and the mixture that the last step fitted, by name; without one, xi alone.
+
+    Example:
+        >>> mixture_values(DynamicThreshold(start=0.4), prefix="aux_")
+        {'aux_xi': 0.4}
+    """
+    values = {f"{prefix}xi": threshold.value}
+    if threshold.mixture is not None:
+        for name, pair in zip(("weight", "mean", "variance"), threshold.mixture[:3], strict=True):
+            values |= {f"{prefix}background_{name}": pair[0], f"{prefix}foreground_{name}": pair[1]}
+    return values
+
+
+def memory(device: torch.device) -> float:
+    """Gigabytes: the most that the accelerator has held, or what this process holds of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
