@@ -15,15 +15,6 @@ from cosa_hf.training.recipe import Recipe
 TIMINGS = ("images_per_second", "memory_gb")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Some tests fork, and the child of a process whose OpenMP threads have worked would wait for them forever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def few_shapes(monkeypatch):
     """The embedded set, cut to six images, wherever the loop loads a dataset by name."""
