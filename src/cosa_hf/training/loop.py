@@ -130,7 +130,7 @@ def train(recipe: Recipe) -> Path:
     ) -> dict[str, Tensor]:
         if recipe.supervision == "masks":
             return supervised_loss(outputs, part["labels"], part["mask"], mean=mean)
-        colors = part["strong"] * color_steps
+        colors = part["strong"] * color_steps if objective.dense_energy_weight else None
         return objective(outputs, part["labels"], part["valid"], targets, mean, colors, online.classifier.weight)
 
     def vitals() -> dict[str, float]:
