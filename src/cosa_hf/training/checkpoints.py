@@ -319,7 +319,6 @@ def moments(output_dir: Path) -> list[Moment]:
     last = Recipe.from_yaml(output_dir / "recipe.yaml").max_steps
     places = {int(path.name.removeprefix("step-")): path for path in (output_dir / "snapshots").glob("step-*")}
     places[last] = output_dir
-    # A run that was resumed has some steps twice; the later line is the one that the weights come from.
     entries = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = {entry["step"]: (entry["xi"], entry["aux_xi"]) for entry in entries if "xi" in entry}
     found = []
