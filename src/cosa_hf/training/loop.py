@@ -271,10 +271,7 @@ def _training_data(recipe: Recipe) -> tuple[Dataset | IterableDataset, list[str]
     dataset = load_dataset_by_name(
         recipe.dataset, recipe.data_dir, recipe.train_split, masks=recipe.reads_masks, options=recipe
     )
-    dataset, dropped = without_untagged(dataset)
-    if not len(dataset):
-        raise ValueError(f"split {recipe.train_split} of {recipe.dataset}: none of {len(dropped)} images has a tag")
-    return dataset, dropped
+    return without_untagged(dataset)
 
 
 def _build_model(recipe: Recipe, dataset: Dataset | IterableDataset) -> CoSAForWeaklySupervisedSegmentation:
