@@ -29,6 +29,7 @@ from cosa_hf.data import (
     without_untagged,
 )
 from cosa_hf.data.stream import TrainingStream
+from cosa_hf.data.tags import list_some
 from cosa_hf.data.views import Views
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.panels import save_panels
@@ -409,8 +410,7 @@ def _announce(
             f"{accelerator.num_processes} (processes). Change one of them, or images_per_step if it is meant"
         )
     if dropped:
-        shown = ", ".join(dropped[:10]) + (", ..." if len(dropped) > 10 else "")
-        accelerator.print(f"left out {len(dropped)} images without a tag: {shown} (all in run.json)")
+        accelerator.print(f"left out {len(dropped)} images without a tag: {list_some(dropped)} (all in run.json)")
     if recipe.supervision == "tags" and recipe.reads_masks:
         accelerator.print(
             "ORACLE: guidance gt reads the true masks of the training images (Fig. 1). This run is no weakly "
