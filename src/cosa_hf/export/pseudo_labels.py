@@ -215,8 +215,8 @@ def _check_images(dataset: Dataset, class_threshold: float | None) -> str:
     untagged = [image_id for image_id, tags in zip(image_ids, labels, strict=True) if not tags]
     if untagged and class_threshold is None:
         raise ValueError(
-            f"{len(untagged)} of {len(image_ids)} images have no tag: {list_some(untagged)}; tag them, take them off the "
-            "split, or label them by what the model recognises (--tags predicted)"
+            f"{len(untagged)} of {len(image_ids)} images have no tag: {list_some(untagged)}; tag them, take them off "
+            "the split, or label them by what the model recognises (--tags predicted)"
         )
     return hashlib.sha256(json.dumps([image_ids, labels]).encode()).hexdigest()
 
