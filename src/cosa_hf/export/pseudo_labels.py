@@ -21,8 +21,8 @@ from cosa_hf._version import __version__
 from cosa_hf.data.images import undecoded
 from cosa_hf.data.tags import list_some
 from cosa_hf.evaluation.maps import SCALES, ImageMaps, check_classes, label_names, predict_maps
-from cosa_hf.export.files import remove_unfinished, whole_file
 from cosa_hf.export.formats import FORMATS, Format, PseudoLabel
+from cosa_hf.files import remove_unfinished, whole_file
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 
