@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         inside = {name[len(start) :] for name in files if name.startswith(start)}
         if folder and not inside:
             return self.answer(404, {"error": "no folder"}, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
-        entries = {name: "file" for name in inside}
+        entries = dict.fromkeys(inside, "file")
         if "recursive=true" not in self.path.lower():
             entries = {name.split("/")[0]: "directory" if "/" in name else "file" for name in inside}
         paths = {start + name: kind for name, kind in entries.items()}
