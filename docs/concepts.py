@@ -66,7 +66,7 @@ def draw_threshold(confidences: dict[str, torch.Tensor], path: Path) -> None:
         mixture = fit_mixture(torch.histc(values, BINS, FLOOR, 1.0).double())
         assert mixture is not None
         kept = values[values > FLOOR]
-        axes.hist(kept, 60, (FLOOR, 1), density=True, color="0.8")
+        axes.hist(kept, 60, range=(FLOOR, 1), density=True, color="0.8")
         for weight, mean, variance, colour in zip(*mixture[:3], ("tab:blue", "tab:orange"), strict=True):
             bell = weight * np.exp(-((centers - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
             axes.plot(centers, bell, color=colour)
@@ -115,7 +115,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).with_name("concepts"), help="(%(default)s)")
     parser.add_argument("--voc_dir", help="VOC2012, for the confidences of photos; their histogram is left out without")
     parser.add_argument("--split", default="train_aug", help="of VOC (%(default)s)")
-    parser.add_argument("--num_images", type=int, default=100, help="images in a histogram (%(default)s)")
+    parser.add_argument("--num_images", type=int, default=60, help="images in a histogram (%(default)s)")
     return parser.parse_args(arguments)
 
 
