@@ -42,6 +42,6 @@ demo-model: setup
 	    --report build/demo-report.json
 	$(BIN)/python scripts/push_to_hub.py build/demo --repo_id cosa-lite0-voc-1696 --report build/demo-report.json \
 	    --recipe $(MODEL)/../recipe.yaml --notes model_cards/demo-notes.md --license other --dry_run build/demo-card
-	mkdir -p $(DEMO)
-	cd build/demo-card && cp README.md config.json model.safetensors preprocessor_config.json recipe.yaml ../../$(DEMO)
+	cd build/demo-card && install -D -m 644 -t ../../$(DEMO) README.md config.json model.safetensors \
+	    preprocessor_config.json recipe.yaml
 	cp $(DEMO)/README.md model_cards/cosa-lite0-voc-1696.md
