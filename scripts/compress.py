@@ -4,17 +4,17 @@ Channels are chosen and fitted on a few hundred images, without labels and witho
 alone; score the segmentation again with scripts/evaluate.py.
 
 Example:
-    python scripts/compress.py runs/voc/assignment runs/small --decoder_channels 384 --dataset voc --data_dir VOC2012
+    python scripts/compress.py runs/voc/assignment small --decoder_channels 384 --dataset voc --data_dir VOC2012
 """
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from transformers import HfArgumentParser
+from arguments import add_model, dataset_parser, positive
+from torch import Tensor
 
-from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name, read_image, undecoded
+from cosa_hf.data import DatasetOptions, load_dataset_by_name, read_image, undecoded
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.export.compress import narrow_decoder, save_half
 from cosa_hf.inference import load_model
@@ -23,40 +23,30 @@ from cosa_hf.inference import load_model
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
         model, processor = load_model(args.model, "cpu")
-        if args.decoder_channels is not None:
-            options.classes = options.classes or label_names(model.config)[1:]
-            dataset = undecoded(load_dataset_by_name(args.dataset, args.data_dir, args.split, options=options))
-            chosen = dataset.shuffle(seed=0).select(range(min(args.num_images, len(dataset))))
+        options.classes = options.classes or label_names(model.config)[1:]
+        dataset = undecoded(load_dataset_by_name(args.dataset, args.data_dir, args.split, options=options))
+        chosen = dataset.shuffle(seed=0).select(range(min(args.num_images, len(dataset))))
 
-            def batches() -> Iterator[torch.Tensor]:
-                for row in chosen:
-                    yield processor(read_image(row), return_tensors="pt").pixel_values
+        def images() -> Iterator[Tensor]:
+            for row in chosen:
+                yield processor(read_image(row), return_tensors="pt").pixel_values
 
-            model = narrow_decoder(model, batches(), args.decoder_channels)
-        save_half(model, args.target)
+        small = narrow_decoder(model, images(), args.decoder_channels)
+        save_half(small, args.target)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     processor.save_pretrained(args.target)
     size = (args.target / "model.safetensors").stat().st_size
-    print(f"{args.target}: {size / 1e6:.1f} MB, {model.num_parameters() / 1e6:.2f} M parameters")
+    print(f"{args.target}: {size / 1e6:.1f} MB, {small.num_parameters() / 1e6:.2f} M parameters")
 
 
 def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
-    parser = HfArgumentParser(
-        DatasetOptions,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
+    parser = dataset_parser(__doc__)
+    add_model(parser)
     parser.add_argument("target", metavar="OUT", type=Path, help="directory to write")
-    parser.add_argument("--decoder_channels", type=int, help="of the copy; as many as MODEL has without")
-    parser.add_argument(
-        "--dataset", default="voc", choices=sorted(COEXISTENCE_CLASSES), help="images to fit to (default: %(default)s)"
-    )
-    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); not for shapes and hub")
+    parser.add_argument("--decoder_channels", type=positive, required=True, help="of the copy")
     parser.add_argument("--split", default="train_aug", help="part of the dataset to fit to (default: %(default)s)")
-    parser.add_argument("--num_images", type=int, default=256, help="drawn from the split (default: %(default)s)")
+    parser.add_argument("--num_images", type=positive, default=128, help="drawn from the split (default: %(default)s)")
     options, args = parser.parse_args_into_dataclasses()
     return args, options
 
