@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from transformers import HfArgumentParser
 
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
+from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.evaluation.maps import SCALES, label_names
 from cosa_hf.evaluation.panels import save_panels
 from cosa_hf.evaluation.protocols import evaluate_model, format_report
@@ -29,6 +30,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
         inference = {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
+        inference["crf"] = DenseCRF() if args.crf else None
         weights = weights_sha256(args.model)
         report = evaluate_model(
             model,
@@ -89,6 +91,7 @@ def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
         help="side in pixels images are resized to; the processor's own without",
     )
     parser.add_argument("--batch_size", type=positive, default=8, help="images per forward pass (default: %(default)s)")
+    parser.add_argument("--crf", action="store_true", help="refine the segmentations, not the CAMs, with a dense CRF")
     options, args = parser.parse_args_into_dataclasses()
     return args, options
 
