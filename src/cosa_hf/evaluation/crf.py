@@ -160,7 +160,7 @@ class _Gaussian:
 
 
 def _simplices(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The corners (N, d + 1, d + 1) of each point's simplex, in coordinates that sum to 0, and its shares (N, d + 1)."""
+    """Each point's simplex: corners (N, d + 1, d + 1), whose coordinates sum to 0, and shares of them (N, d + 1)."""
     d = features.shape[1]
     # Onto the plane where coordinates sum to 0, stretched so that the blur has the Gaussian's width.
     rotation = features.new_ones(d, d + 1).tril()
