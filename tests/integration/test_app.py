@@ -187,7 +187,7 @@ def test_page_in_a_browser(url, photo):
         page.locator("input[type=number]").last.fill("0.9")
         page.keyboard.press("Enter")
         changed("Pseudo-label: what reaches the threshold", label)
-        page.get_by_role("listbox", name="Class").click()
+        page.get_by_role("combobox", name="Class").click()
         page.get_by_role("option", name="boat").click()
         changed("Class activation map", cam)
         browser.close()
