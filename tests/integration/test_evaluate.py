@@ -113,7 +113,7 @@ def test_crf_is_in_table_and_report(model_dir, tmp_path, monkeypatch, capsys):
     plain, refined = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "crf"))
     assert plain["protocol"]["crf"] is None
     assert refined["protocol"]["crf"]["iterations"] == 10
-    assert refined["seg"] != plain["seg"]
+    assert refined["protocol"]["seg_tags"].startswith("tags given, CRF: ")
     assert refined["cam"] == plain["cam"]
     assert capsys.readouterr().out.count("after a CRF") == 1
 
