@@ -6,7 +6,7 @@ tags does not get that help. Every report therefore carries both, by name: `seg_
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
+from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.evaluation.maps import SCALES, label_names, predict_maps
 from cosa_hf.evaluation.metrics import SegmentationMetric
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
@@ -61,6 +62,7 @@ def predict_dataset(
     flip: bool = True,
     batch_size: int = 8,
     cam_threshold: float | None = None,
+    crf: DenseCRF | None = None,
 ) -> Iterator[ImagePrediction]:
     """Predict every image of `dataset` in order, under every protocol.
 
@@ -68,6 +70,7 @@ def predict_dataset(
         model: and `processor`, `scales`, `flip`, `batch_size`: as in `predict_maps`.
         dataset: with the columns image, labels, image_id and mask.
         cam_threshold: CAM values from here on are foreground; the model's own `cam_threshold` when None.
+        crf: refines `seg` and `seg_tags`, each over the classes that it leaves; the CAMs stay as they are.
 
     Yields:
         An `ImagePrediction` per image.
@@ -87,7 +90,7 @@ def predict_dataset(
             maps.truth,
             maps.upsample(maps.cam),
             maps.upsample(maps.aux_cam),
-            {protocol: maps.label(protocol, threshold)[0] for protocol in PROTOCOLS},
+            {protocol: maps.label(protocol, threshold, crf)[0] for protocol in PROTOCOLS},
         )
 
 
@@ -99,6 +102,7 @@ def evaluate_model(
     flip: bool = True,
     batch_size: int = 8,
     cam_threshold: float | None = None,
+    crf: DenseCRF | None = None,
     progress: bool = True,
     dataset_name: str | None = None,
     split: str | None = None,
@@ -112,7 +116,7 @@ def evaluate_model(
 
     Args:
         model: wrapped by the accelerator or not.
-        dataset: and all up to `cam_threshold`: as in `predict_dataset`.
+        dataset: and all up to `crf`: as in `predict_dataset`.
         progress: show a bar on stderr.
         dataset_name: written into the report, as is `split`.
         split: which part of it.
@@ -142,7 +146,7 @@ def evaluate_model(
     metrics = {
         protocol: SegmentationMetric(names, ignore_index=config.semantic_loss_ignore_index) for protocol in PROTOCOLS
     }
-    predictions = predict_dataset(model, processor, share, scales, flip, batch_size, cam_threshold)
+    predictions = predict_dataset(model, processor, share, scales, flip, batch_size, cam_threshold, crf)
     for prediction in tqdm(predictions, "evaluate", total=len(share), unit="image", disable=not progress or rank > 0):
         for protocol, metric in metrics.items():
             metric.add(prediction=prediction.masks[protocol], reference=prediction.truth)
@@ -159,6 +163,8 @@ def evaluate_model(
     ]
     report["protocol"] = {
         **PROTOCOLS,
+        **{column: PROTOCOLS[column].replace(":", ", CRF:", 1) for column in ("seg", "seg_tags") if crf is not None},
+        "crf": None if crf is None else asdict(crf),
         "scales": list(scales),
         "flip": flip,
         "input_size": [processor.size["height"], processor.size["width"]],
@@ -177,7 +183,7 @@ def format_report(report: dict[str, Any]) -> str:
 
     Example:
         >>> column = {"miou": 75.0, "per_class": {"background": 75.0, "cat": None}, "coexistence_miou": None}
-        >>> report = dict.fromkeys(PROTOCOLS, column) | {"images": 1, "untagged": []}
+        >>> report = dict.fromkeys(PROTOCOLS, column) | {"images": 1, "untagged": [], "protocol": {"crf": None}}
         >>> print(format_report(report))  # doctest: +NORMALIZE_WHITESPACE
         IoU (%), 1 images    seg  seg_tags   cam  cam_aux  cam_mean
         background          75.0      75.0  75.0     75.0      75.0
@@ -203,6 +209,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append("seg: tags unknown; seg_tags, cam, cam_aux, cam_mean: tags given; -: nothing to count")
     if report["untagged"]:
         lines.append(f"{len(report['untagged'])} images without tags: {', '.join(report['untagged'][:10])}")
+    if report["protocol"]["crf"]:
+        lines.append(f"seg, seg_tags: after a CRF ({report['protocol']['crf']['backend']})")
     return "\n".join(lines)
 
 
