@@ -136,10 +136,9 @@ def predict_maps(
                 if class_threshold is not None:
                     predicted = (fused.cls_logits.sigmoid() >= class_threshold).to(labels.dtype)
                     labels = torch.where(labels.any(dim=1, keepdim=True), labels, predicted)
-                seg_logits = fused.seg_logits.float()
-                cams = normalize_cams(fused.cam_logits.float(), labels)
-                aux_cams = normalize_cams(fused.aux_cam_logits.float(), labels)
-            for original, *maps in zip(batch["originals"], labels, seg_logits, cams, aux_cams, strict=True):
+                cams = normalize_cams(fused.cam_logits, labels)
+                aux_cams = normalize_cams(fused.aux_cam_logits, labels)
+            for original, *maps in zip(batch["originals"], labels, fused.seg_logits, cams, aux_cams, strict=True):
                 yield ImageMaps(*original, *maps)
     finally:
         model.train(was_training)

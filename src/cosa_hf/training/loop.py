@@ -29,6 +29,7 @@ from cosa_hf.data import (
     without_untagged,
 )
 from cosa_hf.data.stream import TrainingStream
+from cosa_hf.data.tags import list_some
 from cosa_hf.data.views import Views
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.panels import save_panels
@@ -132,7 +133,7 @@ def train(recipe: Recipe) -> Path:
     ) -> dict[str, Tensor]:
         if recipe.supervision == "masks":
             return supervised_loss(outputs, part["labels"], part["mask"], mean=mean)
-        colors = part["strong"] * color_steps
+        colors = part["strong"] * color_steps if objective.dense_energy_weight else None
         return objective(outputs, part["labels"], part["valid"], targets, mean, colors, online.classifier.weight)
 
     def vitals() -> dict[str, float]:
@@ -273,10 +274,7 @@ def _training_data(recipe: Recipe) -> tuple[Dataset | IterableDataset, list[str]
     dataset = load_dataset_by_name(
         recipe.dataset, recipe.data_dir, recipe.train_split, masks=recipe.reads_masks, options=recipe
     )
-    dataset, dropped = without_untagged(dataset)
-    if not len(dataset):
-        raise ValueError(f"split {recipe.train_split} of {recipe.dataset}: none of {len(dropped)} images has a tag")
-    return dataset, dropped
+    return without_untagged(dataset)
 
 
 def _build_model(recipe: Recipe, dataset: Dataset | IterableDataset) -> CoSAForWeaklySupervisedSegmentation:
@@ -414,8 +412,7 @@ def _announce(
             f"{accelerator.num_processes} (processes). Change one of them, or images_per_step if it is meant"
         )
     if dropped:
-        shown = ", ".join(dropped[:10]) + (", ..." if len(dropped) > 10 else "")
-        accelerator.print(f"left out {len(dropped)} images without a tag: {shown} (all in run.json)")
+        accelerator.print(f"left out {len(dropped)} images without a tag: {list_some(dropped)} (all in run.json)")
     if recipe.supervision == "tags" and recipe.reads_masks:
         accelerator.print(
             "ORACLE: guidance gt reads the true masks of the training images (Fig. 1). This run is no weakly "
