@@ -65,11 +65,14 @@ def main() -> None:
     results: dict[str, Any] = {"recipe": arguments.recipe, "changes": changes, "cpu_time": arguments.cpu_time}
     tables: list[str] = []
 
+    def save_results() -> None:
+        (arguments.output_dir / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
     def save(table: str) -> None:
         print(table, flush=True)
         tables.append(table)
-        (arguments.output_dir / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         (arguments.output_dir / "benchmark.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+        save_results()
 
     results["floor"] = run("floor")
     results["warm-up share"] = results["floor"]["warm-up share"]
@@ -89,6 +92,7 @@ def main() -> None:
                 "steps": earlier["steps"] + result["steps"],
                 "memory": max(earlier["memory"], result["memory"]),
             }
+            save_results()
             print(f"{name}: {report.seconds(report.median_step(result['steps'])):.3f} s", file=sys.stderr, flush=True)
     if arguments.variants:
         save(report.training_table(results))

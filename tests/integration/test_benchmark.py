@@ -77,7 +77,6 @@ def test_flops_are_those_of_the_network():
     encoder = 12 * (24 * tokens * width**2 + 4 * tokens**2 * width) + 2 * 784 * 768 * width
     decoder = 2 * 784 * 9 * (768 * 512 + 512 * 512)
     assert found["flops"]["ON forward"] == pytest.approx(2 * (encoder + decoder), rel=0.01)
-    assert found["flops"]["ON backward"] == pytest.approx(2 * found["flops"]["ON forward"], rel=0.01)
 
 
 def test_the_straight_version_computes_the_same_losses(monkeypatch):
