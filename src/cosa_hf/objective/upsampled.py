@@ -15,9 +15,9 @@ VALUES_AT_ONCE, VALUES_AT_ONCE_ON_CPU = 2**24, 2**17
 def upsampled_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Sum over pixels of weight times cross-entropy, the logits resized bilinearly to the targets.
 
-    Equals `F.cross_entropy` of `F.interpolate(logits)` up to rounding. That would keep several tensors of all classes
-    at all pixels for the backward pass, 2.4 GB for each of two images of 448 pixels and 1,000 classes. Here a band of
-    rows is upsampled, its gradient taken at once, brought back to the grid of `logits`, and the band forgotten.
+    Equals `F.cross_entropy` of `F.interpolate(logits)` up to rounding. That would hold three tensors of all classes at
+    all pixels at a time, 2.4 GB for each image of 448 pixels with 1,000 classes. Here a band of rows is upsampled, its
+    gradient taken at once, brought back to the grid of `logits`, and the band forgotten.
 
     Args:
         logits: (B, K, h, w), float32 or float64. The gradient is theirs alone, and only once: no second derivative.
