@@ -78,7 +78,8 @@ def train(recipe: Recipe) -> Path:
 
     assignment = AssignmentNetwork(online, recipe.ema_momentum).to(accelerator.device)
     thresholds = [
-        DynamicThreshold(recipe.threshold, recipe.threshold_decay, recipe.threshold_queue) for _ in ("M'", "M†'")
+        DynamicThreshold(recipe.threshold, recipe.threshold_decay, recipe.threshold_queue, recipe.threshold_covariance)
+        for _ in ("M'", "M†'")
     ]
     objective = _objective(recipe)
     heads: dict[str, Any] = {
