@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cosa_hf.objective.pseudo_labels import (
     cam_pseudo_labels,
     normalize_cams,
+    present_classes,
     restrict_to_labels,
     segmentation_pseudo_labels,
 )
@@ -140,3 +141,15 @@ def test_spl_survives_logits_that_overflow_half_precision_once_sharpened(dtype):
     seg_logits = torch.tensor([-6e4, 6e4, 6e4, -6e4]).view(1, 4, 1, 1).to(dtype)
     value = segmentation_pseudo_labels(seg_logits, torch.tensor([[1, 1, 0]]))
     assert value.flatten().tolist() == [0.0, 0.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("tags", [[1, 1, 0, 0, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+def test_labels_of_present_classes_are_the_labels_of_all(tags):
+    torch.manual_seed(0)
+    cams = torch.rand(2, 5, 6, 6).mul(4).round().div(4)  # with ties
+    cams = cams * torch.tensor([tags, [0, 0, 0, 1, 0]])[:, :, None, None]
+    few, classes = present_classes(cams)
+    assert few.shape[1] == max(1, sum(tags))
+    expected = cam_pseudo_labels(cams, 0.5, background_threshold=0.2)
+    assert torch.equal(cam_pseudo_labels(few, 0.5, background_threshold=0.2, classes=classes), expected)
+    assert torch.equal(few.amax(dim=1), cams.amax(dim=1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cosa_hf.objective.classification import classification_loss
 from cosa_hf.objective.dense_energy import dense_energy_loss
-from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels
+from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels, present_classes
 from cosa_hf.objective.reliability import ProcessMean, perplexity, reliability_weights, single_process
 from cosa_hf.objective.separation import contrastive_separation_loss
 from cosa_hf.objective.swapping import cam2seg_loss, seg2cam_loss
@@ -120,9 +120,10 @@ class CoSAObjective:
 
     def _cam2seg(self, outputs: Any, cams: Tensor, threshold: float, valid: Tensor, mean: ProcessMean) -> Tensor:
         grid = [math.ceil(side / self.supervision_stride) for side in valid.shape[-2:]]
+        cams, classes = present_classes(cams)
         cams = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
         valid = valid_tokens(valid, cams)
-        ids = cam_pseudo_labels(cams, threshold, valid, self.ignore_index, self.background_threshold)
+        ids = cam_pseudo_labels(cams, threshold, valid, self.ignore_index, self.background_threshold, classes)
         weights = None
         if self.reliability_weighting:
             weights = reliability_weights(self._perplexity(cams, threshold), valid, mean)
@@ -158,6 +159,7 @@ class CoSAObjective:
         self, outputs: Any, images: Tensor | None, cams: Tensor, threshold: float, valid: Tensor, _mean: ProcessMean
     ) -> Tensor:
         assert images is not None
+        cams, _ = present_classes(cams)
         cams = F.interpolate(cams, size=valid.shape[-2:], mode="bilinear", align_corners=False)
         ids = cam_pseudo_labels(cams, threshold, valid, self.ignore_index, self.background_threshold)
         # A mean over images, of which every process has as many: its gradients need no common count.

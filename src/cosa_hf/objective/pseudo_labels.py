@@ -56,12 +56,35 @@ def normalize_cams(cam_logits: Tensor, labels: Tensor, valid: Tensor | None = No
     return scaled.masked_fill(~inside, 0.0)
 
 
+def present_classes(cams: Tensor) -> tuple[Tensor, Tensor]:
+    """Only the CAMs that say anything: an image has a tag or two, and the maps of all other classes are zero.
+
+    Args:
+        cams: normalised CAMs, (B, C, h, w) in [0, 1].
+
+    Returns:
+        cams: (B, N, h, w) with N the most such maps that an image has, at least 1; zeros where it has fewer.
+        classes: which class each map is of, (B, N), ascending among those that are not zero.
+
+    Example:
+        >>> import torch
+        >>> cams = torch.tensor([0.0, 0.7, 0.0, 0.4]).view(1, 4, 1, 1)
+        >>> [tensor.flatten().tolist() for tensor in present_classes(cams)]
+        [[0.699999988079071, 0.4000000059604645], [1, 3]]
+    """
+    present = (cams > 0).flatten(2).any(dim=2)
+    most = max(1, int(present.sum(dim=1).max()))
+    classes = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return cams.gather(1, classes[:, :, None, None].expand(-1, -1, *cams.shape[2:])), classes
+
+
 def cam_pseudo_labels(
     cams: Tensor,
     threshold: float,
     valid: Tensor | None = None,
     ignore_index: int = 255,
     background_threshold: float | None = None,
+    classes: Tensor | None = None,
 ) -> Tensor:
     """CAM pseudo-labels, CPL (Eq. 3): the strongest class where it reaches the threshold, else background.
 
@@ -72,6 +95,7 @@ def cam_pseudo_labels(
         ignore_index: the id that no loss and no metric counts.
         background_threshold: confidences from here up to the threshold are neither, and get `ignore_index` (released
             code). None: there is no such range.
+        classes: which class each of the maps is of, (B, N), from `present_classes`; None where they are all there.
 
     Returns:
         Class ids (B, H, W), background 0, class c as c + 1.
@@ -82,6 +106,8 @@ def cam_pseudo_labels(
         [[[2, 1]]]
     """
     confidence, winner = cams.max(dim=1)
+    if classes is not None:
+        winner = classes.gather(1, winner.flatten(1)).view_as(winner)
     ids = torch.where(confidence >= threshold, winner + 1, 0)
     if background_threshold is not None:
         ids = ids.masked_fill((confidence >= background_threshold) & (confidence < threshold), ignore_index)

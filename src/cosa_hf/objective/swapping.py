@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.reliability import ProcessMean, single_process
+from cosa_hf.objective.upsampled import upsampled_cross_entropy
 
 
 def cam2seg_loss(
@@ -35,16 +36,16 @@ def cam2seg_loss(
         >>> round(cam2seg_loss(torch.zeros(1, 4, 2, 2), torch.zeros(1, 8, 8, dtype=torch.long)).item(), 4)
         1.3863
     """
-    seg_logits = at_least_float32(seg_logits)
-    seg_logits = F.interpolate(seg_logits, size=pseudo_labels.shape[-2:], mode="bilinear", align_corners=False)
-    loss = F.cross_entropy(seg_logits, pseudo_labels, ignore_index=ignore_index, reduction="none")
-    if weights is not None:
-        loss = loss * weights
-    known = pseudo_labels != ignore_index
+    seg_logits, known = at_least_float32(seg_logits), pseudo_labels != ignore_index
     if balanced:
         background = pseudo_labels == 0
-        return (_mean_over(background, loss, mean) + _mean_over(known & ~background, loss, mean)) / 2
-    return _mean_over(known, loss, mean)
+        halves = (background, known & ~background)
+        share = sum(_share_of_mean(half, mean, seg_logits.dtype) for half in halves) / 2
+    else:
+        share = _share_of_mean(known, mean, seg_logits.dtype)
+    if weights is not None:
+        share = share * weights
+    return upsampled_cross_entropy(seg_logits, pseudo_labels.masked_fill(~known, 0), share)
 
 
 def seg2cam_loss(cam_logits: Tensor, segmentation: Tensor, valid: Tensor, mean: ProcessMean = single_process) -> Tensor:
@@ -68,10 +69,10 @@ def seg2cam_loss(cam_logits: Tensor, segmentation: Tensor, valid: Tensor, mean: 
     cam_logits = at_least_float32(cam_logits)
     target = segmentation[:, 1:].to(cam_logits.dtype)
     loss = F.binary_cross_entropy_with_logits(cam_logits, target, reduction="none")
-    return _mean_over(valid, loss.mean(dim=1), mean)
+    return (loss.mean(dim=1) * _share_of_mean(valid, mean, loss.dtype)).sum()
 
 
-def _mean_over(counted: Tensor, loss: Tensor, mean: ProcessMean) -> Tensor:
-    """Mean of `loss` where `counted`, over all processes; 0 where nothing is."""
-    count = mean(counted.sum().to(loss.dtype))
-    return (loss * counted).sum() / count.clamp_min(torch.finfo(count.dtype).tiny)
+def _share_of_mean(counted: Tensor, mean: ProcessMean, dtype: torch.dtype) -> Tensor:
+    """What each position weighs in a mean over all that are `counted`, on all processes; 0 where nothing is."""
+    count = mean(counted.sum().to(dtype))
+    return counted / count.clamp_min(torch.finfo(count.dtype).tiny)
