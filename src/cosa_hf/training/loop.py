@@ -91,7 +91,7 @@ def train(recipe: RunRecipe, make_task: Callable[[Any, Accelerator], Task] = CoS
     def vitals() -> dict[str, float]:
         return task.vitals() | {"lr": schedule.get_last_lr()[0]}
 
-    model.train()
+    task.train(model)
     with Watch(accelerator, checkpoints, progress, task.network) as watch:
         for batch in watch.steps(loader):
             targets = task.targets(batch, progress.step, mean)

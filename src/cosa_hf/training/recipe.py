@@ -106,7 +106,17 @@ class RunRecipe(DatasetOptions):
 
         Raises:
             FileNotFoundError: no such recipe; the message lists the known names.
-            ValueError: see `from_yaml`.
+            ValueError: not a mapping, an unknown field or a wrong type.
+        """
+        return cls.from_mapping(cls.values_of(name) | overrides)
+
+    @classmethod
+    def values_of(cls, name: str | Path) -> dict[str, Any]:
+        """The fields that a recipe sets, by its name or path, as they stand in it.
+
+        Raises:
+            FileNotFoundError: no such recipe; the message lists the known names.
+            ValueError: the file holds something else.
         """
         path = Path(name)
         if not path.suffix:
@@ -114,7 +124,10 @@ class RunRecipe(DatasetOptions):
         if not path.is_file():
             known = ", ".join(sorted(recipe.stem for recipe in cls.directory.glob("*.yaml")))
             raise FileNotFoundError(f"no recipe {path}; known by name: {known or f'none, there is no {cls.directory}'}")
-        return cls.from_yaml(path, **overrides)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
+        return values
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
@@ -124,10 +137,7 @@ class RunRecipe(DatasetOptions):
             FileNotFoundError: no such file.
             ValueError: not a mapping, an unknown field or a wrong type.
         """
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
-        return cls.from_mapping(values | overrides)
+        return cls.named(Path(path), **overrides)
 
     def to_yaml(self, path: str | Path) -> None:
         """Write all fields, so that the run can be repeated from the file alone."""

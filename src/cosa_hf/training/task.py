@@ -64,6 +64,10 @@ class Task(ABC):
         rate = self.recipe.learning_rate * self.recipe.head_lr_multiplier
         return [{"params": self.backbone_parameters()}, {"params": self.head_parameters(), "lr": rate}]
 
+    def train(self, network: nn.Module) -> None:
+        """Put the network as Accelerate wrapped it into the mode that it is trained in."""
+        network.train()
+
     @abstractmethod
     def states(self) -> dict[str, Any]:
         """What a checkpoint has to bring back, by name: networks, and whatever goes on from step to step."""
