@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
-from cosa_hf.modeling_cosa import CoSALargeFOV
+from cosa_hf.modeling_cosa import CoSALargeFOV, read_timm_weights
 from cosa_hf.multistage.configuration import CoSAMSConfig
 
 STRIDE = 32  # every pyramid and decoder takes images whose sides are multiples of it
@@ -129,10 +129,15 @@ def load_pretrained(features: nn.Module, name: str, weights: str | None) -> None
         weights: a `.safetensors` or `.pth` file of it; timm's download when None.
 
     Raises:
-        ValueError: the file is not there or not of this model.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not of this model, or nothing can be downloaded.
     """
     timm = _timm()
-    overlay = None if weights is None else {"file": weights}
+    overlay = None
+    if weights is not None:
+        # timm would take what it finds in a file and leave the rest as it was, without a word.
+        read_timm_weights(timm.create_model(name, num_classes=0), name, weights)
+        overlay = {"file": weights}
     try:
         source = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
     except (OSError, RuntimeError) as error:

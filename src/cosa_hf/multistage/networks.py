@@ -1,5 +1,6 @@
 """The networks of Tab. 2 by name, and any other of segmentation_models_pytorch, timm and transformers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -34,18 +35,29 @@ SWIN_B_SHAPE: dict[str, Any] = {
 }
 
 
-def build_network(recipe: MultistageRecipe, names: list[str], **labels: Any) -> tuple[PreTrainedModel, Any]:
+def build_network(
+    recipe: MultistageRecipe, names: list[str], coexistence_classes: Sequence[str] = ()
+) -> tuple[PreTrainedModel, Any]:
     """The network of a recipe with pretrained encoder and fresh decoder, and its processor.
 
     Args:
         recipe: `network`, where its weights come from, and the size that images are resized to.
         names: the K labels, background first.
-        labels: more entries of its config.
+        coexistence_classes: whose mean is C-mIoU.
 
     Raises:
         ValueError: no such network, or its weights cannot be had.
     """
-    labels |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    model, processor = _build(recipe, names)
+    model.config.coexistence_classes = list(coexistence_classes)
+    return model, processor
+
+
+def _build(recipe: MultistageRecipe, names: list[str]) -> tuple[PreTrainedModel, Any]:
+    labels: dict[str, Any] = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
     kind, _, rest = PAPER.get(recipe.network, recipe.network).partition("/")
     size = {"height": recipe.input_size, "width": recipe.input_size}
     if recipe.network == "upernet-swin-b":

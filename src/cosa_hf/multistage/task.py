@@ -60,7 +60,7 @@ class MultistageTask(Task):
         self.reads = {"masks": True, "confidence": recipe.confidence_weighting}
         names = ["background", *class_names(self.dataset)]
         coexistence = [name for name in COEXISTENCE_CLASSES.get(recipe.dataset, ()) if name in names]
-        self.network, self.processor = build_network(recipe, names, coexistence_classes=coexistence)
+        self.network, self.processor = build_network(recipe, names, coexistence)
         nn.Module.to(self.network, memory_format=torch.channels_last)
         encoder = {id(parameter) for parameter in encoder_of(self.network).parameters()}
         trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
