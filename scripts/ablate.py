@@ -13,10 +13,10 @@ import signal
 import sys
 from pathlib import Path
 
+from arguments import add_fusion, positive
 from train import parse as parse_recipe
 
 from cosa_hf.evaluation.plots import plot_ablation
-from cosa_hf.evaluation.protocols import SCALES
 from cosa_hf.training.ablation_report import write_results
 from cosa_hf.training.ablation_run import Protocol, describe, execute, plan, row_recipes
 from cosa_hf.training.ablations import TABLES
@@ -58,18 +58,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         "--output_dir", type=Path, default=Path("runs/ablations"), help="of the runs of all tables (%(default)s)"
     )
     parser.add_argument("--parallel", type=positive, default=1, help="runs side by side, then on one thread each")
-    parser.add_argument(
-        "--scales", type=float, nargs="+", default=SCALES, help="input sizes fused in evaluation (%(default)s)"
-    )
-    parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
+    add_fusion(parser)
     return parser.parse_known_args()
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
 
 
 if __name__ == "__main__":

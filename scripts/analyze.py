@@ -22,15 +22,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from accelerate import PartialState
+from arguments import add_inference, dataset_parser, inference_of, positive
+from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from cosa_hf import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name
+from cosa_hf import CoSAConfig
+from cosa_hf.data import DatasetOptions, load_dataset_by_name
 from cosa_hf.evaluation.analyses import ANALYSES, Labelling, format_table
+from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.plots import plot_analysis
-from cosa_hf.evaluation.protocols import SCALES, label_names, predict_dataset
+from cosa_hf.evaluation.protocols import predict_dataset
+from cosa_hf.inference import load_model
 from cosa_hf.training.checkpoints import moments
 from cosa_hf.training.recipe import Recipe
 
@@ -46,10 +49,11 @@ class Subject:
     labelling: dict[str, float]
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
         subjects = subjects_of(args.models, args.figure)
-        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True)
+        options.classes = options.classes or label_names(CoSAConfig.from_pretrained(subjects[0].directory))[1:]
+        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
         rows = [row for subject in subjects for row in analyze(subject, args, dataset)]
@@ -101,58 +105,32 @@ def networks_of(name: str, path: Path, figure: str) -> Iterator[Subject]:
                 yield Subject(name, moment.step, network, getattr(moment, network), constants | thresholds)
 
 
-def analyze(subject: Subject, args: argparse.Namespace, dataset) -> list[dict]:
-    model = AutoModelForSemanticSegmentation.from_pretrained(subject.directory)
-    if not isinstance(model, CoSAForWeaklySupervisedSegmentation):
-        raise ValueError(f"{subject.directory} holds a {type(model).__name__}, which has no CAMs to look at")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+def analyze(subject: Subject, args: argparse.Namespace, dataset: Dataset) -> list[dict]:
+    model, processor = load_model(str(subject.directory), PartialState().device)
     config = model.config
     own = {"threshold": config.cam_threshold, "aux_threshold": config.cam_threshold}
     labelling = Labelling(
         label_names(config), coexistence_classes=config.coexistence_classes, **own | subject.labelling
     )
-    predictions = predict_dataset(
-        model,
-        AutoImageProcessor.from_pretrained(subject.directory),
-        dataset,
-        scales=args.scales,
-        flip=not args.no_flip,
-        batch_size=args.batch_size,
-    )
+    predictions = predict_dataset(model, processor, dataset, **inference_of(args))
     title = f"{subject.run}, step {subject.step}, {subject.network}"
     found = ANALYSES[args.figure](tqdm(predictions, title, total=len(dataset), unit="image"), labelling)
     return [{"run": subject.run, "step": subject.step, "network": subject.network} | row for row in found]
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
+    parser = dataset_parser(__doc__)
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="directory of a run or a model; NAME=DIRECTORY names it"
     )
     parser.add_argument("--figure", required=True, choices=ANALYSES, help="which, see above")
-    parser.add_argument(
-        "--dataset", required=True, choices=sorted(COEXISTENCE_CLASSES), help="which dataset's layout to read"
-    )
-    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); shapes draws itself, needs none")
     parser.add_argument("--split", default="val", help="part of the dataset to look at (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the CSV and the PNG go")
     parser.add_argument("--num_images", type=positive, help="only the first N images; all without")
-    parser.add_argument(
-        "--scales", type=float, nargs="+", default=list(SCALES), help="input sizes that are fused (%(default)s)"
-    )
-    parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
-    parser.add_argument("--batch_size", type=positive, default=8, help="images per forward pass (default: %(default)s)")
-    return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+    add_inference(parser)
+    options, args = parser.parse_args_into_dataclasses()
+    return args, options
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(*parse_args())

@@ -13,10 +13,10 @@ import os
 import sys
 from pathlib import Path
 
+from arguments import dataset_parser
 from datasets import Dataset
-from transformers import HfArgumentParser
 
-from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, class_names, load_dataset_by_name
+from cosa_hf.data import DatasetOptions, class_names, load_dataset_by_name
 from cosa_hf.data.check import check_splits, format_findings
 from cosa_hf.data.folder import unnamed_pictures
 
@@ -52,16 +52,7 @@ def load(args: argparse.Namespace, split: str, options: DatasetOptions) -> Datas
 
 
 def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
-    parser = HfArgumentParser(
-        DatasetOptions,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--dataset", required=True, choices=sorted(COEXISTENCE_CLASSES), help="which dataset's layout to read"
-    )
-    parser.add_argument("--data_dir", help="directory of the dataset; not for shapes and hub")
+    parser = dataset_parser(__doc__)
     parser.add_argument("--split", nargs="+", default=["train"], help="splits to read and compare (%(default)s)")
     parser.add_argument("--report", type=Path, help="JSON file for all findings; the first of each kind are printed")
     parser.add_argument(

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from cosa_hf.data.coco import read_instances, render_mask
 from cosa_hf.evaluation.palette import to_palette_image
+from cosa_hf.files import remove_unfinished, whole_file
 
 
 def main(args: argparse.Namespace) -> None:
@@ -24,6 +25,7 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"error: {error}") from None
     directory = args.data_dir / "masks" / args.split
     directory.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(directory)
     present = {path.stem for path in directory.glob("*.png")}
     images = [image for image in instances.images if Path(image["file_name"]).stem not in present]
     targets = [directory / f"{Path(image['file_name']).stem}.png" for image in images]
@@ -44,12 +46,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def write_mask(target: Path, size: tuple[int, int], objects: list) -> None:
-    unfinished = target.with_suffix(".part")
     try:
-        to_palette_image(render_mask(*size, objects)).save(unfinished, "PNG")
+        mask = render_mask(*size, objects)
     except (KeyError, TypeError) as error:
         raise ValueError(f"an annotation of {target.stem} cannot be drawn: {type(error).__name__}: {error}") from error
-    os.replace(unfinished, target)
+    with whole_file(target) as unfinished:
+        to_palette_image(mask).save(unfinished, "PNG")
 
 
 def parse_args() -> argparse.Namespace:

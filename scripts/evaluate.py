@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import HfArgumentParser
+from arguments import add_inference, add_model, dataset_parser, inference_of, positive
 
-from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
-from cosa_hf.evaluation.maps import SCALES, label_names
+from cosa_hf.data import DatasetOptions, load_dataset_by_name
+from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.panels import save_panels
 from cosa_hf.evaluation.protocols import evaluate_model, format_report
 from cosa_hf.evaluation.weights import weights_sha256
@@ -28,7 +28,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
         dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
-        inference = {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
+        inference = inference_of(args)
         weights = weights_sha256(args.model)
         report = evaluate_model(
             model,
@@ -55,17 +55,8 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
 
 
 def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
-    parser = HfArgumentParser(
-        DatasetOptions,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
-    parser.add_argument(
-        "--dataset", required=True, choices=sorted(COEXISTENCE_CLASSES), help="which dataset's layout to read"
-    )
-    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); not for shapes and hub")
+    parser = dataset_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--split", default="val", help="part of the dataset to score (default: %(default)s)")
     parser.add_argument("--report", type=Path, default=Path("report.json"), help="JSON file to write (%(default)s)")
     parser.add_argument(
@@ -75,29 +66,14 @@ def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
         "--num_panels", type=positive, default=16, help="pictures, from the start of the split (%(default)s)"
     )
     parser.add_argument("--num_images", type=positive, help="score only the first N images; all without")
-    parser.add_argument(
-        "--scales",
-        type=float,
-        nargs="+",
-        default=list(SCALES),
-        help="relative input sizes whose outputs are fused (default: %(default)s)",
-    )
-    parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
+    add_inference(parser)
     parser.add_argument(
         "--input_size",
         type=positive,
         help="side in pixels images are resized to; the processor's own without",
     )
-    parser.add_argument("--batch_size", type=positive, default=8, help="images per forward pass (default: %(default)s)")
     options, args = parser.parse_args_into_dataclasses()
     return args, options
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
 
 
 if __name__ == "__main__":

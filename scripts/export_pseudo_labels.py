@@ -16,10 +16,10 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from transformers import HfArgumentParser
+from arguments import add_inference, add_model, dataset_parser, inference_of, positive
 
-from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
-from cosa_hf.evaluation.maps import SCALES, label_names
+from cosa_hf.data import DatasetOptions, load_dataset_by_name
+from cosa_hf.evaluation.maps import label_names
 from cosa_hf.export import FORMATS, SOURCES, export_pseudo_labels
 from cosa_hf.inference import load_model
 
@@ -45,11 +45,9 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
             split=args.split,
             threshold=args.threshold,
             class_threshold=args.class_threshold if args.tags == "predicted" else None,
-            scales=args.scales,
-            flip=not args.no_flip,
-            batch_size=args.batch_size,
             shard_size=args.shard_size,
             data_dir=args.data_dir,
+            **inference_of(args),
         )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -63,17 +61,8 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
 
 
 def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
-    parser = HfArgumentParser(
-        DatasetOptions,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
-    parser.add_argument(
-        "--dataset", required=True, choices=sorted(COEXISTENCE_CLASSES), help="which dataset's layout to read"
-    )
-    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); shapes draws itself, needs none")
+    parser = dataset_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--split", required=True, help="part of the dataset to label")
     parser.add_argument(
         "--source", required=True, choices=SOURCES, help="CAM, auxiliary CAM, their mean, or the segmentation"
@@ -95,18 +84,10 @@ def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
         default=0.5,
         help="probability from which on a class is recognised, with --tags predicted (%(default)s)",
     )
-    parser.add_argument(
-        "--scales",
-        type=float,
-        nargs="+",
-        default=list(SCALES),
-        help="relative input sizes whose outputs are fused (default: %(default)s)",
-    )
-    parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
-    parser.add_argument("--batch_size", type=int, default=8, help="images per forward pass (default: %(default)s)")
+    add_inference(parser)
     parser.add_argument(
         "--shard_size",
-        type=int,
+        type=positive,
         default=256,
         help="images written together: a parquet file's, and what an interruption costs at most (%(default)s)",
     )

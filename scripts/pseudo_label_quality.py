@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import HfArgumentParser
+from arguments import add_inference, add_model, dataset_parser, inference_of
 
-from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
-from cosa_hf.evaluation.maps import SCALES, label_names
+from cosa_hf.data import DatasetOptions, load_dataset_by_name
+from cosa_hf.evaluation.maps import label_names
 from cosa_hf.export import format_quality, pseudo_label_quality
 from cosa_hf.export.quality import THRESHOLDS
 from cosa_hf.inference import load_model
@@ -23,8 +23,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
         model, processor = load_model(args.model, PartialState().device)
         options.classes = options.classes or label_names(model.config)[1:]
         dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
-        settings = {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
-        report = pseudo_label_quality(model, processor, dataset, args.thresholds, **settings)
+        report = pseudo_label_quality(model, processor, dataset, args.thresholds, **inference_of(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(format_quality(report))
@@ -34,31 +33,14 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
 
 
 def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
-    parser = HfArgumentParser(
-        DatasetOptions,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
-    parser.add_argument(
-        "--dataset", required=True, choices=sorted(COEXISTENCE_CLASSES), help="which dataset's layout to read"
-    )
-    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); shapes draws itself, needs none")
+    parser = dataset_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--split", required=True, help="part of the dataset to score")
     parser.add_argument("--report", type=Path, default=Path("quality.json"), help="JSON file to write (%(default)s)")
     parser.add_argument(
         "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="values of xi (default: %(default)s)"
     )
-    parser.add_argument(
-        "--scales",
-        type=float,
-        nargs="+",
-        default=list(SCALES),
-        help="relative input sizes whose outputs are fused (default: %(default)s)",
-    )
-    parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
-    parser.add_argument("--batch_size", type=int, default=8, help="images per forward pass (default: %(default)s)")
+    add_inference(parser)
     options, args = parser.parse_args_into_dataclasses()
     return args, options
 

@@ -8,7 +8,7 @@ from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImagePr
 from cosa_hf.data.tags import tag_features
 
 CLASSES = ["cat", "dog", "sea horse"]
-SIZES = {"plain": (40, 30), "IMG 12%": (31, 44), "pets/übung": (24, 24), "turned": (50, 20), "long": (2000, 4)}
+SIZES = {"plain": (40, 30), "IMG 12%": (31, 44), "pets/übung": (24, 24), "turned": (50, 20), "long": (20_000, 20)}
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def processor():
 
 @pytest.fixture
 def columns(tmp_path):
-    """Five images in files: a blank, a slash, an umlaut in their ids; one lies on its side; one is 500 times as wide
+    """Five images in files: a blank, a slash, an umlaut in their ids; one lies on its side; one is 1,000 times as wide
     as it is high."""
     folder = tmp_path / "photos"
     folder.mkdir()

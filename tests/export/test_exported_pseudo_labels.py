@@ -20,7 +20,7 @@ from cosa_hf.data.images import read_image, read_mask, undecoded
 from cosa_hf.data.tags import tag_features
 from cosa_hf.evaluation import predict_dataset, predict_maps
 from cosa_hf.export import FORMATS, SOURCES, export_pseudo_labels, formats
-from cosa_hf.export.files import whole_file
+from cosa_hf.files import whole_file
 
 ONE_SCALE = {"scales": (1.0,), "flip": False, "batch_size": 2}
 

@@ -1,4 +1,4 @@
-"""A model hub of one process: the routes that publishing and loading need, everything in memory."""
+"""A hub of one process: the routes that publishing and loading models and datasets need, everything in memory."""
 
 import base64
 import hashlib
@@ -7,7 +7,9 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+# Addresses of a dataset's files, unlike a model's, say what it is. A model and a dataset cannot share a name here.
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+API, FILES = rf"/api/(?:models|datasets)/{REPO}", rf"/(?:datasets/)?{REPO}"
 
 
 class Hub(ThreadingHTTPServer):
@@ -78,14 +80,24 @@ class Handler(BaseHTTPRequestHandler):
             200, {"id": repo, "modelId": repo, "sha": sha, "private": private, "siblings": siblings, "tags": []}
         )
 
-    def tree(self, body, repo, revision):
-        _, files = self.commit_of(repo, revision)
-        self.answer(200, [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in files])
+    def tree(self, body, repo, revision, folder=None):
+        sha, files = self.commit_of(repo, revision)
+        start = f"{folder}/" if folder else ""
+        inside = {name[len(start) :] for name in files if name.startswith(start)}
+        if folder and not inside:
+            return self.answer(404, {"error": "no folder"}, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+        entries = dict.fromkeys(inside, "file")
+        if "recursive=true" not in self.path.lower():
+            entries = {name.split("/")[0]: "directory" if "/" in name else "file" for name in inside}
+        paths = {start + name: kind for name, kind in entries.items()}
+        return self.answer(
+            200, [{"type": kind, "path": p, "size": len(files.get(p, b"")), "oid": p} for p, kind in paths.items()]
+        )
 
     def preupload(self, body, repo):
         modes = {True: "lfs", False: "regular"}
         files = [file["path"] for file in json.loads(body)["files"]]
-        large = {path: path.endswith((".safetensors", ".png")) for path in files}
+        large = {path: path.endswith((".safetensors", ".png", ".parquet")) for path in files}
         self.answer(200, {"files": [{"path": p, "uploadMode": modes[large[p]], "shouldIgnore": False} for p in files]})
 
     def large_batch(self, body, repo):
@@ -130,12 +142,12 @@ class Handler(BaseHTTPRequestHandler):
 ROUTES = [
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.validate),
-    ("GET", f"/api/models/{REPO}", Handler.info),
-    ("GET", f"/api/models/{REPO}/revision/(?P<revision>[^/]+)", Handler.info),
-    ("GET", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)", Handler.tree),
-    ("POST", f"/api/models/{REPO}/preupload/main", Handler.preupload),
-    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.large_batch),
+    ("GET", API, Handler.info),
+    ("GET", f"{API}/revision/(?P<revision>[^/]+)", Handler.info),
+    ("GET", f"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", Handler.tree),
+    ("POST", f"{API}/preupload/main", Handler.preupload),
+    ("POST", rf"{FILES}\.git/info/lfs/objects/batch", Handler.large_batch),
     ("PUT", "/upload/(?P<oid>[0-9a-f]{64})", Handler.upload),
-    ("POST", f"/api/models/{REPO}/commit/main", Handler.commit),
-    ("GET", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
+    ("POST", f"{API}/commit/main", Handler.commit),
+    ("GET", f"{FILES}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]

@@ -50,13 +50,15 @@ def runs(tmp_path_factory):
     return directory
 
 
-def analyze(monkeypatch, output_dir, figure, *models):
+def analyze(monkeypatch, output_dir, figure, *models, data=QUICK):
     """The script in this process, where starting it anew would only cost time; the rows that it wrote."""
-    arguments = [*map(str, models), *QUICK, "--figure", figure, "--output_dir", str(output_dir)]
+    arguments = [*map(str, models), *data, "--figure", figure, "--output_dir", str(output_dir)]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    # Drawing two hundred pictures to look at four would be most of the test.
-    few = load_shapes("val", num_images=4, masks=True)
-    monkeypatch.setattr("cosa_hf.data.load_dataset_by_name", lambda *_, **__: few)
+    if data is QUICK:
+        # Drawing two hundred pictures to look at four would be most of the test.
+        few = load_shapes("val", num_images=4, masks=True)
+        monkeypatch.setattr("cosa_hf.data.load_dataset_by_name", lambda *_, **__: few)
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script that is started
     runpy.run_path(str(SCRIPT), run_name="__main__")
     return list(csv.DictReader((output_dir / f"figure-{figure}.csv").open()))
 
@@ -119,6 +121,20 @@ def test_a_single_model_has_no_time_and_its_own_threshold(runs, tmp_path, monkey
     assert {(row["run"], row["step"], row["network"], row["threshold"]) for row in rows} == {
         ("online", "0", "model", "0.5")
     }
+
+
+@pytest.mark.parametrize("classes", [(), ("--classes", *SHAPES_CLASSES)])
+def test_a_folder_is_read_with_the_classes_of_the_model_or_those_given(classes, runs, tmp_path, monkeypatch):
+    lines = ["file_name,mask_file_name,labels,split"]
+    for row in load_shapes("val", num_images=2, masks=True):
+        row["image"].save(tmp_path / f"{row['image_id']}.png")
+        row["mask"].save(tmp_path / f"{row['image_id']}_mask.png")
+        tags = ";".join(SHAPES_CLASSES[label] for label in row["labels"])
+        lines.append(f"{row['image_id']}.png,{row['image_id']}_mask.png,{tags},val")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    folder = ("--dataset", "folder", "--data_dir", str(tmp_path), *classes, "--scales", "1", "--no_flip")
+    rows = analyze(monkeypatch, tmp_path / "out", "7", runs / "with" / "online", data=folder)
+    assert [row["image_id"] for row in rows] == ["val-00000", "val-00001"]
 
 
 @pytest.mark.parametrize(

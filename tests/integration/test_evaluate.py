@@ -37,6 +37,7 @@ def model_dir(tmp_path_factory):
 def run_here(monkeypatch, *arguments):
     """The script in this process, where starting it anew would only cost time."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script that is started
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 

@@ -51,6 +51,7 @@ def voc_dir(tmp_path_factory):
 def run_here(monkeypatch, script, *arguments):
     """The script in this process, where starting it anew would only cost time."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    monkeypatch.syspath_prepend(SCRIPTS)  # as for a script that is started
     runpy.run_path(str(SCRIPTS / script), run_name="__main__")
 
 

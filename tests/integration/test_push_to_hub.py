@@ -98,6 +98,18 @@ def run(*command, hub, home):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=home)
 
 
+def push(model, *arguments, hub, home):
+    return run(SCRIPTS / "push_to_hub.py", model, "--repo_id", REPO, *arguments, hub=hub, home=home)
+
+
+@pytest.fixture
+def published(run_dir, online, tmp_path):
+    """The commits of a public repository that has the model."""
+    stage(run_dir / "assignment", tmp_path / "first", REPO)
+    publish(tmp_path / "first", REPO)
+    return list(online.repos[REPO]["commits"])
+
+
 @pytest.mark.slow
 def test_evaluated_pushed_and_loaded_by_a_stranger(run_dir, hub, tmp_path):
     model = run_dir / "assignment"
@@ -111,12 +123,8 @@ def test_evaluated_pushed_and_loaded_by_a_stranger(run_dir, hub, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["weights_sha256"] == weights_sha256(model)
 
-    done = run(
-        *(SCRIPTS / "push_to_hub.py", model, "--repo_id", REPO, "--private"),
-        *("--report", tmp_path / "report.json", "--panels", tmp_path / "panels"),
-        hub=hub,
-        home=tmp_path,
-    )
+    shown = ("--report", tmp_path / "report.json", "--panels", tmp_path / "panels")
+    done = push(model, "--private", *shown, hub=hub, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert hub.repos[REPO]["private"]
     (_, empty), (sha, files) = hub.repos[REPO]["commits"]
@@ -151,11 +159,8 @@ def test_evaluated_pushed_and_loaded_by_a_stranger(run_dir, hub, tmp_path):
     assert np.array_equal(ids, there["mask"])
 
 
-def test_failed_upload_leaves_the_old_revision_whole(run_dir, online, tmp_path):
-    stage(run_dir / "assignment", tmp_path / "first", REPO)
-    publish(tmp_path / "first", REPO)
-    before = list(online.repos[REPO]["commits"])
-    assert set(before[-1][1]) == MODEL_FILES | {".gitattributes"}
+def test_failed_upload_leaves_the_old_revision_whole(run_dir, online, published, tmp_path):
+    assert set(published[-1][1]) == MODEL_FILES | {".gitattributes"}
 
     changed = tmp_path / "changed"
     model = CoSAForWeaklySupervisedSegmentation.from_pretrained(run_dir / "assignment")
@@ -166,7 +171,7 @@ def test_failed_upload_leaves_the_old_revision_whole(run_dir, online, tmp_path):
     online.refuse_large_files = True
     with pytest.raises((RuntimeError, OSError)):
         publish(tmp_path / "second", REPO)
-    assert online.repos[REPO]["commits"] == before
+    assert online.repos[REPO]["commits"] == published
 
     online.refuse_large_files = False
     publish(tmp_path / "second", REPO)
@@ -176,19 +181,16 @@ def test_failed_upload_leaves_the_old_revision_whole(run_dir, online, tmp_path):
     assert set(files) == (MODEL_FILES | {".gitattributes"}) - {"recipe.yaml"}
 
 
-def test_a_public_repository_is_no_place_for_a_private_model(run_dir, online, tmp_path):
-    stage(run_dir / "assignment", tmp_path / "staged", REPO)
-    publish(tmp_path / "staged", REPO)
-    before = list(online.repos[REPO]["commits"])
+def test_a_public_repository_is_no_place_for_a_private_model(online, published, tmp_path):
     with pytest.raises(ValueError, match="exists and is public"):
-        publish(tmp_path / "staged", REPO, private=True)
-    assert online.repos[REPO]["commits"] == before
+        publish(tmp_path / "first", REPO, private=True)
+    assert online.repos[REPO]["commits"] == published
 
 
 @pytest.mark.slow
 def test_script_says_that_nothing_was_committed(run_dir, hub, tmp_path):
     hub.refuse_large_files = True
-    done = run(SCRIPTS / "push_to_hub.py", run_dir / "assignment", "--repo_id", REPO, hub=hub, home=tmp_path)
+    done = push(run_dir / "assignment", hub=hub, home=tmp_path)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert f"no commit was made; {REPO} is as it was" in done.stderr
@@ -198,11 +200,7 @@ def test_script_says_that_nothing_was_committed(run_dir, hub, tmp_path):
 @pytest.mark.slow
 def test_dry_run_sends_nothing(run_dir, hub, tmp_path):
     staged = tmp_path / "staged"
-    done = run(
-        *(SCRIPTS / "push_to_hub.py", run_dir / "assignment", "--repo_id", REPO, "--dry_run", staged),
-        hub=hub,
-        home=tmp_path,
-    )
+    done = push(run_dir / "assignment", "--dry_run", staged, hub=hub, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert hub.repos == {}
     assert {path.name for path in staged.iterdir()} == MODEL_FILES

@@ -144,6 +144,21 @@ def test_commands_are_the_flags_then_the_row(trainings, processes, tmp_path):
     ]
 
 
+def test_scoring_is_told_what_the_recipe_says_about_its_data(trainings):
+    told = {"dataset_name": "org/pets", "label_column": "tags", "classes": ["dog", "house cat"]}
+    (training,) = trainings(base=replace(BASE, dataset="hub", **told), rows=["with CSC"])
+    start = training.evaluate_command.index("--split") + 2
+    assert training.evaluate_command[start : training.evaluate_command.index("--scales")] == [
+        *("--dataset_name", "org/pets", "--label_column", "tags", "--classes", "dog", "house cat"),
+    ]
+
+
+def test_a_list_of_a_row_is_given_value_by_value(trainings):
+    table = replace(TABLE, switches=("label_scales",), rows={"two": {"label_scales": [1.0, 0.5]}})
+    (training,) = trainings(table=table)
+    assert "--label_scales 1.0 0.5 --seed" in " ".join(training.train_command)
+
+
 def test_another_recipe_is_run_anew_beside_the_old_one(trainings, processes, tmp_path):
     execute(trainings())
     processes.scripts()

@@ -165,7 +165,8 @@ def test_no_other_guidance_reads_masks(tiny, few_shapes, objective_calls, guidan
 
 
 def test_the_dense_energy_sees_the_strong_view_in_steps_of_0_to_255(tiny, objective_calls):
-    train(tiny(scale_min=1.0, scale_max=1.0))  # without padding
+    train(tiny(dense_energy_weight=0.05, scale_min=1.0, scale_max=1.0))  # without padding
+    assert objective_calls
     for call in objective_calls:
         steps = call["images"] - call["images"].amin(dim=(2, 3), keepdim=True)
         assert 20 < steps.amax() < 256
@@ -236,6 +237,7 @@ def test_training_never_opens_a_mask(tiny, monkeypatch, tmp_path):
         train(tiny(dataset="voc", data_dir=str(root), supervision="masks", output_dir=str(tmp_path / "bound")))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method is being renamed; the floor has the old name
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny, tmp_path):
     plain = tiny(output_dir=str(tmp_path / "plain"))
     checkpointed = tiny(output_dir=str(tmp_path / "checkpointed"), gradient_checkpointing=True)

@@ -99,7 +99,7 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_the_uninterrupted_one(tin
     run_and_die(resumed, die_writing)
     assert list(directory.glob(".*.unfinished"))
     run_and_die(resumed, die_at(torch.optim.AdamW, "step", draw.randint(4, 6)))
-    run_and_die(resumed, die_at(checkpoints.os, "replace", 2))  # the first is of the log
+    run_and_die(resumed, die_at(os, "replace", 2))  # the first is of the log
     with (tmp_path / "killed/log.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')  # as a run killed while it writes leaves it
     train(resumed)

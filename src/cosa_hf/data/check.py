@@ -13,13 +13,11 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cosa_hf.data.images import UnreadableImageError, read_image, read_mask, undecoded
+from cosa_hf.data.images import IGNORE_INDEX, UnreadableImageError, read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names
 
 FEW_IMAGES = 20
 """Classes with fewer images than this are pointed out: little can be learned from them."""
-
-_IGNORE_INDEX = 255
 
 
 class _Seen(NamedTuple):
@@ -198,7 +196,7 @@ class _Reading(torch.utils.data.Dataset):
             kind = "mask"
             if "mask" in row:
                 ids = np.asarray(read_mask(row, image.size, self.num_classes))
-                in_mask = [int(i) - 1 for i in np.unique(ids) if i not in (0, _IGNORE_INDEX)]
+                in_mask = [int(i) - 1 for i in np.unique(ids) if i not in (0, IGNORE_INDEX)]
         except UnreadableImageError as error:
             problem = str(error)
         return _Seen(row["image_id"], digest, row["labels"], problem, kind, in_mask)

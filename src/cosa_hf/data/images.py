@@ -11,6 +11,9 @@ from cosa_hf.image_processing_cosa import to_rgb
 
 T = TypeVar("T", Dataset, IterableDataset)
 
+IGNORE_INDEX = 255
+"""The id of mask pixels that no loss and no metric counts."""
+
 
 class UnreadableImageError(ValueError):
     """An image or mask that cannot be used as it is; the message names it and says why."""
@@ -56,7 +59,7 @@ def read_image(example: dict[str, Any]) -> Image.Image:
 
 
 def read_mask(
-    example: dict[str, Any], image_size: tuple[int, int], num_classes: int, ignore_index: int = 255
+    example: dict[str, Any], image_size: tuple[int, int], num_classes: int, ignore_index: int = IGNORE_INDEX
 ) -> Image.Image:
     """The mask of an example as class ids in a mode "L" image.
 

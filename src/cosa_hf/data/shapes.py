@@ -1,9 +1,8 @@
 """The embedded demo set: textured objects on textured grounds, generated from a seed.
 
-Eight classes, each with a shape, a texture and a typical colour of its own, stand on muted, textured grounds.
-Two of them, boat and train, always come
-with the same surroundings, water and rails, which are background in the masks and appear nowhere else: the
-coexistence problem in miniature (paper, Sec. 3.4 and Fig. 8).
+Eight classes, each with a shape, a texture and a typical colour of its own, stand on muted, textured grounds. Two of
+them, boat and train, always come with the same surroundings, water and rails, which are background in the masks and
+appear nowhere else: the coexistence problem in miniature (paper, Sec. 3.4 and Fig. 8).
 """
 
 import io

@@ -143,8 +143,17 @@ def name_some(names: Sequence[str], noun: str) -> str:
         >>> name_some(["a", "b"], "image")
         '2 images (a, b)'
     """
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({shown})"
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({list_some(names)})"
+
+
+def list_some(names: Sequence[str]) -> str:
+    """The names alone, where the message counts them itself.
+
+    Example:
+        >>> list_some(["a", "b", "c", "d", "e", "f"])
+        'a, b, c, d, e, ...'
+    """
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def without_untagged(dataset: Dataset) -> tuple[Dataset, list[str]]:

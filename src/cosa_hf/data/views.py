@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from cosa_hf.data.appearance import apply_appearance, draw_appearance
+from cosa_hf.data.images import IGNORE_INDEX
 
-IGNORE_INDEX = 255
 BLUR_PROBABILITY = 0.5
 # The paper gives the probability only. These are pixels of its 448-pixel crop; a smaller crop is blurred less, so that
 # the same share of an object's detail is lost.

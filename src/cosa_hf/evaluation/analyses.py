@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosa_hf.data.images import IGNORE_INDEX
 from cosa_hf.evaluation.metrics import SegmentationMetric
 from cosa_hf.evaluation.protocols import ImagePrediction
 from cosa_hf.objective.pseudo_labels import cam_pseudo_labels
@@ -30,7 +31,6 @@ __all__ = [
     "truth_where_certain",
 ]
 
-IGNORE = 255
 CONFIDENCE_EDGES = torch.linspace(0, 1, 21)
 # Beyond 4, within 2.3 % of the way from the threshold to 0 or 1 at the paper's constants, there is one bin.
 PERPLEXITY_EDGES = torch.cat([torch.linspace(0, 4, 17), torch.tensor([torch.inf])])
@@ -93,7 +93,7 @@ def accuracy_in_bins(values: Tensor, prediction: Tensor, truth: Tensor, edges: T
         >>> accuracy_in_bins(values, torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 255]), edges).tolist()
         [[2, 1], [1, 1]]
     """
-    counted = truth != IGNORE
+    counted = truth != IGNORE_INDEX
     bins = torch.bucketize(values[counted], edges[1:-1], right=True)
     right = (prediction == truth)[counted]
     return torch.stack([torch.bincount(chosen, minlength=len(edges) - 1) for chosen in (bins, bins[right])])
@@ -106,7 +106,7 @@ def truth_where_certain(truth: Tensor, perplexity: Tensor, epsilon: float = 1.0)
         >>> truth_where_certain(torch.tensor([3, 4]), torch.tensor([0.5, 2.0])).tolist()
         [3, 255]
     """
-    return truth.masked_fill(perplexity > epsilon, IGNORE)
+    return truth.masked_fill(perplexity > epsilon, IGNORE_INDEX)
 
 
 def distance_to_ideal(miou: float, perplexity: float) -> float:

@@ -135,12 +135,11 @@ def predict_maps(
                 if class_threshold is not None:
                     predicted = (fused.cls_logits.sigmoid() >= class_threshold).to(labels.dtype)
                     labels = torch.where(labels.any(dim=1, keepdim=True), labels, predicted)
-                seg_logits = fused.seg_logits.float()
                 cams, aux_cams = (
-                    [None] * len(labels) if maps is None else normalize_cams(maps.float(), labels)
+                    [None] * len(labels) if maps is None else normalize_cams(maps, labels)
                     for maps in (fused.cam_logits, fused.aux_cam_logits)
                 )
-            for original, *maps in zip(batch["originals"], labels, seg_logits, cams, aux_cams, strict=True):
+            for original, *maps in zip(batch["originals"], labels, fused.seg_logits, cams, aux_cams, strict=True):
                 yield ImageMaps(*original, *maps)
     finally:
         for module in training:  # not model.train(): a part of it may have been in eval mode

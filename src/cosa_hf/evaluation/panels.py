@@ -10,13 +10,13 @@ from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import PreTrainedModel
 
+from cosa_hf.data.images import IGNORE_INDEX
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image, voc_palette
 from cosa_hf.evaluation.protocols import predict_dataset
 
 __all__ = ["overlay", "panel", "save_panels"]
 
-IGNORE = 255
 TILE_HEIGHT = 192
 GAP = 6
 FONT_SIZE = 13
@@ -151,7 +151,7 @@ def _mask(mask: Any, image: Image.Image, names: Sequence[str]) -> np.ndarray:
     mask = _numpy(mask)
     if mask.shape != (image.height, image.width):
         raise ValueError(f"mask of shape {mask.shape} for an image of {image.height} x {image.width}")
-    unnamed = [int(index) for index in np.unique(mask) if index != IGNORE and not 0 <= index < len(names)]
+    unnamed = [int(index) for index in np.unique(mask) if index != IGNORE_INDEX and not 0 <= index < len(names)]
     if unnamed:
         raise ValueError(f"the mask holds the ids {unnamed}, but there are names for 0..{len(names) - 1} only")
     return mask
@@ -186,7 +186,7 @@ def _legend(ids: np.ndarray, names: Sequence[str], width: int, font_size: int = 
     for index in ids:
         if index == 0:
             continue
-        name = "ignored" if index == IGNORE else names[int(index)]
+        name = "ignored" if index == IGNORE_INDEX else names[int(index)]
         length = font_size + space + int(font.getlength(name)) + 2 * space
         if left > space and left + length > width:
             left, line = space, line + 1

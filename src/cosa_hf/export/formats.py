@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 
 from cosa_hf.data.tags import tag_features
 from cosa_hf.evaluation.palette import to_palette_image
-from cosa_hf.export.files import whole_file
+from cosa_hf.files import whole_file
 
 __all__ = ["FORMATS", "CocoFormat", "Format", "ParquetFormat", "PngFormat", "PseudoLabel"]
 

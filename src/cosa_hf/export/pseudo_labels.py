@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from cosa_hf._version import __version__
 from cosa_hf.data.images import undecoded
+from cosa_hf.data.tags import list_some
 from cosa_hf.evaluation.maps import SCALES, ImageMaps, check_classes, label_names, predict_maps
-from cosa_hf.export.files import remove_unfinished, whole_file
 from cosa_hf.export.formats import FORMATS, Format, PseudoLabel
+from cosa_hf.files import remove_unfinished, whole_file
 from cosa_hf.inference import has_cams
 
 __all__ = ["RECORD", "SOURCES", "export_pseudo_labels"]
@@ -216,12 +217,12 @@ def _check_images(dataset: Dataset, class_threshold: float | None) -> str:
     image_ids, labels = dataset["image_id"][:], dataset["labels"][:]
     twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
     if twice:
-        raise ValueError(f"{_some(twice)} more than once in the dataset: masks could not be told apart")
+        raise ValueError(f"{list_some(twice)} more than once in the dataset: masks could not be told apart")
     untagged = [image_id for image_id, tags in zip(image_ids, labels, strict=True) if not tags]
     if untagged and class_threshold is None:
         raise ValueError(
-            f"{len(untagged)} of {len(image_ids)} images have no tag: {_some(untagged)}; tag them, take them off the "
-            "split, or label them by what the model recognises (--tags predicted)"
+            f"{len(untagged)} of {len(image_ids)} images have no tag: {list_some(untagged)}; tag them, take them off "
+            "the split, or label them by what the model recognises (--tags predicted)"
         )
     return hashlib.sha256(json.dumps([image_ids, labels]).encode()).hexdigest()
 
@@ -277,7 +278,3 @@ def _full_disk_explained(output_dir: Path) -> Iterator[None]:
             f"{os.strerror(errno.ENOSPC)}: what is finished in {output_dir} is whole; make room and run the same "
             "command again, it goes on from there",
         ) from error
-
-
-def _some(image_ids: list[str]) -> str:
-    return ", ".join(image_ids[:10]) + (", ..." if len(image_ids) > 10 else "")

@@ -12,11 +12,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from cosa_hf.data import class_names, load_voc, undecoded
-from cosa_hf.data.images import UnreadableImageError, read_image, read_mask
+from cosa_hf.data.images import IGNORE_INDEX, UnreadableImageError, read_image, read_mask
 from cosa_hf.evaluation.palette import voc_palette
 from cosa_hf.export.pseudo_labels import RECORD
 
-IGNORE = 255
 SHOWN = 10  # of the masks that cannot be used, in an error
 
 
@@ -109,8 +108,10 @@ def _check_mask(row: dict[str, Any], num_classes: int) -> None:
     # Reading the image too tells its size after any EXIF rotation.
     mask = read_mask(row, read_image(row).size, num_classes)
     present = np.unique(np.asarray(mask))
-    if present.tolist() == [IGNORE]:
-        raise UnreadableImageError(f"mask of image {row['image_id']!r} is all {IGNORE}: not one pixel is labelled")
+    if present.tolist() == [IGNORE_INDEX]:
+        raise UnreadableImageError(
+            f"mask of image {row['image_id']!r} is all {IGNORE_INDEX}: not one pixel is labelled"
+        )
     palette = datasets.Image().decode_example(row["mask"]).getpalette()  # None of a grey image
     if palette is not None:
         _check_palette(palette, present.tolist(), row["image_id"])

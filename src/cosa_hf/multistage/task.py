@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cosa_hf.data import COEXISTENCE_CLASSES, class_names
+from cosa_hf.data.images import IGNORE_INDEX
 from cosa_hf.export.pseudo_labels import export_pseudo_labels
 from cosa_hf.inference import load_model
-from cosa_hf.multistage.data import IGNORE, Exported, check_masks, load_pseudo_labels
+from cosa_hf.multistage.data import Exported, check_masks, load_pseudo_labels
 from cosa_hf.multistage.networks import build_network, encoder_of
 from cosa_hf.multistage.recipe import MultistageRecipe
 from cosa_hf.objective.pseudo_labels import PseudoLabels
@@ -119,7 +120,7 @@ class MultistageTask(Task):
         weights = None
         if self.recipe.confidence_weighting:
             weights = confidence_weights(part["confidence"], part["mask"], self.exported.threshold, mean)
-        return {"loss": cam2seg_loss(outputs.logits, part["mask"], weights, ignore_index=IGNORE, mean=mean)}
+        return {"loss": cam2seg_loss(outputs.logits, part["mask"], weights, ignore_index=IGNORE_INDEX, mean=mean)}
 
     @property
     def evaluated(self) -> PreTrainedModel:
@@ -151,7 +152,7 @@ def confidence_weights(confidence: Tensor, mask: Tensor, threshold: float | None
         tensor([[[1.5000, 0.5000]]])
     """
     unsure = confidence.clamp_min(1e-3).reciprocal() if threshold is None else perplexity(confidence, threshold)
-    return reliability_weights(unsure, mask != IGNORE, mean)
+    return reliability_weights(unsure, mask != IGNORE_INDEX, mean)
 
 
 __all__ = ["MODEL", "MultistageTask", "confidence_weights", "train_multistage"]

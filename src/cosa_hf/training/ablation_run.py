@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cosa_hf.data.options import DatasetOptions
 from cosa_hf.training.ablations import Table
 from cosa_hf.training.cosa import recommendation
 from cosa_hf.training.recipe import Recipe
@@ -190,6 +191,7 @@ def plan(
             network = recommendation(recipe)[0]
             report = directory / f"report-{slug(protocol.split)}.json"
             evaluation = {"dataset": recipe.dataset, "data_dir": recipe.data_dir, "split": protocol.split}
+            evaluation |= _options_set(recipe)
             trainings.append(
                 Training(
                     dataclasses.replace(recipe, output_dir=str(directory)),
@@ -304,6 +306,13 @@ def _unused(directory: Path, taken: set[Path]) -> Path:
     return candidate
 
 
+def _options_set(recipe: Recipe) -> dict[str, Any]:
+    """What a reader has to be told about the recipe's data, other than by default."""
+    options = {spec.name: (getattr(recipe, spec.name), spec.default) for spec in dataclasses.fields(DatasetOptions)}
+    return {name: value for name, (value, default) in options.items() if value != default}
+
+
 def _as_flags(fields: dict[str, Any]) -> list[str]:
-    """Values as the scripts take them."""
-    return [part for name, value in fields.items() for part in (f"--{name}", str(value))]
+    """Values as the scripts take them, those of a list one after the other."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
+    return [part for name, several in values.items() for part in (f"--{name}", *map(str, several))]

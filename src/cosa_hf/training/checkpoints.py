@@ -4,7 +4,6 @@ A checkpoint is written whole or not at all, checked when read, and nothing in i
 """
 
 import json
-import os
 import time
 import zlib
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cosa_hf.files import remove_unfinished, whole_file
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.training.recipe import Recipe
@@ -132,14 +132,11 @@ class Checkpoints:
         final = self.directory / f"step-{step:07d}.safetensors"
         if self.accelerator.is_main_process:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob(".*.unfinished"):
-                leftover.unlink()
-            unfinished = final.with_name(f".{final.name}.unfinished")
+            remove_unfinished(self.directory)
             try:
-                _write(unfinished, packed)
-                os.replace(unfinished, final)
+                with whole_file(final) as unfinished:
+                    _write(unfinished, packed)
             except (OSError, SafetensorError) as error:
-                unfinished.unlink(missing_ok=True)
                 whole = self.all()
                 raise OSError(
                     f"cannot write the checkpoint of step {step} to {self.directory}: {error}. "
@@ -319,7 +316,6 @@ def moments(output_dir: Path) -> list[Moment]:
     last = Recipe.from_yaml(output_dir / "recipe.yaml").max_steps
     places = {int(path.name.removeprefix("step-")): path for path in (output_dir / "snapshots").glob("step-*")}
     places[last] = output_dir
-    # A run that was resumed has some steps twice; the later line is the one that the weights come from.
     entries = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = {entry["step"]: (entry["xi"], entry["aux_xi"]) for entry in entries if "xi" in entry}
     found = []

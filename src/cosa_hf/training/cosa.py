@@ -133,7 +133,7 @@ class CoSATask(Task):
     ) -> dict[str, Tensor]:
         if self.recipe.supervision == "masks":
             return supervised_loss(outputs, part["labels"], part["mask"], mean=mean)
-        colors = part["strong"] * self.color_steps
+        colors = part["strong"] * self.color_steps if objective.dense_energy_weight else None
         classifier = self.network.classifier.weight
         return objective(outputs, part["labels"], part["valid"], targets, mean, colors, classifier)
 
@@ -186,10 +186,7 @@ def _training_data(recipe: Recipe) -> tuple[Dataset | IterableDataset, list[str]
     dataset = load_dataset_by_name(
         recipe.dataset, recipe.data_dir, recipe.train_split, masks=recipe.reads_masks, options=recipe
     )
-    dataset, dropped = without_untagged(dataset)
-    if not len(dataset):
-        raise ValueError(f"split {recipe.train_split} of {recipe.dataset}: none of {len(dropped)} images has a tag")
-    return dataset, dropped
+    return without_untagged(dataset)
 
 
 def _build_model(recipe: Recipe, dataset: Dataset | IterableDataset) -> CoSAForWeaklySupervisedSegmentation:

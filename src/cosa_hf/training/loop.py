@@ -19,6 +19,7 @@ from transformers import get_polynomial_decay_schedule_with_warmup
 
 from cosa_hf.data import class_names, load_dataset_by_name, streaming_loader
 from cosa_hf.data.stream import TrainingStream
+from cosa_hf.data.tags import list_some
 from cosa_hf.data.views import Views
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.panels import save_panels
@@ -254,7 +255,6 @@ def _announce(task: Task, images_per_step: int) -> None:
             f"{task.accelerator.num_processes} (processes). Change one of them, or images_per_step if it is meant"
         )
     if task.dropped:
-        shown = ", ".join(task.dropped[:10]) + (", ..." if len(task.dropped) > 10 else "")
-        say(f"left out {len(task.dropped)} images without a tag: {shown} (all in run.json)")
+        say(f"left out {len(task.dropped)} images without a tag: {list_some(task.dropped)} (all in run.json)")
     for remark in remarks:
         say(remark)

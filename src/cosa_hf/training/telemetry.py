@@ -1,7 +1,6 @@
 """What a run tells while it runs: a progress bar, a line every N steps, a tracker."""
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from accelerate.utils import tqdm
 from torch import Tensor
 
 from cosa_hf.assignment.threshold import DynamicThreshold
+from cosa_hf.files import whole_file
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels
 from cosa_hf.objective.reliability import perplexity
@@ -62,9 +62,8 @@ class Telemetry:
         self._track(self.accelerator.init_trackers, "cosa_hf", config=settings)
         if self.accelerator.is_main_process:
             kept = [line for line in self._entries() if json.loads(line)["step"] <= step] if step else []
-            rewritten = self.log.with_name(f".{self.log.name}")
-            rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(rewritten, self.log)
+            with whole_file(self.log) as rewritten:
+                rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         self.steps, self.since = 0, time.perf_counter()
 

@@ -1,6 +1,6 @@
 import pytest
 
-from cosa_hf.export.files import remove_unfinished, whole_file
+from cosa_hf.files import remove_unfinished, whole_file
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):

@@ -1,0 +1,56 @@
+"""Arguments that several scripts have: one name, one meaning."""
+
+import argparse
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions
+from cosa_hf.evaluation.maps import SCALES
+
+
+def dataset_parser(description: str | None) -> HfArgumentParser:
+    """Takes --dataset, --data_dir and, as a dataclass of their own, the options of its readers."""
+    parser = HfArgumentParser(
+        DatasetOptions,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--dataset", required=True, choices=sorted(COEXISTENCE_CLASSES), help="which dataset's layout to read"
+    )
+    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); not for shapes and hub")
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
+
+
+def add_inference(parser: argparse.ArgumentParser) -> None:
+    add_fusion(parser)
+    parser.add_argument("--batch_size", type=positive, default=8, help="images per forward pass (default: %(default)s)")
+
+
+def add_fusion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=list(SCALES),
+        help="relative input sizes whose outputs are fused (default: %(default)s)",
+    )
+    parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
+
+
+def inference_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_inference` took, as `predict_maps` wants it."""
+    return {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
