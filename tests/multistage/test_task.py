@@ -132,3 +132,9 @@ def test_a_network_of_transformers_trains_too(tiny, tmp_path):
     recipe = tiny(network="upernet/test_resnet")
     train_multistage(recipe)
     assert len(log_of(recipe)) == 4
+
+
+@pytest.mark.parametrize("path", sorted(MultistageRecipe.directory.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_repository_are_valid(path):
+    recipe = MultistageRecipe.named(path.stem, pseudo_labels="x")
+    assert recipe.images_per_step == recipe.batch_size * recipe.gradient_accumulation_steps

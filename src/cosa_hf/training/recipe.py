@@ -72,7 +72,7 @@ class RunRecipe(DatasetOptions):
     checkpoint_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only when cut short"})
     keep_checkpoints: int = field(default=2, metadata={"help": "how many of them to keep, the newest"})
     snapshot_every: int = field(
-        default=0, metadata={"help": "steps between copies of both networks, kept for scripts/analyze.py; 0: none"}
+        default=0, metadata={"help": "steps between copies of the networks, kept for scripts/analyze.py; 0: none"}
     )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
 
