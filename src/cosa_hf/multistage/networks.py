@@ -58,32 +58,20 @@ def _build(recipe: MultistageRecipe, names: list[str]) -> tuple[PreTrainedModel,
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }
-    kind, _, rest = PAPER.get(recipe.network, recipe.network).partition("/")
     size = {"height": recipe.input_size, "width": recipe.input_size}
-    if recipe.network == "upernet-swin-b":
-        return _upernet_swin(recipe, labels), SegformerImageProcessor(size=size, do_reduce_labels=False)
-    if kind == "upernet" and rest:
-        model, encoder = _upernet_timm(recipe, rest, labels)
-        mean, std = _normalisation(encoder)
-        return model, SegformerImageProcessor(size=size, image_mean=mean, image_std=std, do_reduce_labels=False)
-    architecture, _, encoder_name = rest.partition("/")
-    if (kind == "smp" and encoder_name) or (kind == "largefov" and rest):
-        if kind == "largefov":
-            architecture, encoder_name = "largefov", rest
-        model = CoSAMSForSemanticSegmentation(
-            CoSAMSConfig(
-                architecture=architecture,
-                encoder=encoder_name,
-                output_stride=recipe.output_stride,
-                decoder_channels=recipe.decoder_channels,
-                **labels,
-            )
-        )
-        if recipe.pretrained:
-            model.load_encoder(recipe.backbone_weights)
-        mean, std = _normalisation(encoder_name)
-        return model, CoSAImageProcessor(size=size, image_mean=mean, image_std=std)
-    return _transformers_model(recipe, labels, size)
+    match PAPER.get(recipe.network, recipe.network).split("/"):
+        case ["upernet-swin-b"]:
+            return _upernet_swin(recipe, labels), SegformerImageProcessor(size=size, do_reduce_labels=False)
+        case ["upernet", encoder]:
+            mean, std = _normalisation(encoder)
+            processor = SegformerImageProcessor(size=size, image_mean=mean, image_std=std, do_reduce_labels=False)
+            return _upernet_timm(recipe, encoder, labels), processor
+        case ["smp", architecture, encoder] | ["largefov" as architecture, encoder]:
+            model = _cosa_ms(recipe, architecture, encoder, labels)
+            mean, std = _normalisation(encoder)
+            return model, CoSAImageProcessor(size=size, image_mean=mean, image_std=std)
+        case _:
+            return _transformers_model(recipe, labels, size)
 
 
 def encoder_of(model: PreTrainedModel) -> nn.Module:
@@ -96,6 +84,20 @@ def encoder_of(model: PreTrainedModel) -> nn.Module:
     if encoder is None:
         raise ValueError(f"{type(model).__name__} does not say which part of it is its encoder")
     return encoder
+
+
+def _cosa_ms(recipe: MultistageRecipe, architecture: str, encoder: str, labels: dict[str, Any]) -> PreTrainedModel:
+    config = CoSAMSConfig(
+        architecture=architecture,
+        encoder=encoder,
+        output_stride=recipe.output_stride,
+        decoder_channels=recipe.decoder_channels,
+        **labels,
+    )
+    model = CoSAMSForSemanticSegmentation(config)
+    if recipe.pretrained:
+        model.load_encoder(recipe.backbone_weights)
+    return model
 
 
 def _upernet_swin(recipe: MultistageRecipe, labels: dict[str, Any]) -> PreTrainedModel:
@@ -115,7 +117,7 @@ def _upernet_swin(recipe: MultistageRecipe, labels: dict[str, Any]) -> PreTraine
     return model
 
 
-def _upernet_timm(recipe: MultistageRecipe, encoder: str, labels: dict[str, Any]) -> tuple[PreTrainedModel, str]:
+def _upernet_timm(recipe: MultistageRecipe, encoder: str, labels: dict[str, Any]) -> PreTrainedModel:
     import timm
 
     if not timm.is_model(encoder):
@@ -126,7 +128,7 @@ def _upernet_timm(recipe: MultistageRecipe, encoder: str, labels: dict[str, Any]
     model = UperNetForSemanticSegmentation(config)
     if recipe.pretrained:
         load_pretrained(model.backbone._backbone, encoder, recipe.backbone_weights)
-    return model, encoder
+    return model
 
 
 def _upernet_options(recipe: MultistageRecipe) -> dict[str, Any]:
