@@ -141,7 +141,7 @@ def load_model(
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from cosa_hf import CoSAConfig
+        >>> from cosa_hf import CoSAConfig, CoSAImageProcessor
         >>> with TemporaryDirectory() as folder:
         ...     CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit")).save_pretrained(folder)
         ...     _ = CoSAImageProcessor().save_pretrained(folder)

@@ -150,6 +150,7 @@ def label_names(config: Any) -> list[str]:
     """The K label names of a model's config in the order of their ids, background first.
 
     Example:
+        >>> from cosa_hf import CoSAConfig
         >>> label_names(CoSAConfig(id2label={1: "cat", 0: "background"}))
         ['background', 'cat']
     """
@@ -160,6 +161,7 @@ def ignore_index(config: Any) -> int:
     """The id that a model's config leaves out of masks; 255, everybody's, where it names none.
 
     Example:
+        >>> from cosa_hf import CoSAConfig
         >>> ignore_index(CoSAConfig())
         255
     """

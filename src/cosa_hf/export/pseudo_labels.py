@@ -78,15 +78,14 @@ def export_pseudo_labels(
         How many images this call labelled, in all processes.
 
     Raises:
-        ValueError: a setting is out of range, a CAM is asked of a model without,
-            the classes are not the model's, an image has no tag, two have
-            one id, an image cannot be read (the others are labelled first), or `output_dir` has an export
-            with other settings.
+        ValueError: a setting is out of range, a CAM is asked of a model without, the classes are not the model's,
+            an image has no tag, two have one id, an image cannot be read (the others are labelled first), or
+            `output_dir` has an export with other settings.
         FileExistsError: `output_dir` has files that no export wrote.
         OSError: the disk is full; the same call goes on when there is room.
 
     Example:
-        >>> from cosa_hf import CoSAConfig
+        >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
         >>> from cosa_hf.data import SHAPES_CLASSES, load_shapes
         >>> config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
         >>> model = CoSAForWeaklySupervisedSegmentation(config)

@@ -17,7 +17,7 @@ class MultistageRecipe(RunRecipe):
         ValueError: a field of the wrong type or outside its range; the message names it.
 
     Example:
-        >>> MultistageRecipe(network="upernet/test_resnet").confidence_weighting
+        >>> MultistageRecipe(pseudo_labels="VOC2012-pseudo").confidence_weighting
         False
     """
 

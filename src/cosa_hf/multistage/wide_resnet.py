@@ -83,10 +83,11 @@ class WideResNet38(nn.Module):
         ValueError: another output stride.
 
     Example:
+        >>> import torch
         >>> with torch.device("meta"):
         ...     model = WideResNet38(num_classes=0, output_stride=8)
-        ...     features = model.forward_features(torch.empty(1, 3, 64, 96))
-        >>> features.shape
+        ...     shape = model.forward_features(torch.empty(1, 3, 64, 96)).shape
+        >>> shape
         torch.Size([1, 4096, 8, 12])
     """
 
@@ -135,6 +136,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     The names are those of the widespread PyTorch port of the MXNet release. Of a classifier nothing is taken.
 
     Example:
+        >>> import torch
         >>> list(checkpoint_filter_fn({"module.b4_2.bn_branch2b1.bias": torch.zeros(1)}, nn.Module()))
         ['stages.2.2.norms.1.bias']
     """
