@@ -31,21 +31,23 @@ def histogram(values: torch.Tensor) -> torch.Tensor:
     return torch.tensor(np.histogram(values.double().numpy(), bins=BINS, range=(FLOOR, 1))[0], dtype=torch.float64)
 
 
-def reference_fit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reference_fit(values: np.ndarray, covariance: str = "full") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """scikit-learn's weights, means and variances, the background first."""
-    mixture = GaussianMixture(2, tol=1e-9, max_iter=2000, random_state=0).fit(values.astype(np.float64)[:, None])
+    mixture = GaussianMixture(2, covariance_type=covariance, tol=1e-9, max_iter=2000, random_state=0)
+    mixture.fit(values.astype(np.float64)[:, None])
     order = mixture.means_[:, 0].argsort()
-    return mixture.weights_[order], mixture.means_[order, 0], mixture.covariances_[order, 0, 0]
+    variances = np.broadcast_to(mixture.covariances_.reshape(-1), 2)
+    return mixture.weights_[order], mixture.means_[order, 0], variances[order]
 
 
-def assert_is_the_best_split(split: float, values: np.ndarray) -> None:
+def assert_is_the_best_split(split: float, values: np.ndarray, covariance: str = "full") -> None:
     """No threshold explains the values better (Eq. 6), for the mixture that scikit-learn fits to them.
 
     Two thresholds with no value between them are equally good: what is compared is their likelihood, and on how many
     values they disagree.
     """
     values = values.astype(np.float64)
-    fit = reference_fit(values)
+    fit = reference_fit(values, covariance)
     best = reference.best_split(values, *fit)
     assert fit[1][0] < split < fit[1][1]
     assert reference.split_likelihood(values, split, *fit) >= reference.split_likelihood(values, best, *fit) - 1e-4
@@ -134,6 +136,30 @@ def test_split_is_the_best_of_real_cam_values(real_confidences):
     assert len(values) > 2000
     assert_is_the_best_split(threshold.value, values)
     assert threshold.value == pytest.approx(reference.best_split(values, *reference_fit(values)), abs=2e-3)
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.4])
+def test_tied_split_is_the_best_of_real_cam_values(real_confidences, cut):
+    """As they are, and with nearly half of them at zero, as in CAMs that were guided."""
+    confidences = (real_confidences - cut).relu() / (1 - cut)
+    threshold = DynamicThreshold(decay=0.0, covariance="tied")
+    for batch in confidences.split(8):
+        threshold.update(batch)
+    values = confidences.flatten().numpy()
+    assert_is_the_best_split(threshold.value, values, "tied")
+    assert threshold.value == pytest.approx(reference.best_split(values, *reference_fit(values, "tied")), abs=2e-3)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_tied_gaussians_find_the_border_of_what_stands_on_an_empty_ground(share):
+    """Clean CAMs: zero but for the objects, which rise from nothing to one."""
+    values = torch.cat([torch.zeros(int(20_000 * (1 - share))), torch.rand(int(20_000 * share))])
+    full, tied = (DynamicThreshold(decay=0.0, covariance=covariance) for covariance in ("full", "tied"))
+    full.update(values)
+    tied.update(values)
+    assert_is_the_best_split(tied.value, values.numpy(), "tied")
+    assert 0.3 < tied.value < 0.5
+    assert tied.value < full.value or full.value == 0.5  # which sees the objects alone, and parts them
 
 
 def test_inactive_pixels_belong_to_no_cluster():
@@ -295,6 +321,7 @@ def test_nothing_of_it_is_trained():
         ({"decay": 1.0}, "1.0"),
         ({"decay": -0.1}, "-0.1"),
         ({"queue": 0}, "0"),
+        ({"covariance": "diag"}, "full, tied, got 'diag'"),
     ],
 )
 def test_settings_out_of_range_are_refused(arguments, named):

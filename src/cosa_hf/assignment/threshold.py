@@ -1,7 +1,7 @@
 """The dynamic threshold (Eq. 6): two Gaussians fitted to the CAM confidences of the last batches."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,11 @@ from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.reliability import ProcessMean, single_process
 
 BINS = 512
-# Confidences below this are what min-max leaves of an inactive map; they belong to no cluster.
+# Confidences below this are what min-max leaves of an inactive map. Their spike would be a Gaussian of its own, with all
+# else for the other, so that they belong to no cluster; where both have to be equally wide they are the background.
 FLOOR = 0.05
+Covariance = Literal["full", "tied"]
+LOWEST: dict[Covariance, float] = {"full": FLOOR, "tied": 0.0}
 # Nats per value by which two Gaussians must explain the confidences better than one. A single narrow cluster gains
 # 1e-4, the confidences of real CAMs a hundred to a thousand times more.
 LEAST_GAIN = 1e-3
@@ -40,9 +43,11 @@ class DynamicThreshold(nn.Module):
         start: xi before the first fit, in (0, 1).
         decay: of the EMA; 0.99 averages over about 100 steps, so use less for a run of a few hundred.
         queue: batches remembered; 100 in the paper.
+        covariance: `full`, each Gaussian has its variance, fitted to what is above 0.05; `tied`, both share one, fitted
+            to all confidences. The paper's is `full`; docs/voc-1696.md compares them.
 
     Raises:
-        ValueError: `start` outside (0, 1), `decay` outside [0, 1), or an empty queue.
+        ValueError: `start` outside (0, 1), `decay` outside [0, 1), an empty queue or another covariance.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -57,7 +62,9 @@ class DynamicThreshold(nn.Module):
     seen: Tensor
     current: Tensor
 
-    def __init__(self, start: float = 0.5, decay: float = 0.99, queue: int = 100) -> None:
+    def __init__(
+        self, start: float = 0.5, decay: float = 0.99, queue: int = 100, covariance: Covariance = "full"
+    ) -> None:
         super().__init__()
         if not 0 < start < 1:
             raise ValueError(f"the threshold must start inside (0, 1), got {start}")
@@ -65,7 +72,10 @@ class DynamicThreshold(nn.Module):
             raise ValueError(f"the threshold's decay must be in [0, 1), got {decay}")
         if queue < 1:
             raise ValueError(f"the threshold's queue must hold at least one batch, got {queue}")
+        if covariance not in LOWEST:
+            raise ValueError(f"the threshold's covariance must be one of {', '.join(LOWEST)}, got {covariance!r}")
         self.decay = decay
+        self.covariance = covariance
         self.mixture: Mixture | None = None
         self.register_buffer("histograms", torch.zeros(queue, BINS, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
@@ -82,38 +92,43 @@ class DynamicThreshold(nn.Module):
         With several processes `mean` gives all of them the same histogram, and so the same xi.
         """
         values = at_least_float32(confidence.detach())
-        histogram = torch.histc(values[values > FLOOR], bins=BINS, min=FLOOR, max=1.0)
+        if self.covariance == "full":
+            values = values[values > FLOOR]
+        histogram = torch.histc(values, bins=BINS, min=LOWEST[self.covariance], max=1.0)
         self.histograms[self.seen % len(self.histograms)] = mean(histogram).to(self.histograms)
         self.seen += 1
-        self.mixture = fit_mixture(self.histograms.sum(dim=0))
+        self.mixture = fit_mixture(self.histograms.sum(dim=0), self.covariance)
         if self.mixture is not None:
             self.current.lerp_(torch.tensor(self.mixture.split, dtype=torch.float64), 1 - self.decay)
 
 
-def equal_likelihood_split(histogram: Tensor, iterations: int = 200, tolerance: float = 1e-6) -> float | None:
-    """Fit two Gaussians to a histogram over (FLOOR, 1] and return where pi_fg N_fg = pi_bg N_bg between their means.
+def equal_likelihood_split(histogram: Tensor, covariance: Covariance = "full") -> float | None:
+    """Fit two Gaussians to a histogram and return where pi_fg N_fg = pi_bg N_bg between their means.
 
     That point is the threshold of greatest likelihood for the fitted mixture (Eq. 6). Arguments as `fit_mixture`.
 
     Returns:
-        A value in (FLOOR, 1), or None where there are not two clusters to part.
+        A value between 0 and 1, or None where there are not two clusters to part.
 
     Example:
         >>> equal_likelihood_split(torch.zeros(BINS, dtype=torch.float64)) is None
         True
     """
-    mixture = fit_mixture(histogram, iterations, tolerance)
+    mixture = fit_mixture(histogram, covariance)
     return None if mixture is None else mixture.split
 
 
-def fit_mixture(histogram: Tensor, iterations: int = 200, tolerance: float = 1e-6) -> Mixture | None:
-    """Fit two Gaussians to a histogram over (FLOOR, 1] by EM.
+def fit_mixture(
+    histogram: Tensor, covariance: Covariance = "full", iterations: int = 200, tolerance: float = 1e-6
+) -> Mixture | None:
+    """Fit two Gaussians to a histogram by EM.
 
     EM on the histogram agrees with EM on the values to about the width of a bin and costs as much for a million values
     as for a thousand.
 
     Args:
-        histogram: counts, (BINS,), float64.
+        histogram: counts, (BINS,), float64, from LOWEST[covariance] to 1.
+        covariance: see `DynamicThreshold`.
         iterations: the most EM steps.
         tolerance: stop once the means move less than this.
 
@@ -129,8 +144,9 @@ def fit_mixture(histogram: Tensor, iterations: int = 200, tolerance: float = 1e-
     total = histogram.sum()
     if total < 2:
         return None
-    width = (1.0 - FLOOR) / BINS
-    centers = FLOOR + width * (torch.arange(BINS, dtype=histogram.dtype) + 0.5)
+    lowest = LOWEST[covariance]
+    width = (1.0 - lowest) / BINS
+    centers = lowest + width * (torch.arange(BINS, dtype=histogram.dtype) + 0.5)
     mass = histogram / total
     # Start from the halves on either side of the mean, as two-means would.
     high = (centers > (mass * centers).sum()).to(mass)
@@ -142,7 +158,8 @@ def fit_mixture(histogram: Tensor, iterations: int = 200, tolerance: float = 1e-
         if weights.min() <= 1e-6:
             return None
         previous, means = means, (shares * centers).sum(dim=1) / weights
-        variances = (shares * (centers - means[:, None]).square()).sum(dim=1) / weights
+        spread = (shares * (centers - means[:, None]).square()).sum(dim=1)
+        variances = spread / weights if covariance == "full" else spread.sum().expand(2)
         # Nothing is narrower than the bin that it was counted in.
         variances = variances.clamp_min(width**2 / 12)
         if (means - previous).abs().max() < tolerance:

@@ -52,7 +52,10 @@ class CoSATask(Task):
         self.assignment = AssignmentNetwork(self.network, recipe.ema_momentum).to(accelerator.device)
         self.labeller = self.assignment.network if recipe.swapping_assignments else self.network
         self.thresholds = [
-            DynamicThreshold(recipe.threshold, recipe.threshold_decay, recipe.threshold_queue) for _ in ("M'", "M†'")
+            DynamicThreshold(
+                recipe.threshold, recipe.threshold_decay, recipe.threshold_queue, recipe.threshold_covariance
+            )
+            for _ in ("M'", "M†'")
         ]
         self.objective = _objective(recipe)
         # Of a normalised image to 0..255, up to an offset: the dense energy compares colours.

@@ -211,6 +211,13 @@ class Recipe(RunRecipe):
     )
     threshold_decay: float = field(default=0.99, metadata={"help": "EMA decay of xi"})
     threshold_queue: int = field(default=100, metadata={"help": "batches that the mixture is fitted to"})
+    threshold_covariance: Literal["full", "tied"] = field(
+        default="full",
+        metadata={
+            "help": "Gaussians of Eq. 6: full, each as wide as fits the confidences above 0.05 (paper); "
+            "tied, both equally wide, fitted to all confidences (few images, clean CAMs)"
+        },
+    )
     cam2seg_weight: float = field(default=0.1, metadata={"help": "lambda_c2s, labels from M'"})
     aux_cam2seg_weight: float = field(default=0.1, metadata={"help": "lambda_c2s, labels from M†'"})
     supervision_stride: int = field(
