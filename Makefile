@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint format
+.PHONY: setup demo test test-slow lint format docs demo-model
 
 setup: .venv/ready
 
@@ -28,3 +28,20 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
+
+# Replaces the model that cosa_hf.demo_model() returns: make demo-model MODEL=runs/long/assignment VOC=VOC2012
+# MODEL lies in its run's directory, VOC has the lists train_aug and val_report (docs/voc-1696.md).
+DEMO := src/cosa_hf/demo
+demo-model: setup
+	rm -rf build/demo build/demo-card
+	$(BIN)/python scripts/compress.py $(MODEL) build/demo --decoder_channels 384 --dataset voc --data_dir $(VOC)
+	$(BIN)/python scripts/evaluate.py build/demo --dataset voc --data_dir $(VOC) --split val_report \
+	    --report build/demo-report.json
+	$(BIN)/python scripts/push_to_hub.py build/demo --repo_id cosa-lite0-voc-1696 --report build/demo-report.json \
+	    --recipe $(MODEL)/../recipe.yaml --notes model_cards/demo-notes.md --license other --dry_run build/demo-card
+	cd build/demo-card && install -D -m 644 -t ../../$(DEMO) README.md config.json model.safetensors \
+	    preprocessor_config.json recipe.yaml
+	cp $(DEMO)/README.md model_cards/cosa-lite0-voc-1696.md

@@ -27,6 +27,7 @@ def main(args: argparse.Namespace) -> None:
                 recipe=args.recipe,
                 benchmark=args.benchmark,
                 license=args.license,
+                notes=args.notes,
             )
         except (ValueError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from error
@@ -59,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, help="recipe.yaml of the training run; the one beside MODEL without")
     parser.add_argument("--benchmark", help="registered benchmark on the Hub that the scores are for, org/name")
     parser.add_argument("--license", default="apache-2.0", help="of the weights, as the Hub spells it (%(default)s)")
+    parser.add_argument("--notes", type=Path, help="Markdown file that the card begins with")
     parser.add_argument("--private", action="store_true", help="create the repository private")
     parser.add_argument("--dry_run", metavar="DIR", type=Path, help="write it all to DIR and send nothing")
     return parser.parse_args()

@@ -115,6 +115,18 @@ def test_without_a_report_there_are_no_numbers(model, tmp_path):
     assert not (tmp_path / "staged" / ".eval_results").exists()
 
 
+def test_notes_come_first(model, tmp_path):
+    notes = tmp_path / "notes.md"
+    notes.write_text("**Mind the subset.**\n")
+    stage(model, tmp_path / "staged", "cats", notes=notes)
+    text = (tmp_path / "staged" / "README.md").read_text()
+    assert text.index("**Mind the subset.**") < text.index("Classes: ") < text.index("## Results")
+    # A name without an owner is no address to load from.
+    assert "trust_remote_code" not in text
+    with pytest.raises(FileNotFoundError, match="no notes"):
+        stage(model, tmp_path / "other", "cats", notes=tmp_path / "none.md")
+
+
 def test_recipe_travels_without_the_paths_of_this_machine(model, tmp_path):
     recipe = Recipe(
         dataset="voc",

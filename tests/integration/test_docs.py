@@ -1,36 +1,122 @@
-"""The blocks of docs/own-data.md run as they stand, on drawn photos."""
+"""README and docs/ against the package: their code runs, their commands exist, the site builds without a warning."""
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
+import torch
 
-from cosa_hf.data import load_shapes
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.export import export_pseudo_labels
+from cosa_hf.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "model_cards").glob("*.md"))]
+
+
+def blocks(page, *languages):
+    """(language, code) of the fenced blocks of a page."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [(language, code) for language, code in found if language in languages]
+
+
+def write_photos(folder, count):
+    """Drawn photos with a table of their tags."""
+    folder.mkdir()
+    dataset = load_shapes("train", num_images=count)
+    lines = ["file_name,labels"]
+    for index, row in enumerate(dataset):
+        row["image"].save(folder / f"{index}.png")
+        lines.append(f"{index}.png,{'; '.join(SHAPES_CLASSES[label] for label in row['labels'])}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """The directory of somebody who has done what the pages say comes before."""
+    directory = tmp_path_factory.mktemp("reader")
+    torch.manual_seed(0)
+    names = dict(enumerate(["background", *SHAPES_CLASSES]))
+    model = CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", decoder_channels=16, id2label=names))
+    processor = CoSAImageProcessor(size={"height": 64, "width": 64})
+    for name in ("runs/demo/model", "runs/upernet/model", "org/cosa-voc"):
+        model.save_pretrained(directory / name)
+        processor.save_pretrained(directory / name)
+    shapes = load_shapes("val", num_images=2)
+    shapes[0]["image"].save(directory / "runs/demo/unseen.png")
+    shapes[0]["image"].save(directory / "photo.jpg")
+    write_photos(directory / "photos", 3)
+    np.save(directory / "cls_labels.npy", {"2007_000032": np.array([0.0, 1.0])}, allow_pickle=True)
+    settings = {"source": "cam", "format": "parquet", "split": "train", "scales": [1.0]}
+    export_pseudo_labels(model.eval(), processor, shapes, directory / "VOC2012-pseudo", **settings)
+    return directory
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_runs(page, reader, monkeypatch):
+    monkeypatch.chdir(reader)
+    monkeypatch.setattr(datasets.DatasetDict, "push_to_hub", lambda *arguments, **options: None)
+    for _, code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.slow
 def test_the_guide_to_own_data_runs(tmp_path):
-    (tmp_path / "photos").mkdir()
-    dataset = load_shapes("train", num_images=30)
-    names = dataset.features["labels"].feature.names
-    lines = ["file_name,labels"]
-    for index, row in enumerate(dataset):
-        row["image"].save(tmp_path / f"photos/{index}.png")
-        lines.append(f"{index}.png,{'; '.join(names[label] for label in row['labels'])}")
-    (tmp_path / "photos/metadata.csv").write_text("\n".join(lines))
+    write_photos(tmp_path / "photos", 30)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": path}
 
-    blocks = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "docs/own-data.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
-    for language, code in blocks:
-        command = ["bash", "-e", "-c", code] if language == "sh" else [sys.executable, "-c", code]
+    found = blocks(ROOT / "docs/own-data.md", "sh")
+    assert len(found) == 2
+    for _, code in found:
+        command = ["bash", "-e", "-c", code]
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, run.stdout + run.stderr
     assert (tmp_path / "runs/dry/masks/0.png").is_file()
+
+
+def commands():
+    """{script: {flag: page}} of everything that the pages tell a reader to type."""
+    found: dict[str, dict[str, str]] = {}
+    for page in [*PAGES, ROOT / "Makefile"]:
+        text = page.read_text().replace("\\\n", " ")
+        for folder, script, rest in re.findall(r"\b(scripts|benchmarks)/(\w+\.py)([^\n`;&|#]*)", text):
+            flags = found.setdefault(f"{folder}/{script}", {})
+            flags |= dict.fromkeys(re.findall(r"(?<=\s)--[a-z]\w+", rest), page.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(commands()))
+def test_commands_have_the_flags_that_the_pages_name(script):
+    run = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    flags = set(re.findall(r"--\w+", run.stdout))
+    if script == "scripts/ablate.py":
+        flags |= {f"--{field.name}" for field in dataclasses.fields(Recipe)}  # hands them to the training
+    assert {flag: page for flag, page in commands()[script].items() if flag not in flags} == {}
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    run = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "contrastive_separation_loss" in (tmp_path / "site/api/objective/index.html").read_text()

@@ -64,7 +64,9 @@ def test_wheel_from_the_source_archive_works_away_from_the_sources(tmp_path):
         names = set(content.namelist())
         content.extractall(tmp_path / "installed")
     modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "cosa_hf").rglob("*.py")}
-    assert {"cosa_hf/py.typed", "cosa_hf/export/model_card.md", *modules} <= names
+    demo = {f"cosa_hf/demo/{path.name}" for path in (ROOT / "src" / "cosa_hf" / "demo").iterdir()}
+    assert "cosa_hf/demo/model.safetensors" in demo
+    assert {"cosa_hf/py.typed", "cosa_hf/export/model_card.md", *demo, *modules} <= names
     assert not [name for name in names if name.startswith(("tests", "scripts"))]
 
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

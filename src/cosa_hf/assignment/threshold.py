@@ -10,8 +10,8 @@ from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.reliability import ProcessMean, single_process
 
 BINS = 512
-# Confidences below this are what min-max leaves of an inactive map. Their spike would be a Gaussian of its own, with
-# all else for the other, so that they belong to no cluster; where both have to be equally wide they are the background.
+# Confidences up to here are what min-max leaves of an inactive map. Their spike would be a Gaussian of its own and all
+# else the other, so that they belong to no cluster; where both must be equally wide they are the background.
 FLOOR = 0.05
 Covariance = Literal["full", "tied"]
 LOWEST: dict[Covariance, float] = {"full": FLOOR, "tied": 0.0}

@@ -82,11 +82,12 @@ def model_card(
     recipe_name: str = "recipe",
     panels: Sequence[str] = (),
     license: str = "apache-2.0",
+    notes: str | None = None,
 ) -> ModelCard:
     """The card of a model, with `model-index` metadata where there is a report.
 
     Args:
-        name: the repository, "org/name".
+        name: the repository, "org/name"; without an owner it is no address, and the card does not load from it.
         config: the model's.
         recipe: what it was trained with; the card says so where there is none.
         run: `run.json` of the training run: images, hardware, seconds.
@@ -95,6 +96,7 @@ def model_card(
         recipe_name: how the command calls the recipe of a model that is only described.
         panels: file names of pictures in `panels/`.
         license: identifier of the Hub for the weights' licence.
+        notes: Markdown before everything else: what a reader must know and no file says.
 
     Example:
         >>> from cosa_hf.training.recipe import Recipe
@@ -125,6 +127,7 @@ def model_card(
         card_data=data.to_yaml(),
         name=name,
         weights_sha256=weights_sha256,
+        notes=notes,
         classes=label_names(config)[1:],
         report=report,
         protocol=report["protocol"] if report else None,

@@ -41,6 +41,7 @@ def stage(
     recipe: str | Path | None = None,
     benchmark: str | None = None,
     license: str = "apache-2.0",
+    notes: str | Path | None = None,
 ) -> None:
     """Write into `folder` all that the repository `repo_id` is going to hold, and nothing else.
 
@@ -50,7 +51,7 @@ def stage(
     Args:
         model: directory of a saved model with its processor.
         folder: does not exist yet, or is empty.
-        repo_id: "org/name".
+        repo_id: "org/name"; a name alone for a model that goes elsewhere than to the Hub.
         report: JSON of `scripts/evaluate.py` on exactly these weights; without it no number is published.
         panels: directory of PNG files.
         recipe: a YAML file; without it `recipe.yaml` of the training run that `model` lies in, where there is one.
@@ -58,6 +59,7 @@ def stage(
         benchmark: data set on the Hub, "org/name", whose leaderboard the scores are for; the Hub shows
             `.eval_results` of registered benchmarks only. The name in the report otherwise.
         license: identifier of the Hub for the weights' licence.
+        notes: a Markdown file that the card begins with.
 
     Raises:
         FileNotFoundError: a file of the model, or a file or directory that was named, is missing.
@@ -77,6 +79,8 @@ def stage(
     recipe_file = Path(recipe) if recipe else model.parent / "recipe.yaml"
     settings, run = _recipe_and_run(recipe_file, config) if recipe or recipe_file.is_file() else (None, None)
     pictures = _pictures(Path(panels)) if panels else []
+    if notes and not Path(notes).is_file():
+        raise FileNotFoundError(f"no notes {notes}")
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in MODEL_FILES:
@@ -98,6 +102,7 @@ def stage(
         weights_sha256=digest,
         panels=[picture.name for picture in pictures],
         license=license,
+        notes=Path(notes).read_text(encoding="utf-8").strip() if notes else None,
     ).save(folder / "README.md")
 
 

@@ -1,0 +1,123 @@
+"""Draws the pictures of docs/concepts.md.
+
+make demo && python docs/concepts.py runs/demo/model --voc_dir VOC2012
+"""
+
+import argparse
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cosa_hf import demo_model
+from cosa_hf.assignment.threshold import BINS, FLOOR, fit_mixture
+from cosa_hf.data import load_dataset_by_name, load_shapes
+from cosa_hf.evaluation import predict_maps, to_palette_image
+from cosa_hf.inference import load_model
+from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, segmentation_pseudo_labels
+from cosa_hf.objective.reliability import perplexity, reliability_weights
+
+SCALES = (1.0, 0.5, 1.5)  # of the assignment network in training
+SHOWN = (1, 3, 5)  # pictures of the unseen split with a boat or a train
+
+
+def draw_labels(model: str, path: Path) -> None:
+    """One row for each picture: image, M', CPL, its weight, SPL, truth."""
+    network, processor = load_model(model, "cpu")
+    shapes = load_shapes("val", num_images=max(SHOWN) + 1, masks=True).select(SHOWN)
+    threshold = network.config.cam_threshold
+    figure = Figure(figsize=(10.2, 1.75 * len(SHOWN) + 0.3), layout="constrained")
+    axes = figure.subplots(len(SHOWN), 6)
+    for row, maps in zip(axes, predict_maps(network, processor, shapes, SCALES), strict=True):
+        cams = maps.upsample(maps.cam)[None]
+        confidence = cams.amax(1)
+        weights = reliability_weights(perplexity(confidence, threshold), torch.ones_like(confidence).bool())
+        spl = segmentation_pseudo_labels(maps.upsample(maps.seg_logits)[None], maps.labels[None])
+        for place, (title, picture, options) in zip(
+            row,
+            (
+                ("image", maps.image, {}),
+                ("M', strongest class", confidence[0], {"cmap": "viridis", "vmin": 0, "vmax": 1}),
+                (f"CPL, xi = {threshold:g}", _colours(cam_pseudo_labels(cams, threshold)[0]), {}),
+                ("its weight (RAW)", weights[0], {"cmap": "magma", "vmin": 0}),
+                ("SPL", _colours(spl[0].argmax(0)), {}),
+                ("truth, never seen", _colours(maps.truth), {}),
+            ),
+            strict=True,
+        ):
+            place.imshow(picture, **options)
+            place.set_axis_off()
+            if row[0] is axes[0, 0]:
+                place.set_title(title, fontsize=9)
+    _save(figure, path)
+
+
+def draw_threshold(confidences: dict[str, torch.Tensor], path: Path) -> None:
+    """The confidences of some CAMs with the mixture of Eq. 6, and what a pixel weighs on either side of xi."""
+    figure = Figure(figsize=(3.4 * (len(confidences) + 1), 2.7), layout="constrained")
+    *histograms, curve = figure.subplots(1, len(confidences) + 1)
+    centers = np.linspace(FLOOR, 1, BINS)
+    for axes, (title, values) in zip(histograms, confidences.items(), strict=True):
+        mixture = fit_mixture(torch.histc(values, BINS, FLOOR, 1.0).double())
+        assert mixture is not None
+        kept = values[values > FLOOR]
+        axes.hist(kept, 60, range=(FLOOR, 1), density=True, color="0.8")
+        for weight, mean, variance, colour in zip(*mixture[:3], ("tab:blue", "tab:orange"), strict=True):
+            bell = weight * np.exp(-((centers - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+            axes.plot(centers, bell, color=colour)
+        axes.axvline(mixture.split, color="black", linestyle=":")
+        axes.set_title(f"{title}: xi* = {mixture.split:.2f}", fontsize=9)
+        axes.set(xlabel=f"confidence nu ({len(kept) / len(values):.0%} of the tokens)", yticks=[])
+    nu = torch.linspace(0, 1, 401)
+    curve.plot(nu, perplexity(nu, 0.5).reciprocal())
+    curve.set_title("reliability 1 / P at xi = 0.5", fontsize=9)
+    curve.set(xlabel="confidence nu")
+    _save(figure, path)
+
+
+def confidences(model: str, dataset: Any) -> torch.Tensor:
+    """nu = max_c M' of every token of a dataset."""
+    network, processor = load_model(model, "cpu")
+    return torch.cat([maps.cam.amax(0).flatten() for maps in predict_maps(network, processor, dataset, SCALES)])
+
+
+def _colours(ids: Any) -> np.ndarray:
+    return np.asarray(to_palette_image(np.asarray(ids)).convert("RGB"))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+    print(path, f"{path.stat().st_size / 1e3:.0f} kB")
+
+
+def main(args: argparse.Namespace) -> None:
+    draw_labels(args.model, args.output_dir / "labels.png")
+    found = {"drawn shapes": confidences(args.model, load_shapes("val", num_images=args.num_images))}
+    if args.voc_dir:
+        photos = load_dataset_by_name("voc", args.voc_dir, args.split)
+        found["photos"] = confidences(demo_model(), photos.select(range(min(args.num_images, len(photos)))))
+    draw_threshold(found, args.output_dir / "threshold.png")
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", metavar="MODEL", help="the model that `make demo` leaves, runs/demo/model")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).with_name("concepts"), help="(%(default)s)")
+    parser.add_argument("--voc_dir", help="VOC2012, for the confidences of photos; their histogram is left out without")
+    parser.add_argument("--split", default="train_aug", help="of VOC (%(default)s)")
+    parser.add_argument("--num_images", type=int, default=60, help="images in a histogram (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(parse_args())

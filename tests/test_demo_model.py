@@ -1,0 +1,43 @@
+"""The model that comes with the package: there, small, as its card says, and of use at once."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import pipeline
+
+import cosa_hf
+from cosa_hf.data import VOC_CLASSES
+from cosa_hf.evaluation.weights import weights_sha256
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = Path(cosa_hf.demo_model())
+
+
+def test_pipeline_works_at_once():
+    segmenter = pipeline("image-segmentation", model=cosa_hf.demo_model())
+    segments = segmenter(Image.new("RGB", (60, 40), "grey"))
+    assert list(segmenter.model.config.id2label.values()) == ["background", *VOC_CLASSES]
+    assert {segment["label"] for segment in segments} <= {"background", *VOC_CLASSES}
+    assert all(segment["mask"].size == (60, 40) for segment in segments)
+
+
+def test_small_and_in_half_precision():
+    weights = DEMO / "model.safetensors"
+    assert weights.stat().st_size < 12e6
+    assert {tensor.dtype.itemsize for tensor in load_file(weights).values() if tensor.is_floating_point()} == {2}
+
+
+def test_the_card_is_of_these_weights_and_says_what_they_are():
+    card = (DEMO / "README.md").read_text()
+    assert weights_sha256(DEMO) in card
+    for words in ("VOC-1696", "tags unknown", "Flickr", "No number here compares", "cosa_hf.demo_model()"):
+        assert words in card, words
+    assert "trust_remote_code" not in card  # its code is the package
+    assert (ROOT / "model_cards" / "cosa-lite0-voc-1696.md").read_text() == card
+
+
+@pytest.mark.parametrize("name", ["config.json", "recipe.yaml", "README.md"])
+def test_nothing_of_the_machine_it_was_made_on(name):
+    assert "/tmp/" not in (DEMO / name).read_text()
