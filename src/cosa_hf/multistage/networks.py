@@ -63,9 +63,9 @@ def _build(recipe: MultistageRecipe, names: list[str]) -> tuple[PreTrainedModel,
         case ["upernet-swin-b"]:
             return _upernet_swin(recipe, labels), SegformerImageProcessor(size=size, do_reduce_labels=False)
         case ["upernet", encoder]:
+            model = _upernet_timm(recipe, encoder, labels)
             mean, std = _normalisation(encoder)
-            processor = SegformerImageProcessor(size=size, image_mean=mean, image_std=std, do_reduce_labels=False)
-            return _upernet_timm(recipe, encoder, labels), processor
+            return model, SegformerImageProcessor(size=size, image_mean=mean, image_std=std, do_reduce_labels=False)
         case ["smp", architecture, encoder] | ["largefov" as architecture, encoder]:
             model = _cosa_ms(recipe, architecture, encoder, labels)
             mean, std = _normalisation(encoder)
