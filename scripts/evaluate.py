@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from arguments import add_inference, add_model, dataset_parser, inference_of, positive
 
 from cosa_hf.data import DatasetOptions, load_dataset_by_name
+from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.panels import save_panels
 from cosa_hf.evaluation.protocols import evaluate_model, format_report
@@ -28,7 +29,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
         dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
-        inference = inference_of(args)
+        inference = inference_of(args) | {"crf": DenseCRF() if args.crf else None}
         weights = weights_sha256(args.model)
         report = evaluate_model(
             model,
@@ -72,6 +73,7 @@ def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
         type=positive,
         help="side in pixels images are resized to; the processor's own without",
     )
+    parser.add_argument("--crf", action="store_true", help="refine the segmentations, not the CAMs, with a dense CRF")
     options, args = parser.parse_args_into_dataclasses()
     return args, options
 

@@ -1,7 +1,8 @@
 """Segment photographs: for each image a palette PNG of class ids and a picture of the mask over the image.
 
 The masks are those of `transformers.pipeline("image-segmentation", model=MODEL)`: one forward pass at the
-processor's size, tags unknown. With --tags the classes that are not named are ruled out.
+processor's size, tags unknown. With --tags the classes that are not named are ruled out,
+and with --crf a fully connected CRF refines what is left.
 
 Example:
     python scripts/predict.py runs/voc cat.jpg street.png --output_dir masks
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import cosa_hf  # noqa: F401  (registers the model with transformers)
+from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image
 from cosa_hf.evaluation.panels import overlay
@@ -38,6 +41,7 @@ def main(args: argparse.Namespace) -> None:
         ) from None
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     names = label_names(model.config)
+    crf = DenseCRF() if args.crf else None
     try:
         allowed = allowed_ids(args.tags, names)
     except ValueError as error:
@@ -52,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
             failed.append(path)
             print(f"error: cannot read {path}: {error}", file=sys.stderr)
             continue
-        mask = segment(model, processor, image, allowed)
+        mask = segment(model, processor, image, allowed, crf)
         to_palette_image(mask).save(args.output_dir / f"{path.stem}.png")
         overlay(image, mask, names).save(args.output_dir / f"{path.stem}_overlay.png")
         print(f"{path}: {', '.join(names[index] for index in np.unique(mask))}")
@@ -62,12 +66,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
-def segment(model, processor, image: Image.Image, allowed: list[int]) -> np.ndarray:
+def segment(model, processor, image: Image.Image, allowed: list[int], crf: DenseCRF | None) -> np.ndarray:
     """(H, W) class ids of one RGB image, out of the `allowed` ids only."""
     inputs = processor(image, return_tensors="pt").to(model.device)
     outputs = model(**inputs)
     # Dropping a class, rather than lowering its logit to -inf, keeps the interpolation free of nan.
     outputs.logits = outputs.logits[:, allowed]
+    if crf is not None:
+        size = (image.height, image.width)
+        outputs.logits = crf(F.interpolate(outputs.logits, size=size, mode="bilinear")[0], image)[None]
     (choice,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])
     return np.array(allowed)[choice.cpu().numpy()]
 
@@ -106,6 +113,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
     parser.add_argument("--output_dir", type=Path, required=True, help="directory for STEM.png and STEM_overlay.png")
     parser.add_argument("--tags", help="comma-separated classes known to be in the images, e.g. cat,dog; any without")
+    parser.add_argument("--crf", action="store_true", help="refine the masks with a dense CRF; seconds per megapixel")
     return parser.parse_args()
 
 

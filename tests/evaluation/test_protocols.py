@@ -14,6 +14,7 @@ from PIL import Image
 
 from cosa_hf import CoSAConfig, CoSAImageProcessor, CoSAOutput
 from cosa_hf.data.tags import tag_features
+from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.evaluation.protocols import PROTOCOLS, evaluate_model, format_report, predict_dataset
 
 NAMES = ["boat", "bird", "train"]
@@ -236,6 +237,27 @@ def test_report_is_plain_json_and_says_how_it_was_made(case):
     assert (protocol["dataset"], protocol["split"], protocol["ignore_index"]) == ("toy", "val", 255)
 
 
+def test_crf_refines_the_segmentations_within_their_classes_and_is_named(case):
+    model, dataset, (_, tags, _) = case
+    crf = DenseCRF(backend="torch")
+    plain, refined = (
+        list(predict_dataset(model, processor(), dataset, scales=(1.0,), flip=False, crf=each)) for each in (None, crf)
+    )
+    for protocol in PROTOCOLS:
+        changed = any((a.masks[protocol] != b.masks[protocol]).any() for a, b in zip(plain, refined, strict=True))
+        assert changed is (protocol in ("seg", "seg_tags")), protocol
+    for prediction, allowed in zip(refined, tags, strict=True):
+        assert set(prediction.masks["seg_tags"].unique().tolist()) <= {0, *(tag + 1 for tag in allowed)}
+
+    assert evaluate_model(model, processor(), dataset, **PLAIN)["protocol"]["crf"] is None
+    report = evaluate_model(model, processor(), dataset, **PLAIN, crf=crf)
+    assert report["protocol"]["crf"]["backend"] == "torch"
+    assert report["protocol"]["crf"]["bilateral_sigma_xy"] == 67
+    assert report["protocol"]["seg_tags"].startswith("tags given, CRF: ")
+    assert report["protocol"]["cam"] == PROTOCOLS["cam"]
+    assert "seg, seg_tags: after a CRF (torch)" in format_report(report)
+
+
 def test_classes_in_another_order_are_refused_and_both_lists_shown(case):
     model, dataset, _ = case
     model.config = CoSAConfig(id2label=dict(enumerate(["background", "bird", "boat", "train"])))
@@ -275,7 +297,8 @@ def test_two_processes_score_every_image_once(tmp_path):
             from accelerate import Accelerator
             from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
             from cosa_hf.data import SHAPES_CLASSES, load_shapes
-            from cosa_hf.evaluation.protocols import evaluate_model
+            from cosa_hf.evaluation.crf import DenseCRF
+from cosa_hf.evaluation.protocols import evaluate_model
             import torch
 
             accelerator = Accelerator(cpu=True)

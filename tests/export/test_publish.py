@@ -91,6 +91,15 @@ def test_numbers_come_from_the_report(model, report, tmp_path):
     assert "tags given" in entry["notes"]
 
 
+def test_a_crf_is_named_wherever_its_numbers_are(model, report, tmp_path):
+    protocol = json.loads(report.read_text())["protocol"]
+    edit(report, protocol=protocol | {"seg": "tags unknown, CRF: argmax", "crf": {"backend": "torch"}})
+    stage(model, tmp_path / "staged", "org/cats", report=report)
+    text = (tmp_path / "staged" / "README.md").read_text()
+    assert "--num_images 200 --no_flip --crf" in text
+    assert "name: mIoU (tags unknown, CRF)" in text
+
+
 def test_benchmark_names_the_leaderboard(model, report, tmp_path):
     stage(model, tmp_path / "staged", "org/cats", report=report, benchmark="org/voc-2012")
     (entry,) = yaml.safe_load((tmp_path / "staged" / ".eval_results" / "seg.yaml").read_text())

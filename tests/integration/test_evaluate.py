@@ -106,6 +106,18 @@ def test_input_size_is_the_one_asked_for(model_dir, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == [report]
 
 
+def test_crf_is_in_table_and_report(model_dir, tmp_path, monkeypatch, capsys):
+    few = (model_dir, "--dataset", "shapes", "--num_images", 2, "--scales", 1)
+    for name, flags in {"plain": (), "crf": ("--crf",)}.items():
+        run_here(monkeypatch, *few, *flags, "--report", tmp_path / f"{name}.json")
+    plain, refined = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "crf"))
+    assert plain["protocol"]["crf"] is None
+    assert refined["protocol"]["crf"]["iterations"] == 10
+    assert refined["protocol"]["seg_tags"].startswith("tags given, CRF: ")
+    assert refined["cam"] == plain["cam"]
+    assert capsys.readouterr().out.count("after a CRF") == 1
+
+
 def test_missing_model_is_one_clear_line(tmp_path, monkeypatch):
     missing = tmp_path / "no-such-model"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -14,6 +14,7 @@ from transformers import pipeline
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.evaluation.palette import voc_palette
 from cosa_hf.objective.pseudo_labels import restrict_to_labels
 
@@ -105,6 +106,21 @@ def test_tags_rule_out_the_other_classes(model_dir, photos, tmp_path, monkeypatc
     ids = read_ids(tmp_path / "tall.png")
     np.testing.assert_array_equal(ids, restrict_to_labels(logits, labels).argmax(1)[0])
     assert (ids != logits.argmax(1)[0].numpy()).any(), "the tags must have mattered"
+
+
+def test_crf_refines_the_mask(model_dir, photos, tmp_path, monkeypatch):
+    tags = ("--tags", ",".join(SHAPES_CLASSES[:3]))
+    run_here(monkeypatch, model_dir, photos[1], *tags, "--output_dir", tmp_path / "plain")
+    run_here(monkeypatch, model_dir, photos[1], *tags, "--output_dir", tmp_path / "crf", "--crf")
+    model = CoSAForWeaklySupervisedSegmentation.from_pretrained(model_dir).eval()
+    processor = CoSAImageProcessor.from_pretrained(model_dir)
+    with torch.no_grad(), Image.open(photos[1]) as image:
+        logits = model(processor(image, return_tensors="pt").pixel_values).logits[:, :4]
+        logits = F.interpolate(logits, size=(130, 77), mode="bilinear", align_corners=False)[0]
+        expected = DenseCRF()(logits, image.convert("RGB")).argmax(0)
+    ids = read_ids(tmp_path / "crf" / "tall.png")
+    np.testing.assert_array_equal(ids, expected)
+    assert (ids != read_ids(tmp_path / "plain" / "tall.png")).any()
 
 
 def test_unknown_tag_is_an_error_that_lists_the_classes(model_dir, photos, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from cosa_hf.data.images import read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names, multi_hot
+from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.inference import forward_multiscale
 from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, normalize_cams
 
@@ -54,13 +55,16 @@ class ImageMaps:
     cam: Any
     aux_cam: Any
 
-    def label(self, source: str, threshold: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
+    def label(
+        self, source: str, threshold: float = 0.5, crf: DenseCRF | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The image's pixels labelled, at its own size: maps are upsampled bilinearly, then decided on.
 
         Args:
             source: "cam", "cam_aux" or "cam_mean" for CAM pseudo-labels (Eq. 3); "seg_tags" or "seg" for the
                 argmax of S over background and tags, or over all classes.
             threshold: xi, from where on a CAM is foreground; a segmentation does not use it.
+            crf: refines a segmentation, over the classes that `source` leaves; a CAM does not use it.
 
         Returns:
             (H, W) int64 ids and (H, W) float32 confidences in [0, 1]: nu, the strongest CAM, whichever side of
@@ -71,6 +75,9 @@ class ImageMaps:
             ids = ids[F.pad(self.labels.bool(), (1, 0), value=True)]
         if source in ("seg", "seg_tags"):
             logits = self.upsample(self.seg_logits[ids])
+            if crf is not None:
+                probability, winner = crf(logits, self.image).max(0)
+                return ids[winner], probability
             highest, winner = logits.max(0)
             return ids[winner], (highest - logits.logsumexp(0)).exp()
         tagged = ids[1:] - 1

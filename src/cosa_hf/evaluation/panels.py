@@ -15,7 +15,7 @@ from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image, voc_palette
 from cosa_hf.evaluation.protocols import predict_dataset
 
-__all__ = ["overlay", "panel", "save_panels"]
+__all__ = ["heat", "overlay", "panel", "save_panels"]
 
 TILE_HEIGHT = 192
 GAP = 6
@@ -60,7 +60,7 @@ def panel(
     prediction, truth = _mask(prediction, image, names), _mask(truth, image, names)
     tiles = {
         "image": image,
-        **{name: _heat(image, one) for name, one in (("CAM", cam), ("aux CAM", aux_cam)) if one is not None},
+        **{name: heat(image, one) for name, one in (("CAM", cam), ("aux CAM", aux_cam)) if one is not None},
         "prediction (tags unknown)": _paint(image, prediction),
         "truth": _paint(image, truth),
     }
@@ -147,6 +147,27 @@ def overlay(image: Image.Image, mask: Any, names: Sequence[str]) -> Image.Image:
     return result
 
 
+def heat(image: Image.Image, cam: Any) -> Image.Image:
+    """CAMs drawn over their image, blue for 0 to red for 1; where classes overlap, the strongest shows.
+
+    Args:
+        image: RGB, H x W.
+        cam: (C, h, w) normalised CAMs in [0, 1].
+
+    Returns:
+        An RGB image of the image's size.
+
+    Example:
+        >>> red, _, blue = heat(Image.new("RGB", (80, 60), "gray"), np.ones((1, 4, 5))).getpixel((40, 30))
+        >>> red > blue
+        True
+    """
+    strength = np.clip(_numpy(cam).max(axis=0), 0, 1)
+    grey = Image.fromarray(np.uint8(strength * 255)).resize(image.size, Image.Resampling.BILINEAR)
+    heat = ImageOps.colorize(grey, black=(20, 30, 140), mid=(70, 220, 120), white=(230, 20, 0))
+    return Image.blend(ImageOps.grayscale(image).convert("RGB"), heat, 0.55)
+
+
 def _mask(mask: Any, image: Image.Image, names: Sequence[str]) -> np.ndarray:
     mask = _numpy(mask)
     if mask.shape != (image.height, image.width):
@@ -164,13 +185,6 @@ def _numpy(values: Any) -> np.ndarray:
 def _paint(image: Image.Image, mask: np.ndarray, opacity: float = 0.65) -> Image.Image:
     painted = Image.blend(image, to_palette_image(mask).convert("RGB"), opacity)
     return Image.composite(painted, image, Image.fromarray(np.uint8(mask != 0) * 255))
-
-
-def _heat(image: Image.Image, cam: Any) -> Image.Image:
-    strength = np.clip(_numpy(cam).max(axis=0), 0, 1)
-    grey = Image.fromarray(np.uint8(strength * 255)).resize(image.size, Image.Resampling.BILINEAR)
-    heat = ImageOps.colorize(grey, black=(20, 30, 140), mid=(70, 220, 120), white=(230, 20, 0))
-    return Image.blend(ImageOps.grayscale(image).convert("RGB"), heat, 0.55)
 
 
 def _font(size: int = FONT_SIZE) -> Any:

@@ -6,7 +6,7 @@ tags does not get that help. Every report therefore carries both, by name: `seg_
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.evaluation.maps import SCALES, ignore_index, label_names, predict_maps
 from cosa_hf.evaluation.metrics import SegmentationMetric
 from cosa_hf.inference import has_cams
@@ -67,6 +68,7 @@ def predict_dataset(
     flip: bool = True,
     batch_size: int = 8,
     cam_threshold: float | None = None,
+    crf: DenseCRF | None = None,
 ) -> Iterator[ImagePrediction]:
     """Predict every image of `dataset` in order, under every protocol that the model allows.
 
@@ -74,6 +76,7 @@ def predict_dataset(
         model: and `processor`, `scales`, `flip`, `batch_size`: as in `predict_maps`.
         dataset: with the columns image, labels, image_id and mask.
         cam_threshold: CAM values from here on are foreground; the model's own `cam_threshold` when None.
+        crf: refines `seg` and `seg_tags`, each over the classes that it leaves; the CAMs stay as they are.
 
     Yields:
         An `ImagePrediction` per image.
@@ -93,7 +96,7 @@ def predict_dataset(
             maps.truth,
             None if maps.cam is None else maps.upsample(maps.cam),
             None if maps.aux_cam is None else maps.upsample(maps.aux_cam),
-            {protocol: maps.label(protocol, threshold)[0] for protocol in protocols},
+            {protocol: maps.label(protocol, threshold, crf)[0] for protocol in protocols},
         )
 
 
@@ -105,6 +108,7 @@ def evaluate_model(
     flip: bool = True,
     batch_size: int = 8,
     cam_threshold: float | None = None,
+    crf: DenseCRF | None = None,
     progress: bool = True,
     dataset_name: str | None = None,
     split: str | None = None,
@@ -118,7 +122,7 @@ def evaluate_model(
 
     Args:
         model: wrapped by the accelerator or not.
-        dataset: and all up to `cam_threshold`: as in `predict_dataset`.
+        dataset: and all up to `crf`: as in `predict_dataset`.
         progress: show a bar on stderr.
         dataset_name: written into the report, as is `split`.
         split: which part of it.
@@ -147,7 +151,7 @@ def evaluate_model(
     names, ignored, protocols = label_names(config), ignore_index(config), protocols_of(model)
     coexistence_classes = list(getattr(config, "coexistence_classes", ()))
     metrics = {protocol: SegmentationMetric(names, ignore_index=ignored) for protocol in protocols}
-    predictions = predict_dataset(model, processor, share, scales, flip, batch_size, cam_threshold)
+    predictions = predict_dataset(model, processor, share, scales, flip, batch_size, cam_threshold, crf)
     for prediction in tqdm(predictions, "evaluate", total=len(share), unit="image", disable=not progress or rank > 0):
         for protocol, metric in metrics.items():
             metric.add(prediction=prediction.masks[protocol], reference=prediction.truth)
@@ -164,6 +168,8 @@ def evaluate_model(
     ]
     report["protocol"] = {
         **protocols,
+        **{column: PROTOCOLS[column].replace(":", ", CRF:", 1) for column in ("seg", "seg_tags") if crf is not None},
+        "crf": None if crf is None else asdict(crf),
         "scales": list(scales),
         "flip": flip,
         "input_size": [processor.size["height"], processor.size["width"]],
@@ -182,7 +188,7 @@ def format_report(report: dict[str, Any]) -> str:
 
     Example:
         >>> column = {"miou": 75.0, "per_class": {"background": 75.0, "cat": None}, "coexistence_miou": None}
-        >>> report = dict.fromkeys(PROTOCOLS, column) | {"images": 1, "untagged": []}
+        >>> report = dict.fromkeys(PROTOCOLS, column) | {"images": 1, "untagged": [], "protocol": {"crf": None}}
         >>> print(format_report(report))  # doctest: +NORMALIZE_WHITESPACE
         IoU (%), 1 images    seg  seg_tags   cam  cam_aux  cam_mean
         background          75.0      75.0  75.0     75.0      75.0
@@ -208,6 +214,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append(f"seg: tags unknown; {', '.join(columns[1:])}: tags given; -: nothing to count")
     if report["untagged"]:
         lines.append(f"{len(report['untagged'])} images without tags: {', '.join(report['untagged'][:10])}")
+    if report["protocol"]["crf"]:
+        lines.append(f"seg, seg_tags: after a CRF ({report['protocol']['crf']['backend']})")
     return "\n".join(lines)
 
 

@@ -174,7 +174,9 @@ def _evaluate_command(report: dict[str, Any]) -> str:
         words += ["--data_dir", data.directory if data else "DIR"]
     words += ["--split", protocol["split"], "--scales", *(f"{scale:g}" for scale in protocol["scales"])]
     words += ["--input_size", str(protocol["input_size"][0]), "--num_images", str(report["images"])]
-    return " ".join(words + ([] if protocol["flip"] else ["--no_flip"]))
+    words += [] if protocol["flip"] else ["--no_flip"]
+    # Reports were once written without a word on CRFs, when there was none.
+    return " ".join(words + (["--crf"] if protocol.get("crf") else []))
 
 
 def _backbone_weights(recipe: Recipe | None) -> str:
