@@ -69,7 +69,7 @@ def main() -> None:
         (arguments.output_dir / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     def save(table: str) -> None:
-        print(table, flush=True)
+        print(table, end="\n\n", flush=True)
         tables.append(table)
         (arguments.output_dir / "benchmark.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
         save_results()

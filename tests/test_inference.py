@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
-from cosa_hf.inference import forward_multiscale, load_model
+from cosa_hf.inference import forward_multiscale, has_cams, load_model
 
 # Name of a fused field, and of what it is made from in one output of the model.
 MAPS = {"cam_logits": "cam_logits", "aux_cam_logits": "aux_cam_logits", "seg_logits": "logits"}
@@ -164,9 +164,19 @@ def test_maps_are_fused_in_full_precision(model, dtype):
         assert getattr(fused, name).dtype == torch.float32
 
 
-def test_another_kind_of_model_is_refused(tmp_path):
+def test_a_network_without_cams_is_fused_on_a_grid_of_its_own(tmp_path):
     small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
     SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8)).save_pretrained(tmp_path)
     SegformerImageProcessor().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a SegformerForSemanticSegmentation, which has no CAMs"):
-        load_model(str(tmp_path), "cpu")
+    model, processor = load_model(str(tmp_path), "cpu")
+    assert processor.size["height"] == 512
+    assert not has_cams(model)
+    pixel_values = images(64, 96)
+    with torch.no_grad():
+        one = forward_multiscale(model, pixel_values, (1.0,), flip=False)
+        fused = forward_multiscale(model, pixel_values, (1.0, 0.5))
+        mirrored = forward_multiscale(model, pixel_values.flip(-1), (1.0, 0.5))
+    torch.testing.assert_close(one.seg_logits, model(pixel_values).logits)
+    assert fused.seg_logits.shape[-2:] == (16, 24)
+    torch.testing.assert_close(fused.seg_logits, mirrored.seg_logits.flip(-1), atol=1e-5, rtol=1e-4)
+    assert fused.cls_logits is fused.cam_logits is fused.aux_cam_logits is None

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.inference import forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective import overall
-from cosa_hf.training import loop
+from cosa_hf.training import cosa, loop
 from cosa_hf.training.recipe import Recipe
 from speed import straight
 from speed.stopwatch import Stopwatch, matmul_rate, peak_memory
@@ -70,7 +71,8 @@ def measure(
             straight.train(chosen, dataset, watch, device)
         else:
             with contextlib.ExitStack() as patches:
-                patches.enter_context(mock.patch.object(loop, "_training_data", return_value=(dataset, [])))
+                patches.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the loop says of the run
+                patches.enter_context(mock.patch.object(cosa, "_training_data", return_value=(dataset, [])))
                 for patch in instruments(watch, fitted_by_sklearn=kind == "sklearn"):
                     patches.enter_context(patch)
                 loop.train(chosen)
@@ -135,7 +137,7 @@ def instruments(watch: Stopwatch, fitted_by_sklearn: bool) -> Iterator[Any]:
             return objective(self, outputs, *arguments)
 
     yield mock.patch.object(loop.Watch, "steps", counted_steps)
-    yield timed(loop, "assign", "pseudo-labels")
+    yield timed(cosa, "assign", "pseudo-labels")
     yield timed(assignment, "forward_multiscale", "AN forward")
     if fitted_by_sklearn:
         yield mock.patch.object(DynamicThreshold, "update", straight.update_with_sklearn)
@@ -152,13 +154,13 @@ def instruments(watch: Stopwatch, fitted_by_sklearn: bool) -> Iterator[Any]:
     yield timed(assignment.AssignmentNetwork, "update", "EMA")
     yield timed(loop.Telemetry, "add", "telemetry")
     yield timed(loop.Telemetry, "step", "telemetry")
-    yield mock.patch.object(loop, "save_networks")  # the models of a benchmark are of no use
+    yield mock.patch.object(cosa, "save_networks")  # the models of a benchmark are of no use
 
 
 def floor(recipe: Recipe, warm_up: float, classes: int, device: torch.device, cpu_time: bool) -> dict[str, Any]:
     """FLOPs of the network in one step, counted without computing any, and what matrix products reach here."""
     with torch.device("meta"):
-        model = loop._build_model(recipe, tagged_photos(classes, 1))
+        model = cosa.build_model(recipe, tagged_photos(classes, 1))
         images = torch.empty(recipe.batch_size, 3, recipe.crop_size, recipe.crop_size)
     flops = {}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -180,7 +182,7 @@ def floor(recipe: Recipe, warm_up: float, classes: int, device: torch.device, cp
 def evaluation(recipe: Recipe, classes: int, device: torch.device, cpu_time: bool) -> dict[str, Any]:
     """Seconds an image, from JPEG to label map: 5 scales and flip, and a single scale."""
     dataset = tagged_photos(classes, recipe.batch_size).select(range(recipe.batch_size))
-    model = loop._build_model(recipe, dataset).to(device)
+    model = cosa.build_model(recipe, dataset).to(device)
     processor = CoSAImageProcessor(size={"height": recipe.input_size, "width": recipe.input_size})
     watch, seconds = Stopwatch(device, cpu_time), {}
     for name, scales, flip in (("single scale", (1.0,), False), ("5 scales and flip", SCALES, True)):

@@ -21,7 +21,7 @@ from cosa_hf.assignment.threshold import FLOOR, DynamicThreshold
 from cosa_hf.data.stream import TrainingStream
 from cosa_hf.data.views import Views
 from cosa_hf.objective.dense_energy import dense_energy_loss
-from cosa_hf.training import loop
+from cosa_hf.training import cosa
 from cosa_hf.training.recipe import Recipe
 from speed.stopwatch import Stopwatch
 
@@ -65,7 +65,7 @@ def update_with_sklearn(self: DynamicThreshold, confidence: Tensor, mean: Any = 
 
 def train(recipe: Recipe, dataset: Dataset, watch: Stopwatch, device: torch.device) -> list[dict[str, float]]:
     """Steps of the straight version; returns the parts of the loss of each."""
-    online = loop._build_model(recipe, dataset).to(device).train()
+    online = cosa.build_model(recipe, dataset).to(device).train()
     write_attention_out(online)
     assignment = copy.deepcopy(online).eval()
     optimizer = torch.optim.AdamW(online.parameters(), lr=recipe.learning_rate, foreach=False)

@@ -8,32 +8,42 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
 
-from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.precision import at_least_float32
 
 
 @dataclass(frozen=True)
 class MultiScaleOutput:
-    """Fused maps on the token grid of scale 1.
+    """Fused maps on the token grid of scale 1, or one position in 4 x 4 pixels for a network without tokens.
 
     Attributes:
-        cls_logits: (B, C), mean.
+        seg_logits: S, (B, K, h, w), mean.
+        cls_logits: (B, C), mean; None, like the CAMs, of a network that only segments.
         cam_logits: M, (B, C, h, w), maximum (Alg. 1) or sum.
         aux_cam_logits: M†, (B, C, h, w), likewise.
-        seg_logits: S, (B, K, h, w), mean.
     """
 
-    cls_logits: Tensor
-    cam_logits: Tensor
-    aux_cam_logits: Tensor
     seg_logits: Tensor
+    cls_logits: Any = None
+    cam_logits: Any = None
+    aux_cam_logits: Any = None
+
+
+def has_cams(model: Any) -> bool:
+    """Whether a model has class activation maps, as CoSA's have; others only segment.
+
+    Example:
+        >>> from cosa_hf import CoSAConfig
+        >>> has_cams(CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit")))
+        True
+    """
+    return getattr(model.config, "model_type", None) == CoSAForWeaklySupervisedSegmentation.config_class.model_type
 
 
 def forward_multiscale(
-    model: CoSAForWeaklySupervisedSegmentation,
+    model: Any,
     pixel_values: Tensor,
     scales: Sequence[float] = (1.0, 0.5, 1.5),
     flip: bool = True,
@@ -44,9 +54,9 @@ def forward_multiscale(
     A copy and its mirror image share one forward pass. Gradients and train/eval mode are left to the caller.
 
     Args:
-        model: the network.
+        model: CoSA, or any network whose output has `logits`.
         pixel_values: normalised images, (B, 3, H, W).
-        scales: factors on H and W, each rounded to the model's stride.
+        scales: factors on H and W, each rounded to the model's stride, or to 32 pixels where it has none.
         flip: add the mirror image of each scale.
         cam_fusion: `max`, the paper's; `sum`, the released code's: of what is positive in the maximum over flips.
 
@@ -65,14 +75,15 @@ def forward_multiscale(
     """
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be positive numbers, at least one, got {tuple(scales)}")
-    stride = model.backbone.stride
+    cams_too = has_cams(model)
+    stride = model.backbone.stride if cams_too else 32  # every common encoder takes multiples of 32
     batch, _, *size = pixel_values.shape
 
     def tokens(side: float) -> int:
         """How many tokens the model makes of a side."""
         return max(1, math.floor(side / stride + 0.5))
 
-    grid = [tokens(side) for side in size]
+    grid = [tokens(side) * (1 if cams_too else 8) for side in size]
     cls_logits: list[Tensor] = []
     # A tuple for each scale: the maps and, flipped back, those of the mirror image.
     cams: list[tuple[Tensor, ...]] = []
@@ -84,12 +95,11 @@ def forward_multiscale(
         if scaled_size != size:
             images = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
         outputs = model(torch.cat([images, images.flip(-1)]) if flip else images)
-        cls_logits.append(outputs.cls_logits.unflatten(0, (-1, batch)))
-        for maps, collected in (
-            (outputs.cam_logits, cams),
-            (outputs.aux_cam_logits, aux_cams),
-            (outputs.logits, seg_logits),
-        ):
+        fused = [(outputs.logits, seg_logits)]
+        if cams_too:
+            cls_logits.append(outputs.cls_logits.unflatten(0, (-1, batch)))
+            fused += [(outputs.cam_logits, cams), (outputs.aux_cam_logits, aux_cams)]
+        for maps, collected in fused:
             plain, *mirrored = maps.unflatten(0, (-1, batch))
             collected.append((plain, *(twin.flip(-1) for twin in mirrored)))
 
@@ -109,18 +119,17 @@ def forward_multiscale(
             return copies.amax(dim=0)
         return copies.unflatten(0, (len(scales), -1)).amax(dim=1).relu().sum(dim=0)
 
-    return MultiScaleOutput(
-        cls_logits=at_least_float32(torch.cat(cls_logits)).mean(dim=0),
-        cam_logits=fused_cams(cams),
-        aux_cam_logits=fused_cams(aux_cams),
-        seg_logits=on_grid(seg_logits).mean(dim=0),
-    )
+    segmentation = on_grid(seg_logits).mean(dim=0)
+    if not cams_too:
+        return MultiScaleOutput(segmentation)
+    scores = at_least_float32(torch.cat(cls_logits)).mean(dim=0)
+    return MultiScaleOutput(segmentation, scores, fused_cams(cams), fused_cams(aux_cams))
 
 
 def load_model(
     name: str, device: torch.device | str, **processor_settings: Any
-) -> tuple[CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor]:
-    """A saved model, in eval mode, and its processor.
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A saved segmentation model, CoSA or another, in eval mode, and its processor.
 
     Args:
         name: a directory of a saved model, or its name on the Hub.
@@ -128,12 +137,11 @@ def load_model(
         processor_settings: settings of the processor to replace, such as `size`.
 
     Raises:
-        FileNotFoundError: there is no model of that name.
-        ValueError: it is another kind of model.
+        FileNotFoundError: there is no segmentation model of that name.
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from cosa_hf import CoSAConfig
+        >>> from cosa_hf import CoSAConfig, CoSAImageProcessor
         >>> with TemporaryDirectory() as folder:
         ...     CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit")).save_pretrained(folder)
         ...     _ = CoSAImageProcessor().save_pretrained(folder)
@@ -146,8 +154,7 @@ def load_model(
         processor = AutoImageProcessor.from_pretrained(name, **processor_settings)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"no model at {name!r}: neither a directory with one nor a name within reach on the Hub\n{error}"
+            f"no segmentation model at {name!r}: neither a directory with one nor a name within reach on the Hub\n"
+            f"{error}"
         ) from error
-    if not isinstance(model, CoSAForWeaklySupervisedSegmentation):
-        raise ValueError(f"{name!r} is a {type(model).__name__}, which has no CAMs")
     return model.eval().to(device), processor

@@ -190,23 +190,7 @@ class CoSABackbone(nn.Module):
             pretrained = _create_timm_model(self.config, pretrained=True)
             self.model.load_state_dict(pretrained.state_dict(), strict=False)
             return
-        from timm.models import load_state_dict as read_state_dict
-
-        state_dict = read_state_dict(os.fspath(weights), use_ema=False, weights_only=True)
-        # Each model file of timm knows how foreign checkpoints of its models are laid out.
-        adapt = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
-        if adapt is not None:
-            state_dict = adapt(state_dict, self.model)
-        own = self.model.state_dict()
-        missing = [name for name in own if name not in state_dict]
-        reshaped = [name for name in own if name in state_dict and own[name].shape != state_dict[name].shape]
-        if missing or reshaped:
-            raise ValueError(
-                f"{weights} does not hold the weights of backbone {self.config.backbone!r}. Of {len(own)} "
-                f"tensors, missing: {_abbreviate(missing)}; of another shape: {_abbreviate(reshaped)}. "
-                "Set `backbone` to the timm model the file was saved from."
-            )
-        self.model.load_state_dict(state_dict, strict=False)
+        self.model.load_state_dict(read_timm_weights(self.model, self.config.backbone, weights), strict=False)
 
     def _freeze_position_embedding(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -420,6 +404,37 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
         return F.multilabel_soft_margin_loss(cls_logits.to(dtype), targets) + F.multilabel_soft_margin_loss(
             aux_cls_logits.to(dtype), targets
         )
+
+
+def read_timm_weights(model: nn.Module, name: str, weights: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    The weights of a timm model from a `.safetensors` or `.pth` file.
+
+    Args:
+        model: What they are for, without its classifier.
+        name: Its name in timm.
+        weights: The file.
+
+    Raises:
+        ValueError: if the file lacks parameters of the model or has them in another shape.
+    """
+    from timm.models import load_state_dict as read_state_dict
+
+    state_dict = read_state_dict(os.fspath(weights), use_ema=False, weights_only=True)
+    # Each model file of timm knows how foreign checkpoints of its models are laid out.
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is not None:
+        state_dict = adapt(state_dict, model)
+    own = model.state_dict()
+    missing = [key for key in own if key not in state_dict]
+    reshaped = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
+    if missing or reshaped:
+        raise ValueError(
+            f"{weights} does not hold the weights of backbone {name!r}. Of {len(own)} "
+            f"tensors, missing: {_abbreviate(missing)}; of another shape: {_abbreviate(reshaped)}. "
+            "Set `backbone` to the timm model the file was saved from."
+        )
+    return state_dict
 
 
 def _create_timm_model(config: CoSAConfig, pretrained: bool = False) -> nn.Module:

@@ -147,7 +147,7 @@ def test_a_mask_of_another_size_is_named(voc_dir):
 
 
 def test_any_error_says_which_image(shapes):
-    def broken_views(image, mask):
+    def broken_views(image, mask, confidence):
         raise RuntimeError("out of luck")
 
     with pytest.raises(RuntimeError, match="out of luck") as caught:

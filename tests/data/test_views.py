@@ -234,3 +234,14 @@ def test_refuses_what_it_cannot_do():
         Views(8, HALF, HALF)(Image.new("L", (8, 8)))
     with pytest.raises(ValueError, match=r"mask is \(8, 7\)"):
         Views(8, HALF, HALF)(Image.new("RGB", (8, 8)), Image.new("L", (8, 7)))
+
+
+def test_confidence_takes_the_geometry_of_its_mask():
+    ids = np.arange(40 * 30, dtype=np.uint32).reshape(30, 40) % 251
+    twin = Image.fromarray(ids.astype(np.uint8))
+    torch.manual_seed(0)
+    item = Views(64, (0.5,) * 3, (0.5,) * 3)(Image.new("RGB", (40, 30)), twin, twin)
+    inside = item["valid"]
+    torch.testing.assert_close(item["confidence"][inside] * 255, item["mask"][inside].float())
+    assert not item["confidence"][~inside].any()
+    assert item["confidence"].shape == (64, 64)

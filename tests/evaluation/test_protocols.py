@@ -297,8 +297,7 @@ def test_two_processes_score_every_image_once(tmp_path):
             from accelerate import Accelerator
             from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
             from cosa_hf.data import SHAPES_CLASSES, load_shapes
-            from cosa_hf.evaluation.crf import DenseCRF
-from cosa_hf.evaluation.protocols import evaluate_model
+            from cosa_hf.evaluation.protocols import evaluate_model
             import torch
 
             accelerator = Accelerator(cpu=True)

@@ -15,7 +15,7 @@ from speed.stopwatch import Stopwatch
 from cosa_hf.assignment.network import assign
 from cosa_hf.assignment.threshold import DynamicThreshold
 from cosa_hf.objective.overall import CoSAObjective
-from cosa_hf.training import loop
+from cosa_hf.training import cosa
 from cosa_hf.training.recipe import Recipe
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
@@ -83,11 +83,11 @@ def test_the_straight_version_computes_the_same_losses(monkeypatch):
     recipe = Recipe.named("voc-lite0", **TINY, pretrained=False, label_scales=[1.0, 0.5, 1.5], dataset="folder")
     dataset = measure.tagged_photos(5, 2)
     torch.manual_seed(0)
-    online = loop._build_model(recipe, dataset)
+    online = cosa.build_model(recipe, dataset)
     with torch.no_grad():  # fresh heads say next to nothing
         for head in (online.classifier, online.aux_classifier, online.decoder.conv8):
             head.weight.mul_(20)
-    monkeypatch.setattr(loop, "_build_model", lambda *_: online)
+    monkeypatch.setattr(cosa, "build_model", lambda *_: online)
     valid = torch.ones(2, 64, 64, dtype=torch.bool)
     valid[0, :, 40:] = False
     labels = torch.tensor([[1.0, 0, 0, 1, 0], [0, 1, 0, 0, 0]])

@@ -46,7 +46,7 @@ def reader(tmp_path_factory):
     names = dict(enumerate(["background", *SHAPES_CLASSES]))
     model = CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", decoder_channels=16, id2label=names))
     processor = CoSAImageProcessor(size={"height": 64, "width": 64})
-    for name in ("runs/demo/model", "org/cosa-voc"):
+    for name in ("runs/demo/model", "runs/upernet/model", "org/cosa-voc"):
         model.save_pretrained(directory / name)
         processor.save_pretrained(directory / name)
     shapes = load_shapes("val", num_images=2)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from cosa_hf.data import load_shapes
-from cosa_hf.training import loop
+from cosa_hf.training import cosa, loop
 from cosa_hf.training.checkpoints import read_checkpoint
 from cosa_hf.training.recipe import Recipe
 
@@ -24,7 +24,8 @@ def few_shapes(monkeypatch):
         loaded.append((split, masks))
         return load_shapes("train" if split == "train_aug" else split, num_images=6, image_size=48, masks=masks)
 
-    monkeypatch.setattr(loop, "load_dataset_by_name", load)
+    for module in (cosa, loop):
+        monkeypatch.setattr(module, "load_dataset_by_name", load)
     return loaded
 
 

@@ -10,7 +10,7 @@ from algorithm1 import algorithm_1
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from cosa_hf.training import loop
+from cosa_hf.training import cosa, loop
 
 BATCH, SIZE, CLASSES, STEPS, WARMUP = 3, 64, 8, 4, 1
 
@@ -51,7 +51,7 @@ def run(tiny, few_shapes, monkeypatch, request):
         threshold_decay=0.6, threshold_queue=2,
     )  # fmt: skip
     start, steps, thresholds = [], [], [(0.5, 0.5)]
-    build, assign, require_finite = loop._build_model, loop.assign, loop.Watch.require_finite
+    build, assign, require_finite = cosa.build_model, cosa.assign, loop.Watch.require_finite
 
     def build_in_float64(recipe, dataset):
         model = build(recipe, dataset).double()
@@ -72,9 +72,9 @@ def run(tiny, few_shapes, monkeypatch, request):
         steps.append(SimpleNamespace(losses=values, thresholds=thresholds[-1]))
         require_finite(watch, losses, image_ids)
 
-    monkeypatch.setattr(loop, "_build_model", build_in_float64)
+    monkeypatch.setattr(cosa, "build_model", build_in_float64)
     monkeypatch.setattr(loop, "_loader", lambda *_: DataLoader(draw_items(), batch_size=BATCH))
-    monkeypatch.setattr(loop, "assign", recorded_assign)
+    monkeypatch.setattr(cosa, "assign", recorded_assign)
     monkeypatch.setattr(loop.Watch, "require_finite", record_losses)
     loop.train(recipe)
     weights = {

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation
 
 from cosa_hf.data import VOC_CLASSES, load_shapes
-from cosa_hf.training import loop
-from cosa_hf.training.loop import recommendation, train
+from cosa_hf.training import cosa
+from cosa_hf.training.cosa import recommendation
+from cosa_hf.training.loop import train
 from cosa_hf.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
@@ -71,7 +72,7 @@ def test_warmup_never_runs_the_assignment_network(tiny, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("the assignment network ran during warm-up")
 
-    monkeypatch.setattr(loop, "assign", forbidden)
+    monkeypatch.setattr(cosa, "assign", forbidden)
     train(tiny(warmup_steps=6))
     with pytest.raises(AssertionError, match="ran during warm-up"):
         train(tiny(warmup_steps=5))
@@ -117,7 +118,7 @@ def test_the_release_trains_with_its_regulariser(tiny):
 @pytest.fixture
 def objective_calls(monkeypatch):
     """What the loop handed to the objective after warm-up, and the losses it got back."""
-    calls, whole = [], loop.CoSAObjective.__call__
+    calls, whole = [], cosa.CoSAObjective.__call__
 
     def record(self, outputs, labels, valid, pseudo_labels, mean, images, classifier):
         losses = whole(self, outputs, labels, valid, pseudo_labels, mean, images, classifier)
@@ -130,7 +131,7 @@ def objective_calls(monkeypatch):
                 calls[-1] |= dict(zip(("features", "classifier"), reached, strict=True))
         return losses
 
-    monkeypatch.setattr(loop.CoSAObjective, "__call__", record)
+    monkeypatch.setattr(cosa.CoSAObjective, "__call__", record)
     return calls
 
 
@@ -190,7 +191,7 @@ def test_images_without_a_tag_are_left_out_and_named(tiny, monkeypatch, capsys):
             features=dataset.features,
         )
 
-    monkeypatch.setattr(loop, "load_dataset_by_name", with_two_untagged)
+    monkeypatch.setattr(cosa, "load_dataset_by_name", with_two_untagged)
     recipe = tiny(max_steps=2, warmup_steps=2)
     train(recipe)
     assert "left out 2 images without a tag: train-00001, train-00004" in capsys.readouterr().out

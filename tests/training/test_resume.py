@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from cosa_hf.assignment.network import AssignmentNetwork
-from cosa_hf.training import checkpoints, loop
+from cosa_hf.training import checkpoints, cosa, loop
 from cosa_hf.training.checkpoints import Checkpoints, Progress, read_checkpoint
 from cosa_hf.training.loop import train
 
@@ -95,7 +95,7 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_the_uninterrupted_one(tin
     draw = random.Random(0)
     # The first death comes after the checkpoint of step 3, and two steps at the least are made in between.
     run_and_die(killed, die_at(AssignmentNetwork, "update", draw.randint(4, 5)))
-    run_and_die(resumed, die_at(loop.CoSAObjective, "__call__", draw.randint(1, 3)))
+    run_and_die(resumed, die_at(cosa.CoSAObjective, "__call__", draw.randint(1, 3)))
     run_and_die(resumed, die_writing)
     assert list(directory.glob(".*.unfinished"))
     run_and_die(resumed, die_at(torch.optim.AdamW, "step", draw.randint(4, 6)))

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from cosa_hf.data.stream import TrainingStream
-from cosa_hf.training import checkpoints, loop
+from cosa_hf.training import checkpoints, cosa
 from cosa_hf.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
@@ -31,14 +31,14 @@ def at_objective(monkeypatch):
     """Call a function with the losses of the n-th step there is, once, and take what it returns for them."""
 
     def install(step, act):
-        objective, calls = loop.CoSAObjective.__call__, []
+        objective, calls = cosa.CoSAObjective.__call__, []
 
         def counted(self, *arguments):
             losses = objective(self, *arguments)
             calls.append(1)
             return act(losses) if len(calls) == step else losses
 
-        monkeypatch.setattr(loop.CoSAObjective, "__call__", counted)
+        monkeypatch.setattr(cosa.CoSAObjective, "__call__", counted)
 
     return install
 

@@ -31,7 +31,7 @@ def undecoded(dataset: T) -> T:
         'train-00000.png'
     """
     dataset = dataset.with_format(None)
-    for column in ("image", "mask"):
+    for column in ("image", "mask", "confidence"):
         if column in dataset.column_names:
             dataset = dataset.cast_column(column, ImageFeature(decode=False))
     return dataset
@@ -102,6 +102,25 @@ def read_mask(
             f"expected 0 (background), 1..{num_classes} (classes) or {ignore_index} (ignore)"
         )
     return Image.fromarray(ids)
+
+
+def read_confidence(example: dict[str, Any], image_size: tuple[int, int]) -> Image.Image:
+    """How sure an exported mask is of each pixel, as a mode "L" image, 255 for certain.
+
+    Args:
+        example: a row of an `undecoded` dataset with a `confidence` column, as exports in parquet have one.
+        image_size: (width, height) of the image as `read_image` returns it.
+
+    Raises:
+        UnreadableImageError: the file cannot be read, is no grey image or has another size; names the image.
+    """
+    confidence = _decode(example, "confidence")
+    if confidence.mode != "L" or confidence.size != image_size:
+        raise UnreadableImageError(
+            f"confidence of image {example['image_id']!r} has mode {confidence.mode!r} and size {confidence.size}: "
+            f"expected a grey image of {image_size}"
+        )
+    return confidence
 
 
 def _decode(example: dict[str, Any], column: str) -> Image.Image:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from cosa_hf.data.images import UnreadableImageError, read_image, read_mask, undecoded
+from cosa_hf.data.images import UnreadableImageError, read_confidence, read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names, multi_hot
 from cosa_hf.data.views import Views
 
@@ -35,6 +35,7 @@ class TrainingStream(torch.utils.data.Dataset):
         seed: non-negative.
         masks: pass the masks through the same geometry, for a supervised bound. Otherwise a `mask` column, if
             there is one, is never opened.
+        confidence: pass the masks' confidences through it too.
 
     Raises:
         ValueError: the dataset is empty, lacks a column, or an argument is out of range; at indexing, a hundred
@@ -48,8 +49,11 @@ class TrainingStream(torch.utils.data.Dataset):
         (10, ['image_id', 'labels', 'strong', 'unreadable', 'valid', 'weak'])
     """
 
-    def __init__(self, dataset: Dataset, views: Views, length: int, seed: int, masks: bool = False):
-        columns = ["image", "labels", "image_id"] + (["mask"] if masks else [])
+    def __init__(
+        self, dataset: Dataset, views: Views, length: int, seed: int, masks: bool = False, confidence: bool = False
+    ):
+        extra = [name for name, wanted in (("mask", masks), ("confidence", confidence)) if wanted]
+        columns = ["image", "labels", "image_id", *extra]
         missing = [column for column in columns if column not in dataset.column_names]
         if missing:
             raise ValueError(f"the dataset lacks the columns {missing}; it has {dataset.column_names}")
@@ -61,7 +65,7 @@ class TrainingStream(torch.utils.data.Dataset):
         self.views = views
         self.length = length
         self.seed = seed
-        self.masks = masks
+        self.masks, self.confidence = masks, confidence
         self._dataset = undecoded(dataset.select_columns(columns))
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
@@ -76,7 +80,9 @@ class TrainingStream(torch.utils.data.Dataset):
         for following in range(min(len(self._dataset), UNREADABLE_IN_A_ROW)):
             example = self._dataset[self._index(position + following)]
             try:
-                item = training_item(example, self.views, self.num_classes, self.seed, position, self.masks)
+                item = training_item(
+                    example, self.views, self.num_classes, self.seed, position, self.masks, self.confidence
+                )
             except UnreadableImageError as error:
                 unreadable = unreadable or str(error)
             else:
@@ -93,7 +99,13 @@ class TrainingStream(torch.utils.data.Dataset):
 
 
 def training_item(
-    example: dict[str, Any], views: Views, num_classes: int, seed: int, position: int, masks: bool = False
+    example: dict[str, Any],
+    views: Views,
+    num_classes: int,
+    seed: int,
+    position: int,
+    masks: bool = False,
+    confidence: bool = False,
 ) -> Item:
     """What training sees of one row of an `undecoded` dataset at one position of its order.
 
@@ -106,10 +118,11 @@ def training_item(
     try:
         image = read_image(example)
         mask = read_mask(example, image.size, num_classes) if masks else None
+        sure = read_confidence(example, image.size) if confidence else None
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that reseeds the accelerator too, which the fork does not restore.
             torch.default_generator.manual_seed(_mix(seed, _VIEWS, position))
-            item: Item = {**views(image, mask)}
+            item: Item = {**views(image, mask, sure)}
     except UnreadableImageError:
         raise
     except Exception as error:

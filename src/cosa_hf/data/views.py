@@ -80,16 +80,20 @@ class Views:
         self._gain = 1 / (255 * torch.tensor(std).view(3, 1, 1))
         self._bias = -(torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1)
 
-    def __call__(self, image: Image.Image, mask: Image.Image | None = None) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, image: Image.Image, mask: Image.Image | None = None, confidence: Image.Image | None = None
+    ) -> dict[str, torch.Tensor]:
         """Draw the views of one image.
 
         Args:
             image: RGB, any size.
             mask: class ids, mode "L", the image's size. It takes the same geometry (nearest neighbour).
+            confidence: of the mask, mode "L", likewise.
 
         Returns:
             weak (3, H, W) float32, strong (3, H, W) float32, valid (H, W) bool and, given a mask, mask (H, W)
-            int64 with 255 outside the image; H = W = crop_size.
+            int64 with 255 outside the image, given its confidence, confidence (H, W) float32 in [0, 1] with 0
+            there; H = W = crop_size.
         """
         if image.mode != "RGB":
             raise ValueError(f"expected an RGB image, got mode {image.mode!r}: convert it with to_rgb first")
@@ -119,6 +123,11 @@ class Views:
             views["mask"] = torch.full((side, side), IGNORE_INDEX, dtype=torch.int64)
             views["mask"][inside] = torch.from_numpy(
                 np.array(geometry.apply(mask, Image.Resampling.NEAREST), dtype=np.int64)
+            )
+        if confidence is not None:
+            views["confidence"] = torch.zeros(side, side)
+            views["confidence"][inside] = torch.from_numpy(
+                np.array(geometry.apply(confidence, Image.Resampling.NEAREST), dtype=np.float32) / 255
             )
         return views
 

@@ -10,17 +10,15 @@ import torch.nn.functional as F
 from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data.images import read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names, multi_hot
 from cosa_hf.evaluation.crf import DenseCRF
-from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.inference import forward_multiscale
-from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, normalize_cams
 
-__all__ = ["SCALES", "ImageMaps", "check_classes", "label_names", "predict_maps"]
+__all__ = ["SCALES", "ImageMaps", "check_classes", "ignore_index", "label_names", "predict_maps"]
 
 #: Relative input sizes of the paper's evaluation (Sec. 4.1).
 SCALES = (1.0, 0.5, 1.5, 0.75, 1.25)
@@ -36,7 +34,8 @@ class ImageMaps:
         truth: (H, W) int64 ids, 255 = ignore; None where the dataset has no masks.
         labels: (C,) multi-hot tags that filter the maps.
         seg_logits: S, (K, h, w), not filtered.
-        cam: (C, h, w) normalised CAM of the last layer in [0, 1]; classes without a tag are zero.
+        cam: (C, h, w) normalised CAM of the last layer in [0, 1]; classes without a tag are zero. None, like the
+            other, of a network that only segments.
         aux_cam: the same of the auxiliary layer.
 
     Example:
@@ -53,8 +52,8 @@ class ImageMaps:
     truth: torch.Tensor | None
     labels: torch.Tensor
     seg_logits: torch.Tensor
-    cam: torch.Tensor
-    aux_cam: torch.Tensor
+    cam: Any
+    aux_cam: Any
 
     def label(
         self, source: str, threshold: float = 0.5, crf: DenseCRF | None = None
@@ -98,8 +97,8 @@ class ImageMaps:
 
 
 def predict_maps(
-    model: CoSAForWeaklySupervisedSegmentation,
-    processor: CoSAImageProcessor,
+    model: PreTrainedModel,
+    processor: Any,
     dataset: Dataset,
     scales: Sequence[float] = SCALES,
     flip: bool = True,
@@ -112,7 +111,7 @@ def predict_maps(
     returned to the mode it was in when the iteration ends.
 
     Args:
-        model: on the device to run on.
+        model: CoSA, or any network that segments; on the device to run on.
         processor: the model's; its `size` is the input size.
         dataset: with the columns image, labels and image_id; a column mask is read where there is one.
         scales: relative input sizes whose outputs are fused.
@@ -133,7 +132,7 @@ def predict_maps(
     check_classes(dataset, model.config)
     device = next(model.parameters()).device
     batches = DataLoader(undecoded(dataset), batch_size=batch_size, collate_fn=_Collate(processor, model.config))
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         for batch in batches:
@@ -143,25 +142,40 @@ def predict_maps(
                 if class_threshold is not None:
                     predicted = (fused.cls_logits.sigmoid() >= class_threshold).to(labels.dtype)
                     labels = torch.where(labels.any(dim=1, keepdim=True), labels, predicted)
-                cams = normalize_cams(fused.cam_logits, labels)
-                aux_cams = normalize_cams(fused.aux_cam_logits, labels)
+                cams, aux_cams = (
+                    [None] * len(labels) if maps is None else normalize_cams(maps, labels)
+                    for maps in (fused.cam_logits, fused.aux_cam_logits)
+                )
             for original, *maps in zip(batch["originals"], labels, fused.seg_logits, cams, aux_cams, strict=True):
                 yield ImageMaps(*original, *maps)
     finally:
-        model.train(was_training)
+        for module in training:  # not model.train(): a part of it may have been in eval mode
+            module.training = True
 
 
 def label_names(config: Any) -> list[str]:
     """The K label names of a model's config in the order of their ids, background first.
 
     Example:
+        >>> from cosa_hf import CoSAConfig
         >>> label_names(CoSAConfig(id2label={1: "cat", 0: "background"}))
         ['background', 'cat']
     """
     return [config.id2label[index] for index in range(config.num_labels)]
 
 
-def check_classes(dataset: Dataset, config: CoSAConfig) -> None:
+def ignore_index(config: Any) -> int:
+    """The id that a model's config leaves out of masks; 255, everybody's, where it names none.
+
+    Example:
+        >>> from cosa_hf import CoSAConfig
+        >>> ignore_index(CoSAConfig())
+        255
+    """
+    return getattr(config, "semantic_loss_ignore_index", 255)
+
+
+def check_classes(dataset: Dataset, config: Any) -> None:
     """Refuse a dataset whose classes are not the model's, in the same order.
 
     Raises:
@@ -178,10 +192,10 @@ def check_classes(dataset: Dataset, config: CoSAConfig) -> None:
 class _Collate:
     """Rows to a batch: pixel values for the model, tags as multi-hot, and the originals to compare with."""
 
-    def __init__(self, processor: CoSAImageProcessor, config: CoSAConfig):
+    def __init__(self, processor: Any, config: Any):
         self.processor = processor
-        self.num_classes = config.num_classes
-        self.ignore_index = config.semantic_loss_ignore_index
+        self.num_classes = config.num_labels - 1
+        self.ignore_index = ignore_index(config)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         originals = []

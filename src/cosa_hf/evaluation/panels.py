@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from transformers import PreTrainedModel
 
 from cosa_hf.data.images import IGNORE_INDEX
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image, voc_palette
 from cosa_hf.evaluation.protocols import predict_dataset
-from cosa_hf.image_processing_cosa import CoSAImageProcessor
-from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 
 __all__ = ["heat", "overlay", "panel", "save_panels"]
 
@@ -35,11 +34,11 @@ def panel(
     names: Sequence[str],
     title: str | None = None,
 ) -> Image.Image:
-    """One image as a row: image, CAM, auxiliary CAM, prediction, truth; below it the classes' colours.
+    """One image as a row: image, CAMs if there are any, prediction, truth; below it the classes' colours.
 
     Args:
         image: RGB, H x W.
-        cam: (C, h, w) normalised CAM in [0, 1], drawn as heat by its maximum over the classes.
+        cam: (C, h, w) normalised CAM in [0, 1], drawn as heat by its maximum over the classes; None: no such tile.
         aux_cam: (C, h, w) of the auxiliary layer.
         prediction: (H, W) ids (tags unknown).
         truth: (H, W) ids, 255 = ignore.
@@ -61,8 +60,7 @@ def panel(
     prediction, truth = _mask(prediction, image, names), _mask(truth, image, names)
     tiles = {
         "image": image,
-        "CAM": heat(image, cam),
-        "aux CAM": heat(image, aux_cam),
+        **{name: heat(image, one) for name, one in (("CAM", cam), ("aux CAM", aux_cam)) if one is not None},
         "prediction (tags unknown)": _paint(image, prediction),
         "truth": _paint(image, truth),
     }
@@ -88,8 +86,8 @@ def panel(
 
 
 def save_panels(
-    model: CoSAForWeaklySupervisedSegmentation,
-    processor: CoSAImageProcessor,
+    model: PreTrainedModel,
+    processor: Any,
     dataset: Dataset,
     directory: Path,
     **inference: Any,

@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from cosa_hf.evaluation.crf import DenseCRF
-from cosa_hf.evaluation.maps import SCALES, label_names, predict_maps
+from cosa_hf.evaluation.maps import SCALES, ignore_index, label_names, predict_maps
 from cosa_hf.evaluation.metrics import SegmentationMetric
-from cosa_hf.image_processing_cosa import CoSAImageProcessor
-from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.inference import has_cams
 
-__all__ = ["PROTOCOLS", "ImagePrediction", "evaluate_model", "format_report", "predict_dataset"]
+__all__ = ["PROTOCOLS", "ImagePrediction", "evaluate_model", "format_report", "predict_dataset", "protocols_of"]
 
 #: What each column of a report predicts from, in the order of the table.
 PROTOCOLS = {
@@ -33,6 +33,11 @@ PROTOCOLS = {
 }
 
 
+def protocols_of(model: Any) -> dict[str, str]:
+    """The `PROTOCOLS` that a model can be scored under: all, or `seg` and `seg_tags` without CAMs."""
+    return {name: text for name, text in PROTOCOLS.items() if name.startswith("seg") or has_cams(model)}
+
+
 @dataclass
 class ImagePrediction:
     """One scored image, everything at its own resolution.
@@ -41,22 +46,23 @@ class ImagePrediction:
         image_id: the dataset's id of the image.
         image: RGB, H x W.
         truth: (H, W) int64 ids, 255 = ignore.
-        cam: (C, H, W) float32 normalised CAM of the last layer in [0, 1]; classes without a tag are zero.
+        cam: (C, H, W) float32 normalised CAM of the last layer in [0, 1]; classes without a tag are zero. None, like
+            the other, of a network that only segments.
         aux_cam: the same of the auxiliary layer.
-        masks: {protocol: (H, W) int64 ids} for every key of `PROTOCOLS`.
+        masks: {protocol: (H, W) int64 ids} for every key of `protocols_of` the model.
     """
 
     image_id: str
     image: Image.Image
     truth: torch.Tensor
-    cam: torch.Tensor
-    aux_cam: torch.Tensor
+    cam: Any
+    aux_cam: Any
     masks: dict[str, torch.Tensor]
 
 
 def predict_dataset(
-    model: CoSAForWeaklySupervisedSegmentation,
-    processor: CoSAImageProcessor,
+    model: PreTrainedModel,
+    processor: Any,
     dataset: Dataset,
     scales: Sequence[float] = SCALES,
     flip: bool = True,
@@ -64,7 +70,7 @@ def predict_dataset(
     cam_threshold: float | None = None,
     crf: DenseCRF | None = None,
 ) -> Iterator[ImagePrediction]:
-    """Predict every image of `dataset` in order, under every protocol.
+    """Predict every image of `dataset` in order, under every protocol that the model allows.
 
     Args:
         model: and `processor`, `scales`, `flip`, `batch_size`: as in `predict_maps`.
@@ -81,22 +87,22 @@ def predict_dataset(
     Source: paper Sec. 4.1 (threshold).
     """
     _check_masks(dataset)
-    threshold = model.config.cam_threshold if cam_threshold is None else cam_threshold
+    protocols, threshold = protocols_of(model), _threshold(model, cam_threshold)
     for maps in predict_maps(model, processor, dataset, scales, flip, batch_size):
         assert maps.truth is not None  # the dataset has masks
         yield ImagePrediction(
             maps.image_id,
             maps.image,
             maps.truth,
-            maps.upsample(maps.cam),
-            maps.upsample(maps.aux_cam),
-            {protocol: maps.label(protocol, threshold, crf)[0] for protocol in PROTOCOLS},
+            None if maps.cam is None else maps.upsample(maps.cam),
+            None if maps.aux_cam is None else maps.upsample(maps.aux_cam),
+            {protocol: maps.label(protocol, threshold, crf)[0] for protocol in protocols},
         )
 
 
 def evaluate_model(
-    model: CoSAForWeaklySupervisedSegmentation,
-    processor: CoSAImageProcessor,
+    model: PreTrainedModel,
+    processor: Any,
     dataset: Dataset,
     scales: Sequence[float] = SCALES,
     flip: bool = True,
@@ -123,7 +129,7 @@ def evaluate_model(
         accelerator: shares the images among its processes; each process returns the same report.
 
     Returns:
-        JSON-serialisable: for each key of `PROTOCOLS` a dict of `miou`, `per_class` and `coexistence_miou`
+        JSON-serialisable: for each key of `protocols_of` the model a dict of `miou`, `per_class` and `coexistence_miou`
         (percent; None where nothing could be counted), plus `images` (how many), `untagged` (ids of images
         without a tag, for which the tags-given protocols can only answer background) and `protocol` (how all
         of it was measured).
@@ -142,10 +148,9 @@ def evaluate_model(
     _check_masks(dataset)
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     share = dataset.select(range(rank, len(dataset), processes))
-    names = label_names(config)
-    metrics = {
-        protocol: SegmentationMetric(names, ignore_index=config.semantic_loss_ignore_index) for protocol in PROTOCOLS
-    }
+    names, ignored, protocols = label_names(config), ignore_index(config), protocols_of(model)
+    coexistence_classes = list(getattr(config, "coexistence_classes", ()))
+    metrics = {protocol: SegmentationMetric(names, ignore_index=ignored) for protocol in protocols}
     predictions = predict_dataset(model, processor, share, scales, flip, batch_size, cam_threshold, crf)
     for prediction in tqdm(predictions, "evaluate", total=len(share), unit="image", disable=not progress or rank > 0):
         for protocol, metric in metrics.items():
@@ -155,22 +160,22 @@ def evaluate_model(
         if accelerator is not None:
             counts = metric.confusion_matrix.to(accelerator.device)
             metric.confusion_matrix = accelerator.reduce(counts, reduction="sum")
-        coexistence = metric.coexistence(config.coexistence_classes)
+        coexistence = metric.coexistence(coexistence_classes)
         report[protocol] = {**metric.compute(), "coexistence_miou": coexistence}
     report["images"] = len(dataset)
     report["untagged"] = [
         row["image_id"] for row in dataset.select_columns(["image_id", "labels"]) if not row["labels"]
     ]
     report["protocol"] = {
-        **PROTOCOLS,
+        **protocols,
         **{column: PROTOCOLS[column].replace(":", ", CRF:", 1) for column in ("seg", "seg_tags") if crf is not None},
         "crf": None if crf is None else asdict(crf),
         "scales": list(scales),
         "flip": flip,
         "input_size": [processor.size["height"], processor.size["width"]],
-        "cam_threshold": config.cam_threshold if cam_threshold is None else cam_threshold,
-        "ignore_index": config.semantic_loss_ignore_index,
-        "coexistence_classes": list(config.coexistence_classes),
+        "cam_threshold": _threshold(model, cam_threshold) if has_cams(model) else None,
+        "ignore_index": ignored,
+        "coexistence_classes": coexistence_classes,
         "dataset": dataset_name,
         "split": split,
         "model": config.name_or_path or None,
@@ -192,7 +197,7 @@ def format_report(report: dict[str, Any]) -> str:
         C-mIoU                 -         -     -        -         -
         seg: tags unknown; seg_tags, cam, cam_aux, cam_mean: tags given; -: nothing to count
     """
-    columns = list(PROTOCOLS)
+    columns = [protocol for protocol in PROTOCOLS if protocol in report]
     rows = [[name, *(report[column]["per_class"][name] for column in columns)] for name in report["seg"]["per_class"]]
     rows.append(["mIoU", *(report[column]["miou"] for column in columns)])
     rows.append(["C-mIoU", *(report[column]["coexistence_miou"] for column in columns)])
@@ -206,12 +211,16 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [line(head, columns)]
     for name, *values in rows:
         lines.append(line(name, ["-" if value is None else f"{value:.1f}" for value in values]))
-    lines.append("seg: tags unknown; seg_tags, cam, cam_aux, cam_mean: tags given; -: nothing to count")
+    lines.append(f"seg: tags unknown; {', '.join(columns[1:])}: tags given; -: nothing to count")
     if report["untagged"]:
         lines.append(f"{len(report['untagged'])} images without tags: {', '.join(report['untagged'][:10])}")
     if report["protocol"]["crf"]:
         lines.append(f"seg, seg_tags: after a CRF ({report['protocol']['crf']['backend']})")
     return "\n".join(lines)
+
+
+def _threshold(model: Any, cam_threshold: float | None) -> float:
+    return getattr(model.config, "cam_threshold", 0.5) if cam_threshold is None else cam_threshold
 
 
 def _check_masks(dataset: Dataset) -> None:

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from cosa_hf._version import __version__
 from cosa_hf.data.images import undecoded
@@ -23,8 +24,7 @@ from cosa_hf.data.tags import list_some
 from cosa_hf.evaluation.maps import SCALES, ImageMaps, check_classes, label_names, predict_maps
 from cosa_hf.export.formats import FORMATS, Format, PseudoLabel
 from cosa_hf.files import remove_unfinished, whole_file
-from cosa_hf.image_processing_cosa import CoSAImageProcessor
-from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.inference import has_cams
 
 __all__ = ["RECORD", "SOURCES", "export_pseudo_labels"]
 
@@ -36,8 +36,8 @@ RECORD = "export.json"
 
 
 def export_pseudo_labels(
-    model: CoSAForWeaklySupervisedSegmentation,
-    processor: CoSAImageProcessor,
+    model: PreTrainedModel,
+    processor: Any,
     dataset: Dataset,
     output_dir: str | Path,
     *,
@@ -78,14 +78,14 @@ def export_pseudo_labels(
         How many images this call labelled, in all processes.
 
     Raises:
-        ValueError: a setting is out of range, the classes are not the model's, an image has no tag, two have
-            one id, an image cannot be read (the others are labelled first), or `output_dir` has an export
-            with other settings.
+        ValueError: a setting is out of range, a CAM is asked of a model without, the classes are not the model's,
+            an image has no tag, two have one id, an image cannot be read (the others are labelled first), or
+            `output_dir` has an export with other settings.
         FileExistsError: `output_dir` has files that no export wrote.
         OSError: the disk is full; the same call goes on when there is room.
 
     Example:
-        >>> from cosa_hf import CoSAConfig
+        >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
         >>> from cosa_hf.data import SHAPES_CLASSES, load_shapes
         >>> config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
         >>> model = CoSAForWeaklySupervisedSegmentation(config)
@@ -97,6 +97,11 @@ def export_pseudo_labels(
         ['val-00000.png', 'val-00001.png']
     """
     output_dir, state = Path(output_dir), PartialState()
+    if not has_cams(model) and (source != "seg" or class_threshold is not None):
+        raise ValueError(
+            f"a {type(model).__name__} only segments: its masks come from source seg and given tags, "
+            f"got source {source}" + (" and predicted tags" if class_threshold is not None else "")
+        )
     check_classes(dataset, model.config)
     dataset = undecoded(dataset.select_columns(["image", "labels", "image_id"]))
     names = label_names(model.config)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from cosa_hf.evaluation.maps import SCALES, label_names, predict_maps
 from cosa_hf.evaluation.metrics import SegmentationMetric
-from cosa_hf.image_processing_cosa import CoSAImageProcessor
-from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.inference import has_cams
 
 __all__ = ["CAM_SOURCES", "THRESHOLDS", "format_quality", "pseudo_label_quality"]
 
@@ -22,8 +22,8 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(2, 19))
 
 
 def pseudo_label_quality(
-    model: CoSAForWeaklySupervisedSegmentation,
-    processor: CoSAImageProcessor,
+    model: PreTrainedModel,
+    processor: Any,
     dataset: Dataset,
     thresholds: Sequence[float] = THRESHOLDS,
     scales: Sequence[float] = SCALES,
@@ -57,6 +57,8 @@ def pseudo_label_quality(
     """
     if not thresholds or list(thresholds) != sorted(set(thresholds)) or not 0 < thresholds[0] <= thresholds[-1] < 1:
         raise ValueError(f"thresholds must rise, strictly between 0 and 1, got {list(thresholds)}")
+    if not has_cams(model):
+        raise ValueError(f"a {type(model).__name__} has no CAMs to measure: score it with scripts/evaluate.py")
     if len(dataset) == 0 or "mask" not in dataset.column_names:
         raise ValueError(
             f"quality is measured on images with masks; the dataset has {len(dataset)} images and the columns "

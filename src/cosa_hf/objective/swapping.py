@@ -40,7 +40,7 @@ def cam2seg_loss(
     if balanced:
         background = pseudo_labels == 0
         halves = (background, known & ~background)
-        share = sum(_share_of_mean(half, mean, seg_logits.dtype) for half in halves) / 2
+        share = torch.stack([_share_of_mean(half, mean, seg_logits.dtype) for half in halves]).mean(dim=0)
     else:
         share = _share_of_mean(known, mean, seg_logits.dtype)
     if weights is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from cosa_hf.data.options import DatasetOptions
 from cosa_hf.training.ablations import Table
-from cosa_hf.training.loop import recommendation
+from cosa_hf.training.cosa import recommendation
 from cosa_hf.training.recipe import Recipe
 
 __all__ = ["Protocol", "Training", "describe", "difference", "execute", "plan", "row_recipes", "slug"]

@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
@@ -15,31 +15,27 @@ RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
 @dataclass(kw_only=True)
-class Recipe(DatasetOptions):
-    """One run. The defaults are the paper's for VOC (Sec. 4.1, Tab. 5, 8-10).
+class RunRecipe(DatasetOptions):
+    """What every run of the training loop has to be told, whatever it trains.
 
     The options of the dataset readers are fields too (`DatasetOptions`).
 
     Raises:
         ValueError: a field of the wrong type or outside its range; the message names it.
-
-    Example:
-        >>> Recipe.from_mapping({"crop_size": 224, "learning_rate": "2e-4"}).learning_rate
-        0.0002
     """
+
+    directory: ClassVar[Path] = RECIPES
+    """Where the recipes that go by name lie."""
+
+    positive: ClassVar[tuple[str, ...]] = (
+        "crop_size", "input_size", "batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
+        "head_lr_multiplier", "log_every", "images_per_step", "keep_checkpoints",
+    )  # fmt: skip
 
     # Data
     dataset: str = field(default="voc", metadata={"help": "voc, coco, folder, hub, or shapes (the demo set)"})
     data_dir: str | None = field(default=None, metadata={"help": "root of the dataset, e.g. VOCdevkit/VOC2012"})
-    train_split: str = field(default="train_aug", metadata={"help": "split whose tags are learned"})
     eval_split: str = field(default="val", metadata={"help": "split whose masks are compared with, if eval_every > 0"})
-    streaming: bool = field(default=False, metadata={"help": "hub: train on rows as they arrive, keeping none on disk"})
-    shuffle_buffer: int = field(
-        default=1000, metadata={"help": "streaming: rows held in memory, from which the next is drawn"}
-    )
-    supervision: Literal["tags", "masks"] = field(
-        default="tags", metadata={"help": "masks: train the same network on true masks, as an upper bound"}
-    )
     crop_size: int = field(default=448, metadata={"help": "side of the training crop, pixels"})
     input_size: int = field(default=448, metadata={"help": "side that images are resized to at inference, pixels"})
     scale_min: float = field(default=0.5, metadata={"help": "least random rescale"})
@@ -54,6 +50,126 @@ class Recipe(DatasetOptions):
         },
     )
     num_workers: int = field(default=4, metadata={"help": "processes that read and augment images"})
+
+    # Schedule (Sec. 4.1)
+    max_steps: int = field(default=20_000, metadata={"help": "optimiser steps in all"})
+    learning_rate: float = field(default=6e-5, metadata={"help": "of the backbone"})
+    head_lr_multiplier: float = field(default=10.0, metadata={"help": "classifiers and decoder learn this much faster"})
+    lr_warmup_steps: int = field(default=1_500, metadata={"help": "linear rise of the learning rate"})
+    lr_power: float = field(default=0.9, metadata={"help": "of its polynomial decay"})
+    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "clip the gradient's norm to this; 0: do not clip"})
+
+    # The run
+    seed: int = field(default=0, metadata={"help": "of weights, order and views"})
+    mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "Accelerate's precision"})
+    output_dir: str = field(default="runs/train", metadata={"help": "where models, checkpoints and logs go"})
+    tracker: str = field(default="tensorboard", metadata={"help": "any that Accelerate knows, or none"})
+    log_every: int = field(default=20, metadata={"help": "steps between log entries"})
+    eval_every: int = field(default=0, metadata={"help": "steps between evaluations on eval_split; 0: never"})
+    eval_images: int = field(default=100, metadata={"help": "images of each such evaluation, the first of the split"})
+    eval_panels: int = field(default=4, metadata={"help": "pictures of each such evaluation, of its first images"})
+    checkpoint_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only when cut short"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many of them to keep, the newest"})
+    snapshot_every: int = field(
+        default=0, metadata={"help": "steps between copies of the networks, kept for scripts/analyze.py; 0: none"}
+    )
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for spec in dataclasses.fields(self):
+            setattr(self, spec.name, _typed(spec.name, getattr(self, spec.name), hints[spec.name]))
+        for name in self.positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.lr_warmup_steps < self.max_steps:
+            raise ValueError(f"lr_warmup_steps must lie below max_steps = {self.max_steps}, got {self.lr_warmup_steps}")
+        if not 0 < self.scale_min <= self.scale_max:
+            raise ValueError(f"scale_min..scale_max must be a positive range, got {self.scale_min}..{self.scale_max}")
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any]) -> Self:
+        """A recipe from field names and values.
+
+        Raises:
+            ValueError: a name that is no field.
+        """
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown recipe fields {unknown}; the fields are {sorted(known)}")
+        return cls(**values)
+
+    @classmethod
+    def named(cls, name: str | Path, **overrides: Any) -> Self:
+        """A recipe by its name in `directory`, or by the path of a YAML file, with single fields replaced.
+
+        Raises:
+            FileNotFoundError: no such recipe; the message lists the known names.
+            ValueError: not a mapping, an unknown field or a wrong type.
+        """
+        return cls.from_mapping(cls.values_of(name) | overrides)
+
+    @classmethod
+    def values_of(cls, name: str | Path) -> dict[str, Any]:
+        """The fields that a recipe sets, by its name or path, as they stand in it.
+
+        Raises:
+            FileNotFoundError: no such recipe; the message lists the known names.
+            ValueError: the file holds something else.
+        """
+        path = Path(name)
+        if not path.suffix:
+            path = cls.directory / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(recipe.stem for recipe in cls.directory.glob("*.yaml")))
+            raise FileNotFoundError(f"no recipe {path}; known by name: {known or f'none, there is no {cls.directory}'}")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
+        return values
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
+        """A recipe from a YAML file, with single fields replaced.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a mapping, an unknown field or a wrong type.
+        """
+        return cls.named(Path(path), **overrides)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write all fields, so that the run can be repeated from the file alone."""
+        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+
+@dataclass(kw_only=True)
+class Recipe(RunRecipe):
+    """One run of CoSA. The defaults are the paper's for VOC (Sec. 4.1, Tab. 5, 8-10).
+
+    Raises:
+        ValueError: a field of the wrong type or outside its range; the message names it.
+
+    Example:
+        >>> Recipe.from_mapping({"crop_size": 224, "learning_rate": "2e-4"}).learning_rate
+        0.0002
+    """
+
+    positive: ClassVar[tuple[str, ...]] = (
+        *RunRecipe.positive, "spl_temperature", "separation_temperature", "threshold_queue", "supervision_stride",
+        "shuffle_buffer",
+    )  # fmt: skip
+
+    # Data
+    train_split: str = field(default="train_aug", metadata={"help": "split whose tags are learned"})
+    streaming: bool = field(default=False, metadata={"help": "hub: train on rows as they arrive, keeping none on disk"})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "streaming: rows held in memory, from which the next is drawn"}
+    )
+    supervision: Literal["tags", "masks"] = field(
+        default="tags", metadata={"help": "masks: train the same network on true masks, as an upper bound"}
+    )
 
     # Network
     backbone: str = field(
@@ -70,17 +186,10 @@ class Recipe(DatasetOptions):
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations to save memory"})
 
     # Schedule (Sec. 4.1)
-    max_steps: int = field(default=20_000, metadata={"help": "optimiser steps in all"})
     warmup_steps: int = field(
         default=6_000,
         metadata={"help": "first steps, classification only; = max_steps: a plain CAM baseline"},
     )
-    learning_rate: float = field(default=6e-5, metadata={"help": "of the backbone"})
-    head_lr_multiplier: float = field(default=10.0, metadata={"help": "classifiers and decoder learn this much faster"})
-    lr_warmup_steps: int = field(default=1_500, metadata={"help": "linear rise of the learning rate"})
-    lr_power: float = field(default=0.9, metadata={"help": "of its polynomial decay"})
-    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "clip the gradient's norm to this; 0: do not clip"})
     ema_momentum: float = field(default=0.9994, metadata={"help": "m of the assignment network, < 1"})
 
     # Pseudo-labels and objective (Eq. 3-11)
@@ -143,29 +252,8 @@ class Recipe(DatasetOptions):
         default=0.5, metadata={"help": "side of its grid, relative to the crop; its time grows with the fourth power"}
     )
 
-    # The run
-    seed: int = field(default=0, metadata={"help": "of weights, order and views"})
-    mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "Accelerate's precision"})
-    output_dir: str = field(default="runs/train", metadata={"help": "where models, checkpoints and logs go"})
-    tracker: str = field(default="tensorboard", metadata={"help": "any that Accelerate knows, or none"})
-    log_every: int = field(default=20, metadata={"help": "steps between log entries"})
-    eval_every: int = field(default=0, metadata={"help": "steps between evaluations on eval_split; 0: never"})
-    eval_images: int = field(default=100, metadata={"help": "images of each such evaluation, the first of the split"})
-    eval_panels: int = field(default=4, metadata={"help": "pictures of each such evaluation, of its first images"})
-    checkpoint_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only when cut short"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "how many of them to keep, the newest"})
-    snapshot_every: int = field(
-        default=0, metadata={"help": "steps between copies of both networks, kept for scripts/analyze.py; 0: none"}
-    )
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
-
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for spec in dataclasses.fields(self):
-            setattr(self, spec.name, _typed(spec.name, getattr(self, spec.name), hints[spec.name]))
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        super().__post_init__()
         if min(self.label_scales) <= 0:
             raise ValueError(f"label_scales must all be positive, got {self.label_scales}")
         if not 0 < self.perplexity_alpha < 1:
@@ -174,10 +262,6 @@ class Recipe(DatasetOptions):
             )
         if not 0 <= self.warmup_steps <= self.max_steps:
             raise ValueError(f"warmup_steps must lie in [0, max_steps = {self.max_steps}], got {self.warmup_steps}")
-        if not 0 <= self.lr_warmup_steps < self.max_steps:
-            raise ValueError(f"lr_warmup_steps must lie below max_steps = {self.max_steps}, got {self.lr_warmup_steps}")
-        if not 0 < self.scale_min <= self.scale_max:
-            raise ValueError(f"scale_min..scale_max must be a positive range, got {self.scale_min}..{self.scale_max}")
         if self.streaming and (self.dataset != "hub" or self.reads_masks):
             raise ValueError(
                 "streaming is for training on the tags of dataset hub, "
@@ -200,58 +284,6 @@ class Recipe(DatasetOptions):
     def reads_masks(self) -> bool:
         """Whether training opens the masks of its images: for the supervised bound and the oracle, never else."""
         return self.supervision == "masks" or self.guidance == "gt"
-
-    @classmethod
-    def from_mapping(cls, values: dict[str, Any]) -> "Recipe":
-        """A recipe from field names and values.
-
-        Raises:
-            ValueError: a name that is no field.
-        """
-        known = {spec.name for spec in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown recipe fields {unknown}; the fields are {sorted(known)}")
-        return cls(**values)
-
-    @classmethod
-    def named(cls, name: str | Path, **overrides: Any) -> "Recipe":
-        """A recipe by its name in `recipes/`, or by the path of a YAML file, with single fields replaced.
-
-        Raises:
-            FileNotFoundError: no such recipe; the message lists the known names.
-            ValueError: see `from_yaml`.
-        """
-        path = Path(name)
-        if not path.suffix:
-            path = RECIPES / f"{name}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-            raise FileNotFoundError(f"no recipe {path}; known by name: {known or f'none, there is no {RECIPES}'}")
-        return cls.from_yaml(path, **overrides)
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: Any) -> "Recipe":
-        """A recipe from a YAML file, with single fields replaced.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a mapping, an unknown field or a wrong type.
-        """
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
-        return cls.from_mapping(values | overrides)
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Write all fields, so that the run can be repeated from the file alone."""
-        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
-
-
-_POSITIVE = (
-    "crop_size", "input_size", "batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
-    "head_lr_multiplier", "spl_temperature", "separation_temperature", "log_every", "threshold_queue",
-    "supervision_stride", "shuffle_buffer", "images_per_step", "keep_checkpoints",
-)  # fmt: skip
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -18,7 +18,7 @@ from cosa_hf.files import whole_file
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels
 from cosa_hf.objective.reliability import perplexity
-from cosa_hf.training.recipe import Recipe
+from cosa_hf.training.recipe import RunRecipe
 
 
 class Telemetry:
@@ -31,10 +31,14 @@ class Telemetry:
         accelerator: only its main process writes.
         recipe: gives the cadence and what the tracker shows as the run's settings.
         images_per_step: over all processes.
+        shown: entries in the progress bar.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, images_per_step: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, recipe: RunRecipe, images_per_step: int, shown: Sequence[str] = ("loss",)
+    ) -> None:
         self.accelerator, self.recipe, self.images_per_step = accelerator, recipe, images_per_step
+        self.shown = shown
         self.log = Path(recipe.output_dir) / "log.jsonl"
         self.sums: dict[str, Tensor] = {}
         self.batches = 0
@@ -63,21 +67,14 @@ class Telemetry:
         self.accelerator.wait_for_everyone()
         self.steps, self.since = 0, time.perf_counter()
 
-    def add(
-        self,
-        losses: Sequence[dict[str, Tensor]],
-        pseudo_labels: PseudoLabels | None = None,
-        valid: Tensor | None = None,
-    ) -> None:
-        """Take in the loss parts of a step's batches, and the labels that it learned from."""
+    def add(self, losses: Sequence[dict[str, Tensor]], shares: dict[str, Tensor]) -> None:
+        """Take in the loss parts of a step's batches, and sums over the tokens of what it learned from."""
         self.batches += len(losses)
         for part in losses:
             for name, value in part.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-        if pseudo_labels is not None and valid is not None:
-            alpha, beta = self.recipe.perplexity_alpha, self.recipe.perplexity_beta
-            for name, value in label_statistics(pseudo_labels, valid, alpha, beta).items():
-                self.shares[name] = self.shares.get(name, 0.0) + value
+        for name, value in shares.items():
+            self.shares[name] = self.shares.get(name, 0.0) + value
 
     def step(self, step: int, vitals: Callable[[], dict[str, float]]) -> None:
         """Count one optimiser step; every `log_every` of them, write an entry.
@@ -94,7 +91,7 @@ class Telemetry:
         shares = self._over_processes(self.shares)
         tokens = max(shares.pop("tokens", 0.0), 1.0)
         values = means | {name: value / tokens for name, value in shares.items()} | vitals()
-        self.bar.set_postfix({name: f"{values[name]:.3f}" for name in ("loss", "cls", "xi")})
+        self.bar.set_postfix({name: f"{values[name]:.3f}" for name in self.shown})
         seconds = time.perf_counter() - self.since
         values["images_per_second"] = self.images_per_step * self.steps / seconds
         self.write(step, values | {"memory_gb": memory(self.accelerator.device)})

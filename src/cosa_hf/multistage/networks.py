@@ -1,0 +1,166 @@
+"""The networks of Tab. 2 by name, and any other of segmentation_models_pytorch, timm and transformers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+    SegformerImageProcessor,
+    SwinBackbone,
+    SwinConfig,
+    TimmBackboneConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+
+from cosa_hf.image_processing_cosa import CoSAImageProcessor
+from cosa_hf.multistage.configuration import CoSAMSConfig
+from cosa_hf.multistage.modeling import CoSAMSForSemanticSegmentation, load_pretrained
+from cosa_hf.multistage.recipe import MultistageRecipe
+
+#: What the paper calls R101 and WR38, as encoder and decoder.
+PAPER = {"deeplabv3plus-r101": "smp/deeplabv3plus/resnet101.tv_in1k", "largefov-wr38": "largefov/wide_resnet38_a1"}
+
+#: The paper does not say which; these are the largest that the ImageNet-22k row of mmsegmentation starts from.
+SWIN_B = "microsoft/swin-base-patch4-window12-384-in22k"
+SWIN_B_SHAPE: dict[str, Any] = {
+    "embed_dim": 128,
+    "depths": [2, 2, 18, 2],
+    "num_heads": [4, 8, 16, 32],
+    "window_size": 12,
+}
+
+
+def build_network(
+    recipe: MultistageRecipe, names: list[str], coexistence_classes: Sequence[str] = ()
+) -> tuple[PreTrainedModel, Any]:
+    """The network of a recipe with pretrained encoder and fresh decoder, and its processor.
+
+    Args:
+        recipe: `network`, where its weights come from, and the size that images are resized to.
+        names: the K labels, background first.
+        coexistence_classes: whose mean is C-mIoU.
+
+    Raises:
+        ValueError: no such network, or its weights cannot be had.
+    """
+    model, processor = _build(recipe, names)
+    model.config.coexistence_classes = list(coexistence_classes)
+    return model, processor
+
+
+def _build(recipe: MultistageRecipe, names: list[str]) -> tuple[PreTrainedModel, Any]:
+    labels: dict[str, Any] = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    size = {"height": recipe.input_size, "width": recipe.input_size}
+    match PAPER.get(recipe.network, recipe.network).split("/"):
+        case ["upernet-swin-b"]:
+            return _upernet_swin(recipe, labels), SegformerImageProcessor(size=size, do_reduce_labels=False)
+        case ["upernet", encoder]:
+            model = _upernet_timm(recipe, encoder, labels)
+            mean, std = _normalisation(encoder)
+            return model, SegformerImageProcessor(size=size, image_mean=mean, image_std=std, do_reduce_labels=False)
+        case ["smp", architecture, encoder] | ["largefov" as architecture, encoder]:
+            model = _cosa_ms(recipe, architecture, encoder, labels)
+            mean, std = _normalisation(encoder)
+            return model, CoSAImageProcessor(size=size, image_mean=mean, image_std=std)
+        case _:
+            return _transformers_model(recipe, labels, size)
+
+
+def encoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a segmentation model that starts from pretrained weights.
+
+    Raises:
+        ValueError: the model does not name one.
+    """
+    encoder = model.base_model if model.base_model is not model else getattr(model, "backbone", None)
+    if encoder is None:
+        raise ValueError(f"{type(model).__name__} does not say which part of it is its encoder")
+    return encoder
+
+
+def _cosa_ms(recipe: MultistageRecipe, architecture: str, encoder: str, labels: dict[str, Any]) -> PreTrainedModel:
+    config = CoSAMSConfig(
+        architecture=architecture,
+        encoder=encoder,
+        output_stride=recipe.output_stride,
+        decoder_channels=recipe.decoder_channels,
+        **labels,
+    )
+    model = CoSAMSForSemanticSegmentation(config)
+    if recipe.pretrained:
+        model.load_encoder(recipe.backbone_weights)
+    return model
+
+
+def _upernet_swin(recipe: MultistageRecipe, labels: dict[str, Any]) -> PreTrainedModel:
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    shape = SWIN_B_SHAPE | {"out_features": stages}
+    config = UperNetConfig(backbone_config=SwinConfig(**shape), **_upernet_options(recipe), **labels)
+    model = UperNetForSemanticSegmentation(config)
+    if recipe.pretrained:
+        source = recipe.backbone_weights or SWIN_B
+        try:
+            swin = SwinBackbone.from_pretrained(source, out_features=stages)
+        except OSError as error:
+            raise ValueError(f"cannot take the weights of Swin-B from {source}: {error}") from error
+        if swin.config.embed_dim != SWIN_B_SHAPE["embed_dim"] or swin.config.window_size != SWIN_B_SHAPE["window_size"]:
+            raise ValueError(f"{source} is no Swin-B with windows of {SWIN_B_SHAPE['window_size']}")
+        model.backbone.load_state_dict(swin.state_dict(), strict=False)  # the norms of its outputs are the decoder's
+    return model
+
+
+def _upernet_timm(recipe: MultistageRecipe, encoder: str, labels: dict[str, Any]) -> PreTrainedModel:
+    import timm
+
+    if not timm.is_model(encoder):
+        raise ValueError(f"network {recipe.network!r}: {encoder!r} is no model of timm {timm.__version__}")
+    feature_info: Any = timm.create_model(encoder, features_only=True).feature_info
+    backbone: dict[str, Any] = {"backbone": encoder, "out_indices": list(range(len(feature_info.channels())))[-4:]}
+    config = UperNetConfig(backbone_config=TimmBackboneConfig(**backbone), **_upernet_options(recipe), **labels)
+    model = UperNetForSemanticSegmentation(config)
+    if recipe.pretrained:
+        load_pretrained(model.backbone._backbone, encoder, recipe.backbone_weights)
+    return model
+
+
+def _upernet_options(recipe: MultistageRecipe) -> dict[str, Any]:
+    # The loss here knows weights and several processes, the model's own does not, and it alone reaches that head.
+    options: dict[str, Any] = {"use_auxiliary_head": False}
+    return options | ({} if recipe.decoder_channels is None else {"hidden_size": recipe.decoder_channels})
+
+
+def _transformers_model(
+    recipe: MultistageRecipe, labels: dict[str, Any], size: dict[str, int]
+) -> tuple[PreTrainedModel, Any]:
+    try:
+        config = AutoConfig.from_pretrained(recipe.network, **labels)
+        if recipe.pretrained:
+            model = AutoModelForSemanticSegmentation.from_pretrained(
+                recipe.network, config=config, ignore_mismatched_sizes=True
+            )
+        else:
+            model = AutoModelForSemanticSegmentation.from_config(config)
+        processor = AutoImageProcessor.from_pretrained(recipe.network, size=size)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no network {recipe.network!r}: known by name are {', '.join(PAPER)}, upernet-swin-b, "
+            "smp/ARCHITECTURE/TIMM_MODEL, largefov/TIMM_MODEL and upernet/TIMM_MODEL; anything else must be a "
+            f"transformers model for semantic segmentation on disk or within reach on the Hub\n{error}"
+        ) from error
+    return model, processor
+
+
+def _normalisation(encoder: str) -> tuple[list[float], list[float]]:
+    import timm
+
+    known = timm.get_pretrained_cfg(encoder)
+    data_config = timm.data.resolve_data_config(pretrained_cfg=known.to_dict() if known else {})
+    return list(data_config["mean"]), list(data_config["std"])

@@ -1,0 +1,158 @@
+"""A network of CoSA-MS as a task of the training loop: cross-entropy against exported masks, and no more."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cosa_hf.data import COEXISTENCE_CLASSES, class_names
+from cosa_hf.data.images import IGNORE_INDEX
+from cosa_hf.export.pseudo_labels import export_pseudo_labels
+from cosa_hf.inference import load_model
+from cosa_hf.multistage.data import Exported, check_masks, load_pseudo_labels
+from cosa_hf.multistage.networks import build_network, encoder_of
+from cosa_hf.multistage.recipe import MultistageRecipe
+from cosa_hf.objective.pseudo_labels import PseudoLabels
+from cosa_hf.objective.reliability import ProcessMean, perplexity, reliability_weights
+from cosa_hf.objective.swapping import cam2seg_loss
+from cosa_hf.training.loop import train
+from cosa_hf.training.task import Task
+
+MODEL = "model"
+MOMENTUM = 0.9
+
+
+def train_multistage(recipe: MultistageRecipe) -> Path:
+    """Train a network of CoSA-MS on pseudo-labels (Tab. 2); returns the directory of the model.
+
+    Everything else is as in `training.loop.train`, which does the work: what the run leaves, how it resumes, what it
+    raises.
+    """
+    return train(recipe, MultistageTask)
+
+
+class MultistageTask(Task):
+    """One network and the masks it learns from.
+
+    The views are the weak ones (rescale, flip, crop, blur), as is common for such networks.
+
+    Raises:
+        FileNotFoundError, ValueError: pseudo-labels or settings that cannot be trained on; the message names them.
+    """
+
+    def __init__(self, recipe: MultistageRecipe, accelerator: Accelerator) -> None:
+        super().__init__(recipe, accelerator)
+        exported = load_pseudo_labels(str(recipe.pseudo_labels), recipe.train_split)
+        if recipe.self_training:
+            exported = self._relabelled(exported.dataset)
+        self.exported = exported
+        self.dataset, self.dropped = exported.dataset, []
+        if recipe.confidence_weighting and ("confidence" not in self.dataset.column_names or not exported.described):
+            raise ValueError(
+                f"confidence_weighting: {recipe.pseudo_labels} does not carry confidence and what it means: export "
+                "with --format parquet, and keep its export.json"
+            )
+        if not recipe.resume:
+            check_masks(self.dataset, accelerator.process_index, accelerator.num_processes)
+        self.reads = {"masks": True, "confidence": recipe.confidence_weighting}
+        names = ["background", *class_names(self.dataset)]
+        coexistence = [name for name in COEXISTENCE_CLASSES.get(recipe.dataset, ()) if name in names]
+        self.network, self.processor = build_network(recipe, names, coexistence)
+        nn.Module.to(self.network, memory_format=torch.channels_last)
+        encoder = {id(parameter) for parameter in encoder_of(self.network).parameters()}
+        trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        self._backbone = [parameter for parameter in trainable if id(parameter) in encoder]
+        self._head = [parameter for parameter in trainable if id(parameter) not in encoder]
+
+    def _relabelled(self, dataset: Dataset) -> Exported:
+        """The same images with masks of the network that `self_training` names, within the images' tags."""
+        recipe = self.recipe
+        model, processor = load_model(recipe.self_training, self.accelerator.device)
+        directory = Path(recipe.output_dir) / "pseudo_labels"
+        columns = ["image", "labels", "image_id"]
+        export_pseudo_labels(
+            model, processor, dataset.select_columns(columns), directory, source="seg", format="parquet", split="train",
+            scales=recipe.label_scales, batch_size=recipe.batch_size,
+        )  # fmt: skip
+        return load_pseudo_labels(str(directory))
+
+    def description(self) -> list[str]:
+        recipe = self.recipe
+        taught = f"labels of {recipe.self_training}" if recipe.self_training else recipe.pseudo_labels
+        return [f"{recipe.network} ({type(self.network).__name__}) on {taught}"]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return self._head
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        return self._backbone
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        if self.recipe.optimizer == "adamw":
+            return super().optimizer()
+        return torch.optim.SGD(
+            self.parameter_groups(),
+            lr=self.recipe.learning_rate,
+            momentum=MOMENTUM,
+            weight_decay=self.recipe.weight_decay,
+        )
+
+    def train(self, network: nn.Module) -> None:
+        super().train(network)
+        if self.recipe.freeze_batch_norm:
+            for module in encoder_of(self.network).modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def states(self) -> dict[str, Any]:
+        return {"network": self.network}
+
+    def outputs(self, network: nn.Module, part: dict[str, Any]) -> Any:
+        return network(part["weak"])
+
+    def losses(
+        self, outputs: Any, part: dict[str, Any], targets: PseudoLabels | None, mean: ProcessMean
+    ) -> dict[str, Tensor]:
+        weights = None
+        if self.recipe.confidence_weighting:
+            weights = confidence_weights(part["confidence"], part["mask"], self.exported.threshold, mean)
+        return {"loss": cam2seg_loss(outputs.logits, part["mask"], weights, ignore_index=IGNORE_INDEX, mean=mean)}
+
+    @property
+    def evaluated(self) -> PreTrainedModel:
+        return self.network
+
+    def save(self, directory: Path) -> None:
+        self.network.save_pretrained(directory / MODEL)
+        self.processor.save_pretrained(directory / MODEL)
+
+    def recommendation(self) -> tuple[str, str]:
+        return MODEL, "the weights after the last step"
+
+
+def confidence_weights(confidence: Tensor, mask: Tensor, threshold: float | None, mean: ProcessMean) -> Tensor:
+    """What an export's confidence makes of its pixels: weights of mean 1 over those that are labelled.
+
+    A CAM is sure far from xi, on either side: its weight is the reliability of Eq. 4-5. A segmentation's confidence
+    is a probability, and the weight itself.
+
+    Args:
+        confidence: (B, H, W) in [0, 1].
+        mask: (B, H, W) ids, 255 = ignore.
+        threshold: xi of a CAM export; None for a segmentation's.
+        mean: over processes.
+
+    Example:
+        >>> mask = torch.zeros(1, 1, 2, dtype=torch.long)
+        >>> confidence_weights(torch.tensor([[[0.9, 0.3]]]), mask, None, lambda value: value)
+        tensor([[[1.5000, 0.5000]]])
+    """
+    unsure = confidence.clamp_min(1e-3).reciprocal() if threshold is None else perplexity(confidence, threshold)
+    return reliability_weights(unsure, mask != IGNORE_INDEX, mean)
+
+
+__all__ = ["MODEL", "MultistageTask", "confidence_weights", "train_multistage"]

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+    pipeline,
+)
+
+from cosa_hf.multistage.networks import build_network, encoder_of
+from cosa_hf.multistage.recipe import MultistageRecipe
+
+NAMES = ["background", "cat", "dog"]
+
+
+@pytest.fixture(scope="session")
+def segformer(tmp_path_factory):
+    """A directory with a tiny SegFormer of 150 classes, as one downloads them."""
+    directory = tmp_path_factory.mktemp("segformer")
+    small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
+    config = SegformerConfig(**small, decoder_hidden_size=8, num_labels=150)
+    SegformerForSemanticSegmentation(config).save_pretrained(directory)
+    SegformerImageProcessor().save_pretrained(directory)
+    return str(directory)
+
+
+def recipe(network, **fields):
+    settings = {"pretrained": False, "decoder_channels": 16, "input_size": 64} | fields
+    return MultistageRecipe(pseudo_labels="unused", network=network, **settings)
+
+
+@pytest.mark.parametrize(
+    "network", ["largefov/test_resnet", "smp/deeplabv3plus/test_resnet", "smp/unet/test_resnet", "upernet/test_resnet",
+                "segformer"],
+)  # fmt: skip
+def test_every_kind_saves_loads_and_is_taken_by_the_pipeline(network, segformer, tmp_path):
+    if network.startswith("smp/"):
+        pytest.importorskip("segmentation_models_pytorch")
+    torch.manual_seed(0)
+    options = {"decoder_channels": None} if "unet" in network else {}
+    wanted = recipe(segformer if network == "segformer" else network, **options)
+    model, processor = build_network(wanted, NAMES, ["cat"])
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
+    pixel_values = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+        torch.testing.assert_close(loaded(pixel_values).logits, logits, atol=1e-5, rtol=1e-4)
+    assert logits.shape[:2] == (2, 3)
+    assert loaded.config.id2label == dict(enumerate(NAMES))
+    assert loaded.config.coexistence_classes == ["cat"]
+    segmenter = pipeline("image-segmentation", model=str(tmp_path))
+    assert segmenter.image_processor.size["height"] == 64
+    segments = segmenter(Image.new("RGB", (50, 40)))
+    assert {segment["mask"].size for segment in segments} == {(50, 40)}
+    assert {segment["label"] for segment in segments} <= set(NAMES)
+
+
+def test_the_loss_of_a_model_of_ours_leaves_ignored_pixels_out():
+    model, _ = build_network(recipe("largefov/test_resnet"), NAMES)
+    model.eval()
+    masks = torch.full((1, 64, 64), 255)
+    masks[:, :8] = 1
+    pixel_values = torch.randn(1, 3, 64, 64)
+    loss, logits = model(pixel_values, labels=masks, return_dict=False)
+    resized = torch.nn.functional.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False)
+    expected = -resized.log_softmax(1)[:, 1, :8].mean()
+    torch.testing.assert_close(loss, expected)
+    assert model(torch.randn(1, 3, 50, 70)).logits.shape == (1, 3, 4, 4)  # to multiples of 32
+
+
+def test_the_encoder_is_what_is_pretrained():
+    model, _ = build_network(recipe("largefov/test_resnet"), NAMES)
+    assert encoder_of(model) is model.encoder
+    model, _ = build_network(recipe("upernet/test_resnet"), NAMES)
+    assert encoder_of(model) is model.backbone
+
+
+def test_encoder_weights_come_from_a_file(tmp_path):
+    import timm
+
+    source = timm.create_model("test_resnet")
+    torch.save(source.state_dict(), tmp_path / "encoder.pth")
+    for network in ("largefov/test_resnet", "upernet/test_resnet"):
+        model, _ = build_network(
+            recipe(network, pretrained=True, backbone_weights=str(tmp_path / "encoder.pth")), NAMES
+        )
+        assert torch.equal(encoder_of(model).state_dict()[next(iter(encoder_of(model).state_dict()))],
+                           source.conv1[0].weight)  # fmt: skip
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth does not hold the weights of backbone 'test_resnet'"):
+        build_network(
+            recipe("largefov/test_resnet", pretrained=True, backbone_weights=str(tmp_path / "other.pth")), NAMES
+        )
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("nothing-of-the-kind", "known by name are deeplabv3plus-r101, largefov-wr38, upernet-swin-b, smp/ARCH"),
+        ("largefov/resnet1000", "'resnet1000' is no model of timm"),
+        ("upernet/resnet1000", "'resnet1000' is no model of timm"),
+    ],
+)
+def test_a_network_that_does_not_exist_is_named(network, message):
+    with pytest.raises(ValueError, match=message):
+        build_network(recipe(network), NAMES)
+
+
+def test_an_architecture_that_does_not_exist_is_named():
+    pytest.importorskip("segmentation_models_pytorch")
+    with pytest.raises(ValueError, match=r"unknown architecture 'nonet'; known: largefov, deeplabv3, deeplabv3plus"):
+        build_network(recipe("smp/nonet/test_resnet"), NAMES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "millions", "side"),
+    [("deeplabv3plus-r101", 45.67, 128), ("largefov-wr38", 126.32, 64), ("upernet-swin-b", 120.13, 512)],
+)
+def test_the_papers_networks_at_512_pixels(network, millions, side):
+    if network.startswith("deeplab"):
+        pytest.importorskip("segmentation_models_pytorch")
+    names = [f"class {index}" for index in range(21)]
+    settings = MultistageRecipe.values_of(network) | {"pseudo_labels": "unused", "pretrained": False}
+    model, _ = build_network(MultistageRecipe.from_mapping(settings), names)
+    with torch.no_grad():
+        logits = model.eval()(torch.zeros(1, 3, 512, 512)).logits
+    assert logits.shape == (1, 21, side, side)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
