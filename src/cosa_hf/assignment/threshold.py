@@ -1,8 +1,10 @@
 """The dynamic threshold (Eq. 6): two Gaussians fitted to the CAM confidences of the last batches."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ BINS = 512
 # else the other, so that they belong to no cluster; where both must be equally wide they are the background.
 FLOOR = 0.05
 Covariance = Literal["full", "tied"]
+Pair = Sequence[float] | np.ndarray
 LOWEST: dict[Covariance, float] = {"full": FLOOR, "tied": 0.0}
 # Nats per value by which two Gaussians must explain the confidences better than one. A single narrow cluster gains
 # 1e-4, the confidences of real CAMs a hundred to a thousand times more.
@@ -141,55 +144,60 @@ def fit_mixture(
         >>> [round(weight, 2) for weight in mixture.weights], [round(mean, 1) for mean in mixture.means]
         ([0.75, 0.25], [0.2, 0.8])
     """
-    total = histogram.sum()
-    if total < 2:
+    # In NumPy, whose small operations take a fraction of torch's time: there are hundreds of them in a fit.
+    counts = histogram.double().cpu().numpy()
+    if counts.sum() < 2:
         return None
+    mass = counts / counts.sum()
     lowest = LOWEST[covariance]
     width = (1.0 - lowest) / BINS
-    centers = lowest + width * (torch.arange(BINS, dtype=histogram.dtype) + 0.5)
-    mass = histogram / total
+    powers = np.vander(lowest + width * (np.arange(BINS) + 0.5), 3, increasing=True).T  # 1, x, x^2 of each bin
+    least = width**2 / 12  # nothing is narrower than the bin that it was counted in
+    _, mean, square = whole = powers @ mass
     # Start from the halves on either side of the mean, as two-means would.
-    high = (centers > (mass * centers).sum()).to(mass)
-    responsibility = torch.stack([1 - high, high])
-    means = torch.full((2,), torch.inf, dtype=mass.dtype)
+    high = (powers[1] > mean).astype(float)
+    means = np.full(2, np.inf)
     for _ in range(iterations):
-        shares = responsibility * mass
-        weights = shares.sum(dim=1)
+        upper = powers @ (mass * high)
+        weights, sums, squares = np.stack([whole - upper, upper], axis=1)
         if weights.min() <= 1e-6:
             return None
-        previous, means = means, (shares * centers).sum(dim=1) / weights
-        spread = (shares * (centers - means[:, None]).square()).sum(dim=1)
-        variances = spread / weights if covariance == "full" else spread.sum().expand(2)
-        # Nothing is narrower than the bin that it was counted in.
-        variances = variances.clamp_min(width**2 / 12)
-        if (means - previous).abs().max() < tolerance:
+        previous, means = means, sums / weights
+        variances = squares / weights - means**2
+        if covariance == "tied":
+            variances = np.full(2, weights @ variances)
+        variances = variances.clip(least)
+        if np.abs(means - previous).max() < tolerance:
             break
-        responsibility = _log_density(centers, weights, means, variances).softmax(dim=0)
+        high = (1 + np.tanh(_log_odds(weights, means, variances) @ powers / 2)) / 2
 
     # EM cuts even a single Gaussian in two; only a mixture that explains the values better parts anything.
-    mean = (mass * centers).sum().view(1)
-    variance = (mass * (centers - mean).square()).sum().view(1).clamp_min(width**2 / 12)
-    one = _log_density(centers, torch.ones_like(mean), mean, variance)[0]
-    two = _log_density(centers, weights, means, variances).logsumexp(dim=0)
-    if (mass * (two - one)).sum() < LEAST_GAIN:
+    lower = _log_density(powers[1], weights[0], means[0], variances[0])
+    two = lower + np.logaddexp(0, _log_odds(weights, means, variances) @ powers)
+    one = _log_density(powers[1], 1.0, mean, max(square - mean**2, least))
+    if mass @ (two - one) < LEAST_GAIN:
         return None
     fitted = weights.tolist(), means.tolist(), variances.tolist()
     split = _crossing(*fitted)
     return None if split is None else Mixture(*fitted, split)
 
 
-def _log_density(centers: Tensor, weights: Tensor, means: Tensor, variances: Tensor) -> Tensor:
-    """log(pi N(x)) of each component at each bin, (components, BINS), up to the constant that all share."""
-    squared = (centers - means[:, None]).square()
-    return weights.log()[:, None] - 0.5 * variances.log()[:, None] - 0.5 * squared / variances[:, None]
+def _log_density(x: np.ndarray, weight: float, mean: float, variance: float) -> np.ndarray:
+    """log(pi N(x)), up to the constant that all Gaussians share."""
+    return np.log(weight) - 0.5 * np.log(variance) - 0.5 * (x - mean) ** 2 / variance
 
 
-def _crossing(weights: list[float], means: list[float], variances: list[float]) -> float | None:
-    """The root between the means of log(pi_1 N_1) - log(pi_0 N_0), a quadratic a x^2 + b x + c."""
+def _log_odds(weights: Pair, means: Pair, variances: Pair) -> np.ndarray:
+    """log(pi_1 N_1) - log(pi_0 N_0) is a quadratic: its coefficients of 1, x and x^2."""
     (w0, w1), (m0, m1), (v0, v1) = weights, means, variances
-    a = 0.5 / v0 - 0.5 / v1
-    b = m1 / v1 - m0 / v0
-    c = 0.5 * m0 * m0 / v0 - 0.5 * m1 * m1 / v1 + math.log(w1 / w0) - 0.5 * math.log(v1 / v0)
+    constant = 0.5 * m0 * m0 / v0 - 0.5 * m1 * m1 / v1 + math.log(w1 / w0) - 0.5 * math.log(v1 / v0)
+    return np.array([constant, m1 / v1 - m0 / v0, 0.5 / v0 - 0.5 / v1])
+
+
+def _crossing(weights: Pair, means: Pair, variances: Pair) -> float | None:
+    """Where the log odds are 0 between the means."""
+    c, b, a = _log_odds(weights, means, variances).tolist()
+    low, high = sorted(means)
     if abs(a) < 1e-12:
         roots = [-c / b] if b else []
     else:
@@ -199,5 +207,5 @@ def _crossing(weights: list[float], means: list[float], variances: list[float]) 
         # The numerically safe pair: never subtract two numbers of like size.
         q = -0.5 * (b + math.copysign(math.sqrt(discriminant), b))
         roots = [q / a] + ([c / q] if q else [])
-    between = [root for root in roots if min(m0, m1) < root < max(m0, m1)]
+    between = [root for root in roots if low < root < high]
     return between[0] if between else None
