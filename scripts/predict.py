@@ -16,36 +16,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-import cosa_hf  # noqa: F401  (registers the model with transformers)
 from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image
 from cosa_hf.evaluation.panels import overlay
 from cosa_hf.image_processing_cosa import to_rgb
+from cosa_hf.inference import load_model
 
 
 def main(args: argparse.Namespace) -> None:
     try:
         check_names(args.images, args.output_dir)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(args.model).eval()
-        processor = AutoImageProcessor.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"error: no model at {args.model!r}: neither a directory with one nor a name within reach on the Hub\n"
-            f"{error}"
-        ) from None
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    names = label_names(model.config)
-    crf = DenseCRF() if args.crf else None
-    try:
+        model, processor = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+        names = label_names(model.config)
         allowed = allowed_ids(args.tags, names)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    crf = DenseCRF() if args.crf else None
     args.output_dir.mkdir(parents=True, exist_ok=True)
     failed = []
     for path in args.images:

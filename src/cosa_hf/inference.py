@@ -154,7 +154,6 @@ def load_model(
         processor = AutoImageProcessor.from_pretrained(name, **processor_settings)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"no segmentation model at {name!r}: neither a directory with one nor a name within reach on the Hub\n"
-            f"{error}"
+            f"no model at {name!r}: neither a directory with one nor a name within reach on the Hub\n{error}"
         ) from error
     return model.eval().to(device), processor

@@ -29,7 +29,7 @@ def narrow_decoder(
         channels: of the new decoder, at most the model's own.
 
     Raises:
-        ValueError: `channels` is not between 1 and the model's own.
+        ValueError: `channels` is not between 1 and the model's own, or the model is of another kind.
 
     Example:
         >>> config = CoSAConfig(backbone="test_vit", decoder_channels=64)
@@ -39,6 +39,8 @@ def narrow_decoder(
 
     Source: the interpolative decomposition (Cheng et al., 2005) as a pruning rule (Chee et al., 2022).
     """
+    if not isinstance(model, CoSAForWeaklySupervisedSegmentation):
+        raise ValueError(f"a {type(model).__name__} has no decoder of CoSA's to narrow")
     if not 1 <= channels <= model.config.decoder_channels:
         raise ValueError(f"channels={channels} must be between 1 and the decoder's {model.config.decoder_channels}")
     decoder = model.decoder
