@@ -78,6 +78,22 @@ def test_warmup_never_runs_the_assignment_network(tiny, monkeypatch):
         train(tiny(warmup_steps=5))
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_assignment_network_alone_may_run_in_bf16(tiny, monkeypatch, alone):
+    seen = {"AN": set(), "ON": set()}
+    assign, outputs = cosa.assign, cosa.CoSATask.outputs
+
+    def precision(name):
+        seen[name].add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+
+    monkeypatch.setattr(cosa, "assign", lambda *args, **kwargs: precision("AN") or assign(*args, **kwargs))
+    monkeypatch.setattr(cosa.CoSATask, "outputs", lambda *args: precision("ON") or outputs(*args))
+    recipe = tiny(bf16_assignment=alone)
+    train(recipe)
+    assert seen == {"AN": {torch.bfloat16 if alone else torch.float32}, "ON": {torch.float32}}
+    assert log_of(recipe)[-1]["s2c"] > 0
+
+
 def test_switches_remove_their_parts(tiny):
     recipe = tiny(
         seg2cam_weight=0.0,

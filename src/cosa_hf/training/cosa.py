@@ -96,7 +96,10 @@ class CoSATask(Task):
         recipe = self.recipe
         if recipe.supervision == "masks" or step < recipe.warmup_steps:
             return None
-        with self.accelerator.autocast():
+        autocast = self.accelerator.autocast()
+        if recipe.bf16_assignment:
+            autocast = torch.autocast(self.accelerator.device.type, torch.bfloat16)
+        with autocast:
             return assign(
                 self.labeller,
                 batch["weak"],

@@ -196,6 +196,9 @@ class Recipe(RunRecipe):
     swapping_assignments: bool = field(
         default=True, metadata={"help": "SA: labels from the assignment network; false: from the online one"}
     )
+    bf16_assignment: bool = field(
+        default=False, metadata={"help": "the assignment network runs in bf16, whatever mixed_precision says"}
+    )
     label_scales: list[float] = field(
         default_factory=lambda: [1.0, 0.5, 1.5], metadata={"help": "scales that the labelling network sees"}
     )
