@@ -290,8 +290,14 @@ def test_an_interrupted_table_ends_what_it_started(trainings, tmp_path):
     planned = trainings()
     for training in planned:
         training.train_command[0] = str(tmp_path / "train.py")
-    here = threading.main_thread().ident
-    threading.Timer(1.0, signal.pthread_kill, (here, signal.SIGINT)).start()
+    here, log = threading.main_thread().ident, tmp_path / "4b-with-CSC-seed-0" / "train.log"
+
+    def interrupt_once_started():
+        while not log.exists():
+            time.sleep(0.01)
+        signal.pthread_kill(here, signal.SIGINT)
+
+    threading.Thread(target=interrupt_once_started, daemon=True).start()
     started = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         execute(planned)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -226,12 +227,15 @@ def execute(trainings: Sequence[Training], parallel: int = 1) -> dict[Path, str]
     """
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if parallel > 1 else {})
     running: set[subprocess.Popen] = set()
+    interrupted = threading.Event()
     failed: dict[Path, str] = {}
 
     def call(command: Sequence[str], log: Path) -> None:
         with log.open("w", encoding="utf-8") as output:
             process = subprocess.Popen([sys.executable, *command], env=environment, stdout=output, stderr=output)
             running.add(process)
+            if interrupted.is_set():  # while this one was being started
+                process.kill()
             code = process.wait()
             running.discard(process)
         if code:
@@ -258,17 +262,19 @@ def execute(trainings: Sequence[Training], parallel: int = 1) -> dict[Path, str]
         print(f"{title}: done in {time.perf_counter() - started:.0f} s", flush=True)
 
     with ThreadPoolExecutor(max_workers=parallel) as pool:
-        jobs = {pool.submit(run, number, training): training for number, training in enumerate(trainings, 1)}
         try:
+            jobs = {pool.submit(run, number, training): training for number, training in enumerate(trainings, 1)}
             for job in as_completed(jobs):
                 if error := job.exception():
                     failed[jobs[job].directory] = str(error)
                     print(f"FAILED {jobs[job]}: {error}", flush=True)
-        finally:
-            # If this was interrupted: whoever is still running would train for nobody.
+        except BaseException:
+            # Whoever is still running would train for nobody.
+            interrupted.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in tuple(running):
                 process.kill()
+            raise
     return failed
 
 
