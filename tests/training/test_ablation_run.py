@@ -286,6 +286,8 @@ def test_a_failed_row_is_named_and_has_no_figures(trainings, processes, tmp_path
 
 
 def test_an_interrupted_table_ends_what_it_started(trainings, tmp_path):
+    # Started in the background of a shell, Python ignores the signal unless it is told not to.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     (tmp_path / "train.py").write_text("import time\ntime.sleep(60)\n")
     planned = trainings()
     for training in planned:
@@ -299,7 +301,10 @@ def test_an_interrupted_table_ends_what_it_started(trainings, tmp_path):
 
     threading.Thread(target=interrupt_once_started, daemon=True).start()
     started = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt):
-        execute(planned)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            execute(planned)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.perf_counter() - started < 30
     assert not (tmp_path / "4b-without-CSC-seed-0").exists()
