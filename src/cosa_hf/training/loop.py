@@ -107,10 +107,10 @@ def train(recipe: RunRecipe, make_task: Callable[[Any, Accelerator], Task] = CoS
             if recipe.max_grad_norm:
                 accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
             optimizer.step()
+            optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:  # as fp16 does where its gradients overflow
                 schedule.step()
-            optimizer.zero_grad()
-            task.update()
+                task.update()
 
             progress.step += 1
             progress.unreadable.update(filter(None, batch["unreadable"]))
