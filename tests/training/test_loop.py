@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from fp16_on_cpu import HalfAccelerator
 from PIL import Image
@@ -65,7 +66,10 @@ def test_a_run_leaves_two_loadable_models_and_says_which_to_use(tiny, capsys):
 def test_warmup_is_classification_only_and_the_rest_is_everything(tiny):
     recipe = tiny()
     train(recipe)
-    parts = [set(entry) - TOLD - MIXTURES for entry in log_of(recipe)]
+    log = log_of(recipe)
+    assert all(set(entry) >= TOLD for entry in log)
+    assert set(log[-1]) >= MIXTURES
+    parts = [set(entry) - TOLD - MIXTURES for entry in log]
     labels = {"foreground", "reliability", "agreement"}
     everything = {"loss", "cls", "aux_cls", "c2s", "aux_c2s", "s2c", "csc"} | labels
     assert parts == [{"loss", "cls", "aux_cls"}] * 3 + [everything] * 3
@@ -223,12 +227,13 @@ def test_masks_are_loaded_for_the_bound_and_for_evaluation_only(tiny, few_shapes
     train(tiny(output_dir=str(tmp_path / "tags")))
     assert few_shapes == [("train_aug", False)]
     few_shapes.clear()
-    evaluated = tiny(output_dir=str(tmp_path / "evaluated"), eval_every=6, eval_images=2)
+    evaluated = tiny(output_dir=str(tmp_path / "evaluated"), eval_every=3, eval_images=2)
     train(evaluated)
-    assert few_shapes == [("train_aug", False), ("val", True)]
+    assert few_shapes == [("train_aug", False), ("val", True), ("val", True)]
     assert {"eval/seg", "eval/seg_tags", "eval/cam", "eval/cam_aux"} <= set(log_of(evaluated)[-1])
-    panels = Path(evaluated.output_dir) / "panels/step-0000006"
-    assert sorted(path.name for path in panels.iterdir()) == ["val-00000.png", "val-00001.png"]
+    for step in (3, 6):
+        panels = Path(evaluated.output_dir) / f"panels/step-000000{step}"
+        assert sorted(path.name for path in panels.iterdir()) == ["val-00000.png", "val-00001.png"]
     few_shapes.clear()
     bound = tiny(output_dir=str(tmp_path / "bound"), supervision="masks")
     train(bound)
@@ -301,6 +306,15 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tiny, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     recipe = tiny()
     with pytest.raises(ValueError, match="ACCELERATE_USE_CPU=1"):
+        train(recipe)
+    assert not Path(recipe.output_dir).exists()
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_network_split_among_processes_is_refused(tiny, monkeypatch, kind):
+    monkeypatch.setattr(loop.Accelerator, "distributed_type", kind)
+    recipe = tiny()
+    with pytest.raises(ValueError, match=f"{kind.value} splits the network .* use plain processes"):
         train(recipe)
     assert not Path(recipe.output_dir).exists()
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -131,6 +132,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny, tmp_path, left, 
     assert_equal(expected, left(resumed))
     names = {path.name for path in newest.parent.iterdir()}
     assert names == {f"step-000000{step}.safetensors" for step in (4, 6)} | {"damaged-step-0000006.safetensors"}
+
+
+def test_a_resume_opens_no_pickle(tiny, monkeypatch):
+    train(tiny(checkpoint_every=4))
+
+    def forbidden(*_, **__):
+        raise AssertionError("a pickle was opened")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, forbidden)
+    train(tiny(checkpoint_every=4, resume=True))
 
 
 def test_nothing_whole_to_resume_from_is_said(tiny, tmp_path):
