@@ -33,12 +33,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Network:
-    """One of the two networks of docs/speed.md with a batch; the ViT at half its side, since only ratios count."""
+    """lite0 as in docs/speed.md, or a small ViT, with a batch; only ratios count."""
 
     def __init__(self, name: str) -> None:
         backbone, aux_layer, batch = {
             "lite0": ("tf_efficientnet_lite0", -2, 8),
-            "ViT-B": ("vit_base_patch16_224", -3, 2),
+            "ViT-S": ("vit_small_patch16_224", -3, 2),
         }[name]
         config = CoSAConfig(backbone=backbone, aux_layer=aux_layer, num_labels=21)
         self.model = CoSAForWeaklySupervisedSegmentation(config).train().to(DEVICE)
@@ -65,9 +65,9 @@ def flips(network: Network) -> Variants:
 
 
 def packed(scales: tuple[float, ...] = (1.0, 0.5, 1.5), side: int = 28) -> Variants:
-    """One of the twelve blocks of a ViT-B at 448 pixels, 2 images and their mirror images."""
+    """One of the twelve blocks of a ViT-B at 448 pixels, one image."""
     block = timm.create_model("vit_base_patch16_224").blocks[0].eval().to(DEVICE)
-    sequences = [torch.randn(4, round(side * scale) ** 2 + 1, 768, device=DEVICE) for scale in scales]
+    sequences = [torch.randn(1, round(side * scale) ** 2 + 1, 768, device=DEVICE) for scale in scales]
     whole = torch.cat(sequences, dim=1)
     own = torch.block_diag(*(torch.ones(s.shape[1], s.shape[1]) for s in sequences)).bool().to(DEVICE)
     attention = block.attn
@@ -140,6 +140,8 @@ def average(network: Network) -> Variants:
         with torch.no_grad():
             for own, online in zip(other.parameters(), network.model.parameters(), strict=True):
                 own.lerp_(online, 0.001)
+            for own, online in zip(other.buffers(), network.model.buffers(), strict=True):
+                own.copy_(online)
 
     return {"a loop": loop, "foreach": lambda: assignment.update(network.model)}
 
@@ -163,20 +165,20 @@ def stride(network: Network) -> Variants:
 
 WAYS: dict[str, Callable[[], Variants]] = {
     "flips, lite0": lambda: flips(Network("lite0")),
-    "flips, ViT-B": lambda: flips(Network("ViT-B")),
+    "flips, ViT-S": lambda: flips(Network("ViT-S")),
     "packed scales, a block of ViT-B": packed,
-    "SDPA, ViT-B": lambda: fused_attention(Network("ViT-B")),
+    "SDPA, ViT-S": lambda: fused_attention(Network("ViT-S")),
     "channels last, lite0": lambda: channels_last(Network("lite0")),
-    "channels last, ViT-B": lambda: channels_last(Network("ViT-B")),
+    "channels last, ViT-S": lambda: channels_last(Network("ViT-S")),
     "bf16 AN, lite0": lambda: bf16(Network("lite0")),
-    "bf16 AN, ViT-B": lambda: bf16(Network("ViT-B")),
+    "bf16 AN, ViT-S": lambda: bf16(Network("ViT-S")),
     "AdamW, lite0": lambda: adamw(Network("lite0")),
     "EMA, lite0": lambda: average(Network("lite0")),
     "supervision stride, lite0": lambda: stride(Network("lite0")),
     "compiled AN, lite0": lambda: compiled(Network("lite0"), forward),
     "compiled ON, lite0": lambda: compiled(Network("lite0"), forward_and_backward),
-    "compiled AN, ViT-B": lambda: compiled(Network("ViT-B"), forward),
-    "compiled ON, ViT-B": lambda: compiled(Network("ViT-B"), forward_and_backward),
+    "compiled AN, ViT-S": lambda: compiled(Network("ViT-S"), forward),
+    "compiled ON, ViT-S": lambda: compiled(Network("ViT-S"), forward_and_backward),
 }
 
 
