@@ -1,12 +1,35 @@
 """Arguments that several scripts have: one name, one meaning."""
 
 import argparse
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions
 from cosa_hf.evaluation.maps import SCALES
+from cosa_hf.training.recipe import RunRecipe
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
+
+
+def recipe_of(
+    kind: type[AnyRecipe],
+    values: dict[str, Any],
+    flags: list[str],
+    chooser: argparse.ArgumentParser,
+    description: str | None,
+) -> AnyRecipe:
+    """A recipe from the fields that a file sets and from flags, which win; `chooser` took --recipe before."""
+    parser = HfArgumentParser(kind, parents=[chooser], description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(**values)
+    recipe, *_ = parser.parse_args_into_dataclasses(flags)
+    return recipe
+
+
+def failure(error: Exception) -> str:
+    """What a run that ended says last: the error, and what was noted on its way (images, checkpoint to go on from)."""
+    return "\n".join([f"error: {error}", *getattr(error, "__notes__", [])])
 
 
 def dataset_parser(description: str | None) -> HfArgumentParser:
