@@ -26,14 +26,14 @@ from accelerate import PartialState
 from arguments import add_inference, dataset_parser, inference_of, positive
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
-from cosa_hf import CoSAConfig
 from cosa_hf.data import DatasetOptions, load_dataset_by_name
 from cosa_hf.evaluation.analyses import ANALYSES, Labelling, format_table
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.plots import plot_analysis
 from cosa_hf.evaluation.protocols import predict_dataset
-from cosa_hf.inference import load_model
+from cosa_hf.inference import load_model, require_cams
 from cosa_hf.training.checkpoints import moments
 from cosa_hf.training.recipe import Recipe
 
@@ -52,7 +52,7 @@ class Subject:
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
         subjects = subjects_of(args.models, args.figure)
-        options.classes = options.classes or label_names(CoSAConfig.from_pretrained(subjects[0].directory))[1:]
+        options.classes = options.classes or label_names(AutoConfig.from_pretrained(subjects[0].directory))[1:]
         dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
@@ -107,6 +107,7 @@ def networks_of(name: str, path: Path, figure: str) -> Iterator[Subject]:
 
 def analyze(subject: Subject, args: argparse.Namespace, dataset: Dataset) -> list[dict]:
     model, processor = load_model(str(subject.directory), PartialState().device)
+    require_cams(model)
     config = model.config
     own = {"threshold": config.cam_threshold, "aux_threshold": config.cam_threshold}
     labelling = Labelling(
