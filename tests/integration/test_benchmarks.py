@@ -1,4 +1,4 @@
-"""benchmarks/separation_memory.py as a user runs it."""
+"""Scripts of benchmarks/ as a user runs them."""
 
 import os
 import subprocess
@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "separation_memory.py"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def benchmark(*arguments):
-    command = [sys.executable, BENCHMARK, *arguments]
+def benchmark(name, *arguments):
+    command = [sys.executable, BENCHMARKS / name, *arguments]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ, timeout=600)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
 def test_memory_grows_with_tokens_not_pairs():
-    run = benchmark("--tokens", "1024", "4096")
+    run = benchmark("separation_memory.py", "--tokens", "1024", "4096")
     assert run.returncode == 0, run.stderr
     peaks = [float(line.split("|")[2]) for line in run.stdout.splitlines()[2:]]
     # Four times the tokens: about four times the memory, not sixteen.
@@ -26,6 +26,27 @@ def test_memory_grows_with_tokens_not_pairs():
 
 
 def test_a_number_of_tokens_that_makes_no_square_map_is_refused():
-    run = benchmark("--tokens", "1000")
+    run = benchmark("separation_memory.py", "--tokens", "1000")
     assert run.returncode == 2
     assert "1000 is no square number" in run.stderr
+
+
+@pytest.mark.slow
+def test_ways_are_compared_with_the_first_of_them():
+    run = benchmark("ways.py", "--ways", "AdamW", "EMA", "--rounds", "1")
+    assert run.returncode == 0, run.stderr
+    rows = [line.split(" | ") for line in run.stdout.splitlines()[4:]]
+    assert [row[1] for row in rows] == ["a loop", "foreach", "fused", "a loop", "foreach"]
+    assert [row[3] for row in rows if row[1] == "a loop"] == ["1.00 x", "1.00 x"]
+
+
+@pytest.mark.slow
+def test_fp16_trains_on_a_cpu(tmp_path):
+    flags = (
+        "--recipe shapes-tiny --backbone test_vit --aux_layer -2 --crop_size 48 --input_size 48 --batch_size 2 "
+        "--num_workers 0 --max_steps 2 --warmup_steps 1 --lr_warmup_steps 1 --eval_every 0 --tracker none"
+    )
+    run = benchmark("fp16_on_cpu.py", *flags.split(), "--output_dir", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "mixed_precision: fp16" in (tmp_path / "recipe.yaml").read_text()
+    assert (tmp_path / "assignment/model.safetensors").is_file()
