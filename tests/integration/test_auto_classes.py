@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.configuration_cosa_ms import CoSAMSConfig
+from cosa_hf.modeling_cosa_ms import CoSAMSForSemanticSegmentation
 
 READER = """
 import json, sys
@@ -75,15 +77,24 @@ AutoModel.from_pretrained(sys.argv[1])
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "cosa-tiny"
+def save(folder, architecture, encoder):
+    """A model with random weights: CoSA, or a network of CoSA-MS."""
     torch.manual_seed(0)
-    names = {0: "background", 1: "cat", 2: "dog"}
-    config = CoSAConfig(backbone="test_vit", id2label=names, decoder_channels=16)
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(folder)
+    settings = {"id2label": {0: "background", 1: "cat", 2: "dog"}, "decoder_channels": 16}
+    if architecture == "cosa":
+        CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone=encoder, **settings)).save_pretrained(folder)
+    else:
+        if architecture != "largefov":
+            pytest.importorskip("segmentation_models_pytorch")
+        config = CoSAMSConfig(architecture=architecture, encoder=encoder, **settings)
+        CoSAMSForSemanticSegmentation(config).save_pretrained(folder)
     CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("saved") / "cosa-tiny", "cosa", "test_vit")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +138,17 @@ def run(code, *arguments, cache):
 COMPLAINTS = ("trust_remote_code", "custom code", "not supported", "Falling back", "MISSING", "UNEXPECTED")
 
 
-def test_same_masks_with_and_without_the_package(folder, photos, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "encoder"),
+    [
+        ("cosa", "test_vit"),
+        ("largefov", "test_resnet"),
+        ("deeplabv3plus", "test_resnet"),
+        pytest.param("largefov", "wide_resnet38_a1", marks=pytest.mark.slow),
+    ],
+)
+def test_same_masks_with_and_without_the_package(architecture, encoder, photos, tmp_path):
+    folder = save(tmp_path / "tiny", architecture, encoder)
     (tmp_path / "installed").mkdir()
     (tmp_path / "absent").mkdir()
     installed = run(INSTALLED, str(folder), *photos, cache=tmp_path / "installed")
