@@ -36,7 +36,7 @@ def test_a_voc_layout_needs_a_split(png):
         load_pseudo_labels(str(directory))
     exported = load_pseudo_labels(str(directory), "train")
     assert len(exported.dataset) == 6
-    assert not exported.described
+    assert not exported.record
 
 
 def test_what_is_no_finished_export_is_refused(png, tmp_path):
