@@ -281,7 +281,8 @@ def test_the_card_of_a_taught_network_tells_what_taught_it(network, tmp_path):
     assert "| hardware | 1 x abacus |" in text
     assert (
         "python scripts/export_pseudo_labels.py assignment --dataset voc --data_dir VOCdevkit/VOC2012 "
-        "--split train_aug --source cam_mean --format parquet --threshold 0.45 --scales 1.0 0.5 --no_flip --output_dir VOC2012-pseudo\n"
+        "--split train_aug --source cam_mean --format parquet --threshold 0.45 --scales 1.0 0.5 --no_flip "
+        "--output_dir VOC2012-pseudo\n"
         "accelerate launch scripts/train_multistage.py --recipe recipe.yaml --pseudo_labels VOC2012-pseudo "
         "--data_dir VOCdevkit/VOC2012\n"
     ) in text

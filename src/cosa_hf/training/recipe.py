@@ -154,7 +154,7 @@ class RunRecipe(DatasetOptions):
             >>> recipe.backbone_weights, recipe.output_dir
             ('vit.pth', 'runs/cats')
         """
-        named = {name: place_name(getattr(self, name)) for name in self.places}
+        named: dict[str, Any] = {name: place_name(getattr(self, name)) for name in self.places}
         output_dir = f"runs/{Path(self.output_dir).name}"
         return dataclasses.replace(self, **named, data_dir=None, output_dir=output_dir, resume=False)
 
