@@ -23,7 +23,7 @@ from cosa_hf.data.tags import multi_hot, tag_features
 from cosa_hf.evaluation.maps import ImageMaps, label_names, predict_maps
 from cosa_hf.evaluation.panels import heat, overlay
 from cosa_hf.image_processing_cosa import to_rgb
-from cosa_hf.inference import has_cams, load_model
+from cosa_hf.inference import load_model, require_cams
 
 #: Longest side, in pixels, of what is shown: a phone's photo is 4000, which costs seconds and shows no more.
 LONGEST_SIDE = 768
@@ -155,8 +155,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model, processor = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-        if not has_cams(model):
-            raise ValueError(f"{args.model!r} is a {type(model).__name__}, which has no CAMs to show")
+        require_cams(model)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     import gradio as gr

@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from arguments import add_fusion, positive
+from arguments import add_fusion, failure, positive
 from train import parse as parse_recipe
 
 from cosa_hf.evaluation.plots import plot_ablation
@@ -68,4 +68,4 @@ if __name__ == "__main__":
     try:
         main(*parse_args())
     except (ValueError, FileNotFoundError) as error:
-        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+        sys.exit(failure(error))

@@ -1,12 +1,36 @@
 """Arguments that several scripts have: one name, one meaning."""
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions
 from cosa_hf.evaluation.maps import SCALES
+from cosa_hf.training.recipe import RunRecipe
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
+
+
+def recipe_of(
+    kind: type[AnyRecipe],
+    values: dict[str, Any],
+    flags: list[str],
+    chooser: argparse.ArgumentParser,
+    description: str | None,
+) -> AnyRecipe:
+    """A recipe from the fields that a file sets and from flags, which win; `chooser` took --recipe before."""
+    parser = HfArgumentParser(kind, parents=[chooser], description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(**values)
+    recipe, *_ = parser.parse_args_into_dataclasses(flags)
+    return recipe
+
+
+def failure(error: Exception) -> str:
+    """What a run that ended says last: the error, and what was noted on its way (images, checkpoint to go on from)."""
+    return "\n".join([f"error: {error}", *getattr(error, "__notes__", [])])
 
 
 def dataset_parser(description: str | None) -> HfArgumentParser:
@@ -42,6 +66,21 @@ def add_fusion(parser: argparse.ArgumentParser) -> None:
         help="relative input sizes whose outputs are fused (default: %(default)s)",
     )
     parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
+
+
+def named_directories(models: list[str]) -> dict[str, Path]:
+    """Directories of runs or models by name: that of NAME=DIRECTORY, else the directory's own."""
+    paths: dict[str, Path] = {}
+    for model in models:
+        name, _, directory = model.rpartition("=")
+        path = Path(model if Path(model).is_dir() else directory)
+        if not path.is_dir():
+            raise FileNotFoundError(f"no directory {path}; MODEL is that of a run or of a saved model")
+        name = name if path != Path(model) else path.name
+        if name in paths:
+            raise ValueError(f"both {paths[name]} and {path} are called {name!r}; call one of them NAME={path}")
+        paths[name] = path
+    return paths
 
 
 def inference_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ A recipe is a YAML file, or the name of one in recipes/; every field of it is al
 import argparse
 import sys
 
-from transformers import HfArgumentParser
+from arguments import failure, recipe_of
 
 from cosa_hf.training.loop import train
 from cosa_hf.training.recipe import Recipe
@@ -20,16 +20,11 @@ def parse(arguments: list[str]) -> Recipe:
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--recipe", default="shapes-tiny", help="a YAML file, or the name of one in recipes/")
     chosen, flags = chooser.parse_known_args(arguments)
-    recipe = Recipe.named(chosen.recipe)
-    parser = HfArgumentParser(Recipe, parents=[chooser], description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(**vars(recipe))
-    recipe, *_ = parser.parse_args_into_dataclasses(flags)
-    return recipe
+    return recipe_of(Recipe, vars(Recipe.named(chosen.recipe)), flags, chooser, __doc__)
 
 
 if __name__ == "__main__":
     try:
         print(train(parse(sys.argv[1:])))
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+        sys.exit(failure(error))

@@ -11,7 +11,7 @@ network, where there is one. Every field is also a flag, and flags win.
 import argparse
 import sys
 
-from transformers import HfArgumentParser
+from arguments import failure, recipe_of
 
 from cosa_hf.multistage.recipe import MultistageRecipe
 from cosa_hf.multistage.task import train_multistage
@@ -25,16 +25,12 @@ def parse(arguments: list[str]) -> MultistageRecipe:
     chosen, flags = chooser.parse_known_args(arguments)
     wanted = network.parse_known_args(flags)[0].network
     named = MultistageRecipe.directory / f"{wanted}.yaml"
-    defaults = MultistageRecipe.values_of(chosen.recipe or wanted) if chosen.recipe or named.is_file() else {}
-    parser = HfArgumentParser(MultistageRecipe, parents=[chooser], description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(**defaults)
-    recipe, *_ = parser.parse_args_into_dataclasses(flags)
-    return recipe
+    values = MultistageRecipe.values_of(chosen.recipe or wanted) if chosen.recipe or named.is_file() else {}
+    return recipe_of(MultistageRecipe, values, flags, chooser, __doc__)
 
 
 if __name__ == "__main__":
     try:
         print(train_multistage(parse(sys.argv[1:])))
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+        sys.exit(failure(error))

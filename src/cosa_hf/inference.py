@@ -42,6 +42,20 @@ def has_cams(model: Any) -> bool:
     return getattr(model.config, "model_type", None) == CoSAForWeaklySupervisedSegmentation.config_class.model_type
 
 
+def require_cams(model: Any) -> None:
+    """Refuse a model that only segments, for what is about CAMs.
+
+    Raises:
+        ValueError: it has no CAMs.
+
+    Example:
+        >>> from cosa_hf import CoSAConfig
+        >>> require_cams(CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit")))
+    """
+    if not has_cams(model):
+        raise ValueError(f"a {type(model).__name__} only segments and has no CAMs; give a model that CoSA trained")
+
+
 def forward_multiscale(
     model: Any,
     pixel_values: Tensor,

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-from cosa_hf.assignment import threshold as module
-from cosa_hf.assignment.threshold import BINS, FLOOR, DynamicThreshold, equal_likelihood_split
+from cosa_hf.assignment.threshold import BINS, FLOOR, DynamicThreshold, fit_mixture
 from cosa_hf.data import load_voc, multi_hot, read_image, undecoded
 from cosa_hf.objective.pseudo_labels import normalize_cams
 
@@ -66,23 +65,15 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_fit_agrees_with_scikit_learn(monkeypatch, name):
+def test_fit_agrees_with_scikit_learn(name):
     weight, low, high = MIXTURES[name]
     values = draw(0, weight, low, high, size=20_000)
-    fitted = {}
-    crossing = module._crossing
-
-    def spy(weights, means, variances):
-        fitted["means"], fitted["deviations"] = sorted(means), np.sqrt(variances)[np.argsort(means)]
-        return crossing(weights, means, variances)
-
-    monkeypatch.setattr(module, "_crossing", spy)
-    split = equal_likelihood_split(histogram(values))
+    mixture = fit_mixture(histogram(values))
     _, means, variances = reference_fit(values.numpy())
     # A bin is 1.9e-3 wide.
-    np.testing.assert_allclose(fitted["means"], means, atol=1e-3)
-    np.testing.assert_allclose(fitted["deviations"], np.sqrt(variances), atol=1e-3)
-    assert_is_the_best_split(split, values.numpy())
+    np.testing.assert_allclose(mixture.means, means, atol=1e-3)
+    np.testing.assert_allclose(np.sqrt(mixture.variances), np.sqrt(variances), atol=1e-3)
+    assert_is_the_best_split(mixture.split, values.numpy())
 
 
 @st.composite
@@ -245,7 +236,7 @@ def test_ema_decay_is_exact(decay):
         values = draw(step, weight=0.3 + 0.1 * step)
         threshold.update(values)
         total += torch.histc(values, bins=BINS, min=FLOOR, max=1.0).double()
-        expected = decay * expected + (1 - decay) * equal_likelihood_split(total)
+        expected = decay * expected + (1 - decay) * fit_mixture(total).split
         assert threshold.value == pytest.approx(expected, abs=1e-12)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, SHAPES_COEXISTENCE, load_shapes
@@ -149,3 +150,13 @@ def test_mistakes_are_named(models, message, runs, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=message):
         analyze(monkeypatch, tmp_path / "none", "3", *models)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_network_without_cams_is_refused(tmp_path, monkeypatch):
+    small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
+    names = dict(enumerate(["background", *SHAPES_CLASSES]))
+    config = SegformerConfig(**small, decoder_hidden_size=8, id2label=names)
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "segformer")
+    SegformerImageProcessor().save_pretrained(tmp_path / "segformer")
+    with pytest.raises(SystemExit, match="error: a SegformerForSemanticSegmentation only segments and has no CAMs"):
+        analyze(monkeypatch, tmp_path / "out", "3", tmp_path / "segformer")

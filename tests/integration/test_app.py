@@ -18,7 +18,6 @@ from datasets import Dataset
 from huggingface_hub import metadata_load
 from PIL import Image
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.data.tags import tag_features
 from cosa_hf.evaluation.maps import predict_maps
@@ -30,16 +29,6 @@ NAMES = ["background", *SHAPES_CLASSES]
 spec = importlib.util.spec_from_file_location("app", ROOT / "app.py")
 app = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(app)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = CoSAConfig(backbone="test_vit", decoder_channels=32, id2label=dict(enumerate(NAMES)))
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

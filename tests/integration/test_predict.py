@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import pipeline
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.evaluation.palette import voc_palette
@@ -20,16 +20,6 @@ from cosa_hf.objective.pseudo_labels import restrict_to_labels
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "predict.py"
 NAMES = ["background", *SHAPES_CLASSES]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = CoSAConfig(backbone="test_vit", decoder_channels=32, id2label=dict(enumerate(NAMES)))
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
-    CoSAImageProcessor(size={"height": 96, "width": 96}).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

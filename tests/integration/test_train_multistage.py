@@ -95,3 +95,12 @@ def test_the_network_chooses_its_recipe_and_flags_win(monkeypatch):
     assert (recipe.network, recipe.output_stride, recipe.crop_size) == ("largefov-wr38", 8, 96)
     recipe = parse(["--recipe", "voc-1696-lite0", "--network", "upernet/test_resnet", "--pseudo_labels", "x"])
     assert (recipe.network, recipe.crop_size) == ("upernet/test_resnet", 224)
+
+
+def test_a_field_that_a_recipe_file_misspells_is_named(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from train_multistage import parse
+
+    (tmp_path / "mine.yaml").write_text("network: upernet/test_resnet\nmax_step: 40\n")
+    with pytest.raises(ValueError, match="unknown recipe fields \\['max_step'\\]"):
+        parse(["--recipe", str(tmp_path / "mine.yaml"), "--pseudo_labels", "x"])

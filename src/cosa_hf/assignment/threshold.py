@@ -24,7 +24,10 @@ LEAST_GAIN = 1e-3
 
 
 class Mixture(NamedTuple):
-    """Two Gaussians fitted to confidences, background first, and the value between their means that parts them."""
+    """Two Gaussians fitted to confidences, background first, and the value between their means that parts them.
+
+    That value, `split`, is where pi_fg N_fg = pi_bg N_bg: the threshold of greatest likelihood for the mixture (Eq. 6).
+    """
 
     weights: list[float]
     means: list[float]
@@ -103,22 +106,6 @@ class DynamicThreshold(nn.Module):
         self.mixture = fit_mixture(self.histograms.sum(dim=0), self.covariance)
         if self.mixture is not None:
             self.current.lerp_(torch.tensor(self.mixture.split, dtype=torch.float64), 1 - self.decay)
-
-
-def equal_likelihood_split(histogram: Tensor, covariance: Covariance = "full") -> float | None:
-    """Fit two Gaussians to a histogram and return where pi_fg N_fg = pi_bg N_bg between their means.
-
-    That point is the threshold of greatest likelihood for the fitted mixture (Eq. 6). Arguments as `fit_mixture`.
-
-    Returns:
-        A value between 0 and 1, or None where there are not two clusters to part.
-
-    Example:
-        >>> equal_likelihood_split(torch.zeros(BINS, dtype=torch.float64)) is None
-        True
-    """
-    mixture = fit_mixture(histogram, covariance)
-    return None if mixture is None else mixture.split
 
 
 def fit_mixture(

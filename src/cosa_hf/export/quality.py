@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from cosa_hf.evaluation.maps import SCALES, label_names, predict_maps
 from cosa_hf.evaluation.metrics import SegmentationMetric
-from cosa_hf.inference import has_cams
+from cosa_hf.inference import require_cams
 
 __all__ = ["CAM_SOURCES", "THRESHOLDS", "format_quality", "pseudo_label_quality"]
 
@@ -57,8 +57,7 @@ def pseudo_label_quality(
     """
     if not thresholds or list(thresholds) != sorted(set(thresholds)) or not 0 < thresholds[0] <= thresholds[-1] < 1:
         raise ValueError(f"thresholds must rise, strictly between 0 and 1, got {list(thresholds)}")
-    if not has_cams(model):
-        raise ValueError(f"a {type(model).__name__} has no CAMs to measure: score it with scripts/evaluate.py")
+    require_cams(model)
     if len(dataset) == 0 or "mask" not in dataset.column_names:
         raise ValueError(
             f"quality is measured on images with masks; the dataset has {len(dataset)} images and the columns "

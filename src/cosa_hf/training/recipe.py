@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -98,9 +99,7 @@ class RunRecipe(DatasetOptions):
         Raises:
             ValueError: a name that is no field.
         """
-        known = {spec.name for spec in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown recipe fields {unknown}; the fields are {sorted(known)}")
+        cls._check_names(values)
         return cls(**values)
 
     @classmethod
@@ -119,7 +118,7 @@ class RunRecipe(DatasetOptions):
 
         Raises:
             FileNotFoundError: no such recipe; the message lists the known names.
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or a name that is no field.
         """
         path = Path(name)
         if not path.suffix:
@@ -130,7 +129,14 @@ class RunRecipe(DatasetOptions):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
+        cls._check_names(values)
         return values
+
+    @classmethod
+    def _check_names(cls, values: Iterable[str]) -> None:
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown recipe fields {unknown}; the fields are {sorted(known)}")
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
