@@ -152,8 +152,6 @@ def _matching_report(path: Path, digest: str) -> dict[str, Any]:
 
 def _recipe_and_run(path: Path, config: Any) -> tuple[RunRecipe, dict[str, Any] | None]:
     """Both without paths of this machine."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe {path}")
     recipe = read_recipe(path)
     check_network(recipe, config, path)
     file = path.with_name("run.json")

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
+import yaml
 
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.configuration_cosa_ms import CoSAMSConfig
@@ -98,15 +100,18 @@ def kind_of(config: Any, recipe: RunRecipe | None = None) -> Kind:
     return COSA if isinstance(config, CoSAConfig) else MULTISTAGE
 
 
-def read_recipe(path: Any) -> RunRecipe:
+def read_recipe(path: Path) -> RunRecipe:
     """The recipe in a YAML file, of whichever kind.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a mapping, an unknown field or a wrong type.
     """
-    values = RunRecipe.values_of(path)
-    return (MULTISTAGE if "network" in values else COSA).recipe.from_mapping(values)
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe {path}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kind = MULTISTAGE if isinstance(values, dict) and "network" in values else COSA
+    return kind.recipe.from_yaml(path)
 
 
 def network_name(config: Any) -> str | None:
@@ -139,7 +144,7 @@ def trained_network(recipe: Any) -> str:
     return f"cosa/{recipe.backbone}" if isinstance(recipe, Recipe) else PAPER.get(recipe.network, recipe.network)
 
 
-def check_network(recipe: RunRecipe, config: Any, path: Any) -> None:
+def check_network(recipe: RunRecipe, config: Any, path: Path) -> None:
     """That a recipe can have made the model of a config.
 
     Raises:
