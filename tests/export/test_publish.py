@@ -292,8 +292,8 @@ def test_the_card_of_a_taught_network_tells_what_taught_it(network, tmp_path):
     assert "No human drew the outlines it learned from" in text
     assert "cam_logits" not in text
     assert "It needs timm beside transformers." in text
-    for path in (tmp_path / "staged").iterdir():
-        if path.suffix != ".safetensors":
+    for path in (tmp_path / "staged").rglob("*.*"):
+        if path.is_file() and path.suffix != ".safetensors":
             assert "someone" not in path.read_text(), path
     published = MultistageRecipe.from_yaml(tmp_path / "staged" / "recipe.yaml")
     assert (published.pseudo_labels, published.data_dir, published.output_dir) == ("VOC2012-pseudo", None, "runs/net")

@@ -12,6 +12,7 @@ import torch
 import yaml
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 from transformers import pipeline
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
@@ -48,6 +49,7 @@ mask = processor.post_process_semantic_segmentation(outputs, [(image.height, ima
 segments = pipeline("image-segmentation", model=name, trust_remote_code=True)(photo)
 print(json.dumps({
     "mask": mask.tolist(),
+    "logits": outputs.logits[0, :, 0, 0].tolist(),
     "segments": {segment["label"]: np.asarray(segment["mask"]).tolist() for segment in segments},
 }))
 """
@@ -179,7 +181,11 @@ def assert_same_masks(model, photo, hub, home):
     done = run("-I", "-c", READER, REPO, photo, hub=hub, home=home)
     assert done.returncode == 0, done.stderr
     there = json.loads(done.stdout.splitlines()[-1])
-    here = pipeline("image-segmentation", model=str(model))(str(photo))
+    segmenter = pipeline("image-segmentation", model=str(model))
+    with torch.no_grad(), Image.open(photo) as image:
+        logits = segmenter.model(**segmenter.image_processor(image, return_tensors="pt")).logits
+    assert there["logits"] == pytest.approx(logits[0, :, 0, 0].tolist(), abs=1e-5)
+    here = segmenter(str(photo))
     assert {segment["label"] for segment in here} == set(there["segments"])
     ids = np.zeros((96, 96), dtype=int)
     for segment in here:
