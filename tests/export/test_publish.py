@@ -93,7 +93,7 @@ def network(tmp_path):
         directory = tmp_path / "network"
         recipe = MultistageRecipe(
             network=network, pseudo_labels="/home/someone/VOC2012-pseudo", data_dir="/home/someone/VOC2012",
-            pretrained=False, decoder_channels=16, output_dir="/scratch/someone/net", eval_every=10, **fields,
+            decoder_channels=16, output_dir="/scratch/someone/net", eval_every=10, **{"pretrained": False} | fields,
         )  # fmt: skip
         model, processor = build_network(recipe, NAMES)
         model.save_pretrained(directory / "model")
@@ -339,9 +339,10 @@ def test_a_network_from_a_directory_keeps_its_name_only(network, tmp_path):
     source = tmp_path / "segformer"
     SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8)).save_pretrained(source)
     SegformerImageProcessor().save_pretrained(source)
-    stage(network(str(source)), tmp_path / "staged", "org/net")
+    stage(network(str(source), pretrained=True), tmp_path / "staged", "org/net")
     text = (tmp_path / "staged" / "README.md").read_text()
-    assert "| network | `segformer`, encoder from random weights |" in text
+    assert "| network | `segformer`, encoder started from `segformer` |" in text
+    assert ModelCard(text).data.base_model is None  # no name on the Hub
     assert str(tmp_path) not in text
     assert AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "staged").config.num_labels == 3
 

@@ -9,7 +9,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from cosa_hf.evaluation.protocols import PROTOCOLS, label_names
-from cosa_hf.export.kinds import encoder_source, kind_of, needs, network_name, trained_network
+from cosa_hf.export.kinds import Origin, encoder_origin, kind_of, needs, network_name, trained_network
 from cosa_hf.training.recipe import RunRecipe
 
 TEMPLATES = Path(__file__).with_name("cards")
@@ -85,14 +85,14 @@ def model_card(
         ('image-segmentation', True, True)
     """
     kind, values = kind_of(config, recipe), dataclasses.asdict(recipe) if recipe else None
-    encoder, encoder_license = encoder_source(config, recipe)
+    encoder = encoder_origin(config, recipe)
     downloaded = values is not None and values["pretrained"] and values["backbone_weights"] is None
     data = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag="image-segmentation",
         tags=list(kind.tags),
-        base_model=encoder if downloaded else None,
+        base_model=encoder.hub_id if downloaded else None,
         model_name=name.split("/")[-1],
         eval_results=_eval_results(report) if report else None,
         ignore_metadata_errors=False,
@@ -128,7 +128,7 @@ def model_card(
         dataset=dataset,
         data=_DATA.get(str(dataset), unknown),
         encoder_weights=_encoder_weights(values, encoder),
-        encoder_license=encoder_license,
+        encoder_license=encoder.license,
         license=license,
         percent=lambda value: "-" if value is None else f"{value:.1f}",
         hours=lambda seconds: f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min",
@@ -166,9 +166,9 @@ def _evaluate_command(report: dict[str, Any]) -> str:
     return " ".join(words + (["--crf"] if protocol.get("crf") else []))
 
 
-def _encoder_weights(recipe: dict[str, Any] | None, source: str | None) -> str:
+def _encoder_weights(recipe: dict[str, Any] | None, encoder: Origin) -> str:
     if recipe is None or not recipe["pretrained"]:
         return "from random weights"
     if recipe["backbone_weights"]:
         return f"started from `{Path(recipe['backbone_weights']).name}`"
-    return "started from timm's weights" if source is None or source.startswith("timm/") else f"started from `{source}`"
+    return f"started from {encoder.weights}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import yaml
@@ -156,16 +156,29 @@ def check_network(recipe: RunRecipe, config: Any, path: Path) -> None:
         raise ValueError(f"{path} trains {trained}, but the model is {name or config.model_type}")
 
 
-def encoder_source(config: Any, recipe: Any = None) -> tuple[str | None, str]:
-    """Where pretrained weights of a model's encoder come from, unless from a file: name on the Hub and licence."""
+class Origin(NamedTuple):
+    """Where pretrained weights of a model's encoder come from, unless from a file of the user's."""
+
+    weights: str
+    hub_id: str | None
+    license: str
+
+
+def encoder_origin(config: Any, recipe: Any = None) -> Origin:
+    """Of the encoder of a model; of a model of transformers, of all that it started from.
+
+    Example:
+        >>> encoder_origin(CoSAMSConfig(architecture="unet", encoder="resnet34.tv_in1k"))
+        Encoder(weights="timm's weights", hub_id='timm/resnet34.tv_in1k', license='bsd-3-clause')
+    """
     name = network_name(config)
     if name == "upernet-swin-b":
-        return SWIN_B, f"see {SWIN_B}"
+        return Origin(f"`{SWIN_B}`", SWIN_B, f"see {SWIN_B}")
     if name is not None:
         known = timm.get_pretrained_cfg(name.split("/")[-1])
-        return (known.hf_hub_id, known.license or "see timm") if known else (None, "see timm")
-    source = recipe.network if recipe else None
-    return (source if source and "/" in source else None), f"see {source or 'its source'}"
+        return Origin("timm's weights", known and known.hf_hub_id, (known and known.license) or "see timm")
+    source = recipe.network if recipe else "its source"
+    return Origin(f"`{source}`", source if "/" in source else None, f"see {source}")
 
 
 def needs(config: Any) -> list[str]:
