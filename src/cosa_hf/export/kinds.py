@@ -169,7 +169,7 @@ def encoder_origin(config: Any, recipe: Any = None) -> Origin:
 
     Example:
         >>> encoder_origin(CoSAMSConfig(architecture="unet", encoder="resnet34.tv_in1k"))
-        Encoder(weights="timm's weights", hub_id='timm/resnet34.tv_in1k', license='bsd-3-clause')
+        Origin(weights="timm's weights", hub_id='timm/resnet34.tv_in1k', license='bsd-3-clause')
     """
     name = network_name(config)
     if name == "upernet-swin-b":
