@@ -131,7 +131,7 @@ def run(code, *arguments, cache):
         text=True,
         cwd=cache,
         env=environment,
-        timeout=300,
+        timeout=600,
     )
 
 

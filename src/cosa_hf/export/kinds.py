@@ -176,7 +176,8 @@ def encoder_origin(config: Any, recipe: Any = None) -> Origin:
         return Origin(f"`{SWIN_B}`", SWIN_B, f"see {SWIN_B}")
     if name is not None:
         known = timm.get_pretrained_cfg(name.split("/")[-1])
-        return Origin("timm's weights", known and known.hf_hub_id, (known and known.license) or "see timm")
+        hub_id, license = (known.hf_hub_id, known.license) if known else (None, None)
+        return Origin("timm's weights", hub_id, license or "see timm")
     source = recipe.network if recipe else "its source"
     return Origin(f"`{source}`", source if "/" in source else None, f"see {source}")
 
