@@ -165,7 +165,7 @@ def test_same_masks_with_and_without_the_package(architecture, encoder, photos, 
     assert there["modules"] == ["transformers_modules"]
 
     assert here["digests"] == there["digests"]
-    assert len(set(here["digests"])) == len(photos)
+    assert len(set(here["digests"])) > 1
     assert here["masks"] == there["masks"]
     assert here["segments"] == there["segments"]
     for photo, mask, segments in zip(photos, here["masks"], here["segments"], strict=True):
