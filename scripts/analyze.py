@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from arguments import add_inference, dataset_parser, inference_of, positive
+from arguments import add_inference, dataset_parser, inference_of, named_directories, positive
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig
@@ -51,7 +51,8 @@ class Subject:
 
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
-        subjects = subjects_of(args.models, args.figure)
+        runs = named_directories(args.models)
+        subjects = [subject for name, path in runs.items() for subject in networks_of(name, path, args.figure)]
         options.classes = options.classes or label_names(AutoConfig.from_pretrained(subjects[0].directory))[1:]
         dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
         if args.num_images is not None:
@@ -69,21 +70,6 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     print(format_table(rows))
     print(path)
     print(plot_analysis(args.figure, rows, path.with_suffix(".png")))
-
-
-def subjects_of(models: list[str], figure: str) -> list[Subject]:
-    """The networks that a figure looks at, of all runs and models."""
-    paths: dict[str, Path] = {}
-    for model in models:
-        name, _, directory = model.rpartition("=")
-        path = Path(model if Path(model).is_dir() else directory)
-        if not path.is_dir():
-            raise FileNotFoundError(f"no directory {path}; MODEL is that of a run or of a saved model")
-        name = name if path != Path(model) else path.name
-        if name in paths:
-            raise ValueError(f"both {paths[name]} and {path} are called {name!r}; call one of them NAME={path}")
-        paths[name] = path
-    return [subject for name, path in paths.items() for subject in networks_of(name, path, figure)]
 
 
 def networks_of(name: str, path: Path, figure: str) -> Iterator[Subject]:

@@ -1,6 +1,7 @@
 """Arguments that several scripts have: one name, one meaning."""
 
 import argparse
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
@@ -65,6 +66,21 @@ def add_fusion(parser: argparse.ArgumentParser) -> None:
         help="relative input sizes whose outputs are fused (default: %(default)s)",
     )
     parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
+
+
+def named_directories(models: list[str]) -> dict[str, Path]:
+    """Directories of runs or models by name: that of NAME=DIRECTORY, else the directory's own."""
+    paths: dict[str, Path] = {}
+    for model in models:
+        name, _, directory = model.rpartition("=")
+        path = Path(model if Path(model).is_dir() else directory)
+        if not path.is_dir():
+            raise FileNotFoundError(f"no directory {path}; MODEL is that of a run or of a saved model")
+        name = name if path != Path(model) else path.name
+        if name in paths:
+            raise ValueError(f"both {paths[name]} and {path} are called {name!r}; call one of them NAME={path}")
+        paths[name] = path
+    return paths
 
 
 def inference_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from cosa_hf.evaluation.palette import voc_palette
-from cosa_hf.evaluation.panels import TILE_HEIGHT, overlay, panel
+from cosa_hf.evaluation.panels import SMALL_TILE, TILE_HEIGHT, comparison, overlay, panel
 
 NAMES = ["background", "cat", "dog"]
 
@@ -98,3 +98,30 @@ def test_masks_that_do_not_fit_are_refused(draw):
     with pytest.raises(ValueError, match=r"\[3\]"):
         picture(mask * 3)
     picture(mask * 255)
+
+
+def test_a_comparison_has_a_column_for_each_mask_and_names_every_class():
+    image, _, mask = parts((200, 100))
+    other = np.where(mask == 1, 2, 0)
+    picture = comparison([(image, {"truth": mask, "one": mask, "two": other})] * 2, NAMES)
+    pixels, width, palette = np.asarray(picture), (picture.width - 6) / 4, voc_palette()
+    shown = [pixels[60, round(6 + column * width + SMALL_TILE[0] / 4)] for column in range(4)]
+    assert (shown[0] == 0).all()
+    assert (shown[1] == shown[2]).all()
+    assert shown[1].argmax() == np.argmax(palette[1])
+    assert shown[3].argmax() == np.argmax(palette[2])
+    assert {palette[1], palette[2]} <= colors_of(picture)  # in the legend, undiluted
+
+
+def test_a_comparison_fits_images_of_all_shapes():
+    images = [parts(size) for size in ((80, 60), (60, 80), (500, 20))]
+    picture = comparison([(image, {"mask": mask}) for image, _, mask in images], NAMES)
+    assert (
+        picture.height < 60 + sum(SMALL_TILE[1] * min(1, image.height / image.width) + 6 for image, *_ in images) + 20
+    )
+
+
+def test_a_comparison_refuses_a_mask_of_another_size():
+    image, _, mask = parts()
+    with pytest.raises(ValueError, match="for an image of 60 x 80"):
+        comparison([(image, {"mask": mask.T})], NAMES)

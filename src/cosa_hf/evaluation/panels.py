@@ -15,9 +15,10 @@ from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image, voc_palette
 from cosa_hf.evaluation.protocols import predict_dataset
 
-__all__ = ["heat", "overlay", "panel", "save_panels"]
+__all__ = ["comparison", "heat", "overlay", "panel", "save_panels"]
 
 TILE_HEIGHT = 192
+SMALL_TILE = (128, 128)  # what an image of a comparison has to fit into, width and height
 GAP = 6
 FONT_SIZE = 13
 LINE_HEIGHT = 20
@@ -116,6 +117,49 @@ def save_panels(
             title=f"{prediction.image_id}   tags: {tags}",
         )
         picture.save(directory / f"{prediction.image_id}.png")
+
+
+def comparison(lines: Sequence[tuple[Image.Image, dict[str, Any]]], names: Sequence[str]) -> Image.Image:
+    """Masks of the same images beside each other: a line for each image, a column for each of its masks.
+
+    Args:
+        lines: an RGB image, H x W, and by their captions its masks, (H, W) ids, 255 = ignore; the same captions in
+            every line.
+        names: the K class names, background first.
+
+    Returns:
+        An RGB image: captions, lines, and the colours of the classes.
+
+    Raises:
+        ValueError: a mask does not have the size of its image, or holds an id without a name.
+
+    Example:
+        >>> image, mask = Image.new("RGB", (80, 60)), np.ones((60, 80), dtype=int)
+        >>> one = comparison([(image, {"mine": mask, "theirs": mask})], ["background", "cat"])
+        >>> two = comparison([(image, {"mine": mask, "theirs": mask})] * 2, ["background", "cat"])
+        >>> one.width == two.width, one.height < two.height
+        (True, True)
+    """
+    captions = ["image", *lines[0][1]]
+    tiles = []
+    for image, masks in lines:
+        painted = [_paint(image, _mask(mask, image, names)) for mask in masks.values()]
+        tiles.append([ImageOps.contain(tile, SMALL_TILE) for tile in (image, *painted)])
+    column = GAP + max(SMALL_TILE[0], *(int(_font().getlength(caption)) for caption in captions))
+    seen = np.unique(np.concatenate([np.unique(_numpy(mask)) for _, masks in lines for mask in masks.values()]))
+    legend = _legend(seen, names, len(captions) * column)
+    height = GAP + LINE_HEIGHT + sum(line[0].height + GAP for line in tiles) + legend.height
+    picture = Image.new("RGB", (len(captions) * column + GAP, height), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for index, caption in enumerate(captions):
+        draw.text((GAP + index * column, GAP), caption, fill=INK, font=_font())
+    top = GAP + LINE_HEIGHT
+    for line in tiles:
+        for index, tile in enumerate(line):
+            picture.paste(tile, (GAP + index * column, top))
+        top += line[0].height + GAP
+    picture.paste(legend, (GAP, top))
+    return picture
 
 
 def overlay(image: Image.Image, mask: Any, names: Sequence[str]) -> Image.Image:
