@@ -1,7 +1,8 @@
 """Publish a model on the Hub: weights, config, processor, code, card, pictures, recipe and scores in one commit.
 
 Numbers come from the report of scripts/evaluate.py, which must have been measured on exactly these weights; without a
-report none are published. Log in first with `hf auth login`.
+report none are published. MODEL is one of CoSA, or a network of scripts/train_multistage.py. Log in first with
+`hf auth login`.
 
 Example:
     python scripts/push_to_hub.py runs/voc/assignment --repo_id org/cosa-voc --report report.json --dry_run staged

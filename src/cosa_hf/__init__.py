@@ -15,18 +15,19 @@ from transformers import (
 
 from cosa_hf._version import __version__
 from cosa_hf.configuration_cosa import CoSAConfig
+from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation, CoSAOutput
-from cosa_hf.multistage.configuration import CoSAMSConfig
-from cosa_hf.multistage.modeling import CoSAMSForSemanticSegmentation
+from cosa_hf.modeling_cosa_ms import CoSAMSForSemanticSegmentation
 
-AutoConfig.register(CoSAConfig.model_type, CoSAConfig, exist_ok=True)
-for _auto_class in (AutoModel, AutoModelForSemanticSegmentation, AutoModelForImageSegmentation):
-    _auto_class.register(CoSAConfig, CoSAForWeaklySupervisedSegmentation, exist_ok=True)
-AutoConfig.register(CoSAMSConfig.model_type, CoSAMSConfig, exist_ok=True)
-AutoModelForSemanticSegmentation.register(CoSAMSConfig, CoSAMSForSemanticSegmentation, exist_ok=True)
-# One class for both backends: with the Pillow entry alone the library warns that torchvision's is missing.
-for _config in (CoSAConfig, CoSAMSConfig):
+for _config, _model in (
+    (CoSAConfig, CoSAForWeaklySupervisedSegmentation),
+    (CoSAMSConfig, CoSAMSForSemanticSegmentation),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    for _auto_class in (AutoModel, AutoModelForSemanticSegmentation, AutoModelForImageSegmentation):
+        _auto_class.register(_config, _model, exist_ok=True)
+    # One class for both backends: with the Pillow entry alone the library warns that torchvision's is missing.
     AutoImageProcessor.register(
         _config,
         image_processor_classes={"pil": CoSAImageProcessor, "torchvision": CoSAImageProcessor},

@@ -4,68 +4,34 @@ import os
 import shutil
 from dataclasses import field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Where the auto classes find the code in a saved directory.
-_AUTO_MAP = {
-    "AutoConfig": "configuration_cosa.CoSAConfig",
-    "AutoModel": "modeling_cosa.CoSAForWeaklySupervisedSegmentation",
-    "AutoModelForSemanticSegmentation": "modeling_cosa.CoSAForWeaklySupervisedSegmentation",
-    "AutoModelForImageSegmentation": "modeling_cosa.CoSAForWeaklySupervisedSegmentation",
-    "AutoImageProcessor": "image_processing_cosa.CoSAImageProcessor",
-}
-
 
 @strict
-class CoSAConfig(PreTrainedConfig):
+class SegmentationConfig(PreTrainedConfig):
     r"""
-    Architecture, label names and inference defaults of a CoSA model. Nothing about training lives here.
-
-    The labels are the K = C + 1 segmentation labels with the background at id 0; the C classes an image can
-    be tagged with are the labels 1..C in the same order. `label2id` follows from `id2label` when not given.
+    What the configs of this package share: labels with the background first, and code that goes where they go.
 
     Args:
-        backbone: Name of any timm model that offers `forward_intermediates`. The default is the paper's
-            (Sec. 4.1).
-        aux_layer: Layer whose output is the auxiliary map F†, counted from the end: blocks of a ViT, stages
-            of a hierarchical network (-1 would be the last one). -3 is the released ViT setting; a network
-            with four stages wants -2, since F† should stay close to the end.
-        output_stride: Pixels per token for convolutional backbones, by dilation. Backbones that cannot change
-            their stride (every transformer) keep their own.
-        decoder_channels: Width of the LargeFOV decoder.
-        decoder_dilation: Dilation of its two 3x3 convolutions.
-        cam_threshold: Foreground threshold ξ on normalised CAMs at inference, between 0 and 1.
         coexistence_classes: Names of the classes averaged into C-mIoU, those that rarely appear without some
             other object (train and rail, boat and water).
         semantic_loss_ignore_index: Id of the pixels a mask leaves out.
 
+    Attributes:
+        model_code: Where the model's class is defined, `module.Class`.
+        code_files: All that its code consists of, down to what these files import of each other.
+
     Raises:
-        ValueError: for fewer than two labels, ids that are not 0..C, a label name used twice, an `aux_layer`
-            above -2, a threshold outside (0, 1), or a coexistence class that is not a foreground label.
-
-    Example:
-
-    ```python
-    >>> from cosa_hf import CoSAConfig
-
-    >>> config = CoSAConfig(id2label={0: "background", 1: "cat", 2: "dog"}, coexistence_classes=["cat"])
-    >>> config.num_labels, config.num_classes, config.label2id["dog"]
-    (3, 2, 2)
-
-    ```
+        ValueError: for fewer than two labels, ids that are not 0..C, a label name used twice, or a coexistence
+            class that is not a foreground label.
     """
 
-    model_type = "cosa"
+    model_code: ClassVar[str]
+    code_files: ClassVar[tuple[str, ...]]
 
-    backbone: str = "vit_base_patch16_224.orig_in21k_ft_in1k"
-    aux_layer: int = -3
-    output_stride: int = 16
-    decoder_channels: int = 512
-    decoder_dilation: int = 5
-    cam_threshold: float = 0.5
     coexistence_classes: list[str] = field(default_factory=list)
     semantic_loss_ignore_index: int = 255
 
@@ -74,12 +40,6 @@ class CoSAConfig(PreTrainedConfig):
             self.label2id = {name: int(index) for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
         self._check_labels()
-        if self.aux_layer > -2:
-            raise ValueError(
-                f"aux_layer={self.aux_layer} is not a layer before the last: count from the end, -2 or lower."
-            )
-        if not 0 < self.cam_threshold < 1:
-            raise ValueError(f"cam_threshold={self.cam_threshold} must lie strictly between 0 and 1.")
 
     def _check_labels(self) -> None:
         names = cast("dict[int, str]", self.id2label)
@@ -108,16 +68,79 @@ class CoSAConfig(PreTrainedConfig):
         Models save their config through this, so a saved model also loads where this package is not
         installed, with `trust_remote_code=True`. Arguments as in `PreTrainedConfig.save_pretrained`.
         """
-        self.auto_map = dict(_AUTO_MAP)
+        self.auto_map = {
+            "AutoConfig": f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}",
+            "AutoModel": self.model_code,
+            "AutoModelForSemanticSegmentation": self.model_code,
+            "AutoModelForImageSegmentation": self.model_code,
+            "AutoImageProcessor": "image_processing_cosa.CoSAImageProcessor",
+        }
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in sorted({target.split(".")[0] + ".py" for target in _AUTO_MAP.values()}):
+        for name in self.code_files:
             source = Path(__file__).with_name(name)
             # In the cache of remote code each file can lie in a folder of its own: there transformers, which
-            # knows where, adds the other two when model and processor are saved.
+            # knows where, adds the others when model and processor are saved.
             if source.exists() and source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-__all__ = ["CoSAConfig"]
+@strict
+class CoSAConfig(SegmentationConfig):
+    r"""
+    Architecture, label names and inference defaults of a CoSA model. Nothing about training lives here.
+
+    The labels are the K = C + 1 segmentation labels with the background at id 0; the C classes an image can
+    be tagged with are the labels 1..C in the same order. `label2id` follows from `id2label` when not given.
+
+    Args:
+        backbone: Name of any timm model that offers `forward_intermediates`. The default is the paper's
+            (Sec. 4.1).
+        aux_layer: Layer whose output is the auxiliary map F†, counted from the end: blocks of a ViT, stages
+            of a hierarchical network (-1 would be the last one). -3 is the released ViT setting; a network
+            with four stages wants -2, since F† should stay close to the end.
+        output_stride: Pixels per token for convolutional backbones, by dilation. Backbones that cannot change
+            their stride (every transformer) keep their own.
+        decoder_channels: Width of the LargeFOV decoder.
+        decoder_dilation: Dilation of its two 3x3 convolutions.
+        cam_threshold: Foreground threshold ξ on normalised CAMs at inference, between 0 and 1.
+        coexistence_classes, semantic_loss_ignore_index: As in `SegmentationConfig`.
+
+    Raises:
+        ValueError: as `SegmentationConfig`, or for an `aux_layer` above -2 or a threshold outside (0, 1).
+
+    Example:
+
+    ```python
+    >>> from cosa_hf import CoSAConfig
+
+    >>> config = CoSAConfig(id2label={0: "background", 1: "cat", 2: "dog"}, coexistence_classes=["cat"])
+    >>> config.num_labels, config.num_classes, config.label2id["dog"]
+    (3, 2, 2)
+
+    ```
+    """
+
+    model_type = "cosa"
+    model_code = "modeling_cosa.CoSAForWeaklySupervisedSegmentation"
+    code_files = ("configuration_cosa.py", "image_processing_cosa.py", "modeling_cosa.py")
+
+    backbone: str = "vit_base_patch16_224.orig_in21k_ft_in1k"
+    aux_layer: int = -3
+    output_stride: int = 16
+    decoder_channels: int = 512
+    decoder_dilation: int = 5
+    cam_threshold: float = 0.5
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.aux_layer > -2:
+            raise ValueError(
+                f"aux_layer={self.aux_layer} is not a layer before the last: count from the end, -2 or lower."
+            )
+        if not 0 < self.cam_threshold < 1:
+            raise ValueError(f"cam_threshold={self.cam_threshold} must lie strictly between 0 and 1.")
+
+
+__all__ = ["CoSAConfig", "SegmentationConfig"]

@@ -1,12 +1,19 @@
 """What would be published: the card and the directory, from reports and recipes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+)
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import VOC_CLASSES
@@ -15,6 +22,8 @@ from cosa_hf.evaluation.protocols import PROTOCOLS
 from cosa_hf.evaluation.weights import weights_sha256
 from cosa_hf.export.card import model_card
 from cosa_hf.export.hub import stage
+from cosa_hf.multistage.networks import build_network
+from cosa_hf.multistage.recipe import MultistageRecipe
 from cosa_hf.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,19 +40,18 @@ def model(tmp_path_factory):
     return directory
 
 
-@pytest.fixture
-def report(model, tmp_path):
-    """A report as scripts/evaluate.py writes it; a class that never occurs has no score."""
-    columns = {
+def write_report(model, path, columns=PROTOCOLS):
+    """As scripts/evaluate.py writes it; a class that never occurs has no score."""
+    scores = {
         column: {
             "miou": 40.126 + number,
             "per_class": {"background": 60.25, "cat": 20.0 + number, "dog": None},
             "coexistence_miou": None,
         }
-        for number, column in enumerate(PROTOCOLS)
+        for number, column in enumerate(columns)
     }
     protocol = {
-        **PROTOCOLS,
+        **{column: PROTOCOLS[column] for column in columns},
         "scales": [1.0, 0.5],
         "flip": False,
         "input_size": [64, 64],
@@ -54,12 +62,48 @@ def report(model, tmp_path):
         "split": "val_report",
         "model": "/home/someone/run/online",
     }
-    path = tmp_path / "report.json"
     digest = weights_sha256(model)
     path.write_text(
-        json.dumps({**columns, "images": 200, "untagged": [], "protocol": protocol, "weights_sha256": digest})
+        json.dumps({**scores, "images": 200, "untagged": [], "protocol": protocol, "weights_sha256": digest})
     )
     return path
+
+
+@pytest.fixture
+def report(model, tmp_path):
+    return write_report(model, tmp_path / "report.json")
+
+
+EXPORT = {
+    "complete": True,
+    "settings": {
+        **{"source": "cam_mean", "format": "parquet", "threshold": 0.45, "scales": [1.0, 0.5], "flip": False},
+        **{"split": "train_aug", "weights_sha256": "c05a" * 16, "images": 1696},
+    },
+    "model": "/home/someone/runs/voc/assignment",
+    "cosa_hf": "0.1.0",
+}
+
+
+@pytest.fixture
+def network(tmp_path):
+    """Saves an untrained network of CoSA-MS and what its run leaves beside it; returns the model's directory."""
+
+    def save(network="largefov/test_resnet", taught=EXPORT, **fields):
+        directory = tmp_path / "network"
+        recipe = MultistageRecipe(
+            network=network, pseudo_labels="/home/someone/VOC2012-pseudo", data_dir="/home/someone/VOC2012",
+            decoder_channels=16, output_dir="/scratch/someone/net", eval_every=10, **{"pretrained": False} | fields,
+        )  # fmt: skip
+        model, processor = build_network(recipe, NAMES)
+        model.save_pretrained(directory / "model")
+        processor.save_pretrained(directory / "model")
+        recipe.to_yaml(directory / "recipe.yaml")
+        run = {"images": 1696, "hardware": "1 x abacus", "seconds": 600, "pseudo_labels": taught}
+        (directory / "run.json").write_text(json.dumps(run))
+        return directory / "model"
+
+    return save
 
 
 def edit(path, **changes):
@@ -175,7 +219,7 @@ def test_what_the_run_did_not_record_is_not_made_up(model, tmp_path):
 
 def test_recipe_of_another_backbone_is_refused(model, tmp_path):
     Recipe(backbone="test_resnet").to_yaml(tmp_path / "recipe.yaml")
-    with pytest.raises(ValueError, match="trains test_resnet, but the model's backbone is test_vit"):
+    with pytest.raises(ValueError, match="trains cosa/test_resnet, but the model is cosa/test_vit"):
         stage(model, tmp_path / "staged", "org/cats", recipe=tmp_path / "recipe.yaml")
 
 
@@ -215,3 +259,116 @@ def test_cards_of_the_papers_settings_are_up_to_date(dataset, classes):
 def test_a_class_name_cannot_break_the_card():
     config = CoSAConfig(id2label={0: "background", 1: "{{ 7 * 7 }} <b>"})
     assert "{{ 7 * 7 }} <b>" in model_card("org/x", config, weights_sha256="0" * 64).text
+
+
+def test_the_card_of_a_taught_network_tells_what_taught_it(network, tmp_path):
+    model = network()
+    report = write_report(model, tmp_path / "report.json", columns=["seg", "seg_tags"])
+    stage(model, tmp_path / "staged", "org/net", report=report)
+    text = (tmp_path / "staged" / "README.md").read_text()
+    card = ModelCard(text)
+    assert [(each.metric_config, each.metric_value) for each in card.data.eval_results] == [
+        ("seg", 40.13),
+        ("seg_tags", 41.13),
+    ]
+    assert card.data.tags == ["cosa-ms", "semantic-segmentation"]
+    assert "`largefov/test_resnet`, that learned from pseudo-labels: class activation maps of" in text
+    assert "| network | `largefov/test_resnet`, encoder from random weights |" in text
+    assert (
+        "| pseudo-labels | `VOC2012-pseudo`, 1696 images, split `train_aug`: `cam_mean` of `assignment` "
+        f"(SHA-256 of its tensors: `{'c05a' * 16}`), threshold 0.45, scales 1.0, 0.5 |"
+    ) in text
+    assert "| hardware | 1 x abacus |" in text
+    assert (
+        "python scripts/export_pseudo_labels.py assignment --dataset voc --data_dir VOCdevkit/VOC2012 "
+        "--split train_aug --source cam_mean --format parquet --threshold 0.45 --scales 1.0 0.5 --no_flip "
+        "--output_dir VOC2012-pseudo\n"
+        "accelerate launch scripts/train_multistage.py --recipe recipe.yaml --pseudo_labels VOC2012-pseudo "
+        "--data_dir VOCdevkit/VOC2012\n"
+    ) in text
+    assert "| cat | 20.0 | 21.0 |\n" in text  # no columns for CAMs, which it has not
+    assert "| CoSA-MS, DeepLabV3+ on ResNet-101 | val | not stated | 76.5 |" in text
+    assert "ViT-B/16" not in text
+    assert "No human drew the outlines it learned from" in text
+    assert "cam_logits" not in text
+    assert "It needs timm beside transformers." in text
+    for path in (tmp_path / "staged").rglob("*.*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            assert "someone" not in path.read_text(), path
+    published = MultistageRecipe.from_yaml(tmp_path / "staged" / "recipe.yaml")
+    assert (published.pseudo_labels, published.data_dir, published.output_dir) == ("VOC2012-pseudo", None, "runs/net")
+
+
+@pytest.mark.parametrize(
+    ("taught", "fields", "words"),
+    [
+        (
+            None,
+            {"train_split": "train"},
+            ("trained on masks with the package", "split `train`: how they were made is not"),
+        ),
+        (
+            EXPORT | {"settings": EXPORT["settings"] | {"source": "seg", "threshold": None}},
+            {"self_training": "/home/someone/first"},
+            ("another segmentation network labelled its", "new ones of the images of `VOC2012-pseudo`, 1696 images"),
+        ),
+    ],
+    ids=["no record", "self-training"],
+)
+def test_the_card_claims_no_more_than_the_run_recorded(taught, fields, words, network, tmp_path):
+    stage(network(taught=taught, **fields), tmp_path / "staged", "org/net")
+    text = (tmp_path / "staged" / "README.md").read_text()
+    for each in words:
+        assert each in text
+    assert "someone" not in text
+    assert "export_pseudo_labels.py" not in text
+    assert "class activation maps of" not in text
+
+
+def test_a_network_of_transformers_has_no_code_to_carry(network, tmp_path):
+    stage(network("upernet/test_resnet"), tmp_path / "staged", "org/net")
+    files = {path.name for path in (tmp_path / "staged").iterdir()}
+    assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml"}
+    text = (tmp_path / "staged" / "README.md").read_text()
+    assert "trust_remote_code" not in text
+    assert "`upernet/test_resnet`" in text
+
+
+def test_a_network_from_a_directory_keeps_its_name_only(network, tmp_path):
+    small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
+    source = tmp_path / "segformer"
+    SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8)).save_pretrained(source)
+    SegformerImageProcessor().save_pretrained(source)
+    stage(network(str(source), pretrained=True), tmp_path / "staged", "org/net")
+    text = (tmp_path / "staged" / "README.md").read_text()
+    assert "| network | `segformer`, encoder started from `segformer` |" in text
+    assert ModelCard(text).data.base_model is None  # no name on the Hub
+    assert str(tmp_path) not in text
+    assert AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "staged").config.num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            MultistageRecipe(network="largefov-wr38", pseudo_labels="x"),
+            "trains largefov/wide_resnet38_a1, but the model is",
+        ),
+        (Recipe(backbone="test_resnet"), "trains cosa/test_resnet, but the model is largefov/test_resnet"),
+    ],
+    ids=["another network", "CoSA"],
+)
+def test_recipe_of_another_network_is_refused(recipe, message, network, tmp_path):
+    recipe.to_yaml(tmp_path / "other.yaml")
+    with pytest.raises(ValueError, match=message):
+        stage(network(), tmp_path / "staged", "org/net", recipe=tmp_path / "other.yaml")
+
+
+def test_a_network_of_ours_without_its_code_is_refused(network, tmp_path):
+    model = network()
+    (model / "modeling_cosa_ms.py").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks modeling_cosa_ms\.py: save model and processor there"):
+        stage(model, tmp_path / "staged", "org/net")
+    shutil.rmtree(model)
+    with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors, config\.json, preprocessor_config\.json"):
+        stage(model, tmp_path / "staged", "org/net")

@@ -14,6 +14,7 @@ import torch
 import yaml
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 from transformers import pipeline
 
 import cosa_hf.export.hub
@@ -21,6 +22,8 @@ from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImagePr
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.evaluation.weights import weights_sha256
 from cosa_hf.export.hub import publish, stage
+from cosa_hf.multistage.networks import build_network
+from cosa_hf.multistage.recipe import MultistageRecipe
 from cosa_hf.training.recipe import Recipe
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -29,6 +32,7 @@ MODEL_FILES = {
     *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml"),
     *("configuration_cosa.py", "image_processing_cosa.py", "modeling_cosa.py"),
 }
+TAUGHT_FILES = MODEL_FILES | {"configuration_cosa_ms.py", "modeling_cosa_ms.py", "wide_resnet38.py"}
 
 READER = """
 import json, sys
@@ -48,6 +52,7 @@ mask = processor.post_process_semantic_segmentation(outputs, [(image.height, ima
 segments = pipeline("image-segmentation", model=name, trust_remote_code=True)(photo)
 print(json.dumps({
     "mask": mask.tolist(),
+    "logits": outputs.logits[0, :, 0, 0].tolist(),
     "segments": {segment["label"]: np.asarray(segment["mask"]).tolist() for segment in segments},
 }))
 """
@@ -67,6 +72,23 @@ def run_dir(tmp_path_factory):
     ).to_yaml(directory / "recipe.yaml")
     (directory / "run.json").write_text(json.dumps({"images": 7, "hardware": "1 x abacus", "seconds": 5400}))
     load_shapes("test", num_images=1)[0]["image"].save(directory / "photo.png")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def taught_dir(run_dir, tmp_path_factory):
+    """The same of a network of CoSA-MS."""
+    pytest.importorskip("segmentation_models_pytorch")
+    directory = tmp_path_factory.mktemp("taught")
+    torch.manual_seed(0)
+    recipe = MultistageRecipe(
+        network="smp/deeplabv3plus/test_resnet", pretrained=False, decoder_channels=16, input_size=64, dataset="shapes",
+        pseudo_labels="/home/someone/labels",
+    )  # fmt: skip
+    model, processor = build_network(recipe, ["background", *SHAPES_CLASSES])
+    model.save_pretrained(directory / "model")
+    processor.save_pretrained(directory / "model")
+    recipe.to_yaml(directory / "recipe.yaml")
     return directory
 
 
@@ -114,8 +136,13 @@ def published(run_dir, online, tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluated_pushed_and_loaded_by_a_stranger(run_dir, hub, tmp_path):
-    model = run_dir / "assignment"
+@pytest.mark.parametrize(
+    ("of", "model_name", "model_files"),
+    [("run_dir", "assignment", MODEL_FILES), ("taught_dir", "model", TAUGHT_FILES)],
+    ids=["CoSA", "CoSA-MS"],
+)
+def test_evaluated_pushed_and_loaded_by_a_stranger(of, model_name, model_files, run_dir, hub, tmp_path, request):
+    model = request.getfixturevalue(of) / model_name
     done = run(
         *(SCRIPTS / "evaluate.py", model, "--dataset", "shapes", "--num_images", 3, "--scales", 1, "--no_flip"),
         *("--report", tmp_path / "report.json", "--panels", tmp_path / "panels", "--num_panels", 2),
@@ -133,7 +160,7 @@ def test_evaluated_pushed_and_loaded_by_a_stranger(run_dir, hub, tmp_path):
     (_, empty), (sha, files) = hub.repos[REPO]["commits"]
     assert set(empty) == {".gitattributes"}
     assert done.stdout.strip().endswith(sha)
-    assert set(files) == MODEL_FILES | {
+    assert set(files) == model_files | {
         *(".gitattributes", ".eval_results/seg.yaml", ".eval_results/seg_tags.yaml"),
         *("panels/val-00000.png", "panels/val-00001.png"),
     }
@@ -148,11 +175,20 @@ def test_evaluated_pushed_and_loaded_by_a_stranger(run_dir, hub, tmp_path):
         assert protocol in entry["notes"]
         assert f"| `{column}` | {protocol}" in card.text
 
-    (tmp_path / "stranger").mkdir()
-    done = run("-I", "-c", READER, REPO, run_dir / "photo.png", hub=hub, home=tmp_path / "stranger")
+    assert_same_masks(model, run_dir / "photo.png", hub, tmp_path / "stranger")
+
+
+def assert_same_masks(model, photo, hub, home):
+    """Between this process with the directory and a stranger, who has no cosa_hf, with the repository."""
+    home.mkdir()
+    done = run("-I", "-c", READER, REPO, photo, hub=hub, home=home)
     assert done.returncode == 0, done.stderr
     there = json.loads(done.stdout.splitlines()[-1])
-    here = pipeline("image-segmentation", model=str(model))(str(run_dir / "photo.png"))
+    segmenter = pipeline("image-segmentation", model=str(model))
+    with torch.no_grad(), Image.open(photo) as image:
+        logits = segmenter.model(**segmenter.image_processor(image, return_tensors="pt")).logits
+    assert there["logits"] == pytest.approx(logits[0, :, 0, 0].tolist(), abs=1e-5)
+    here = segmenter(str(photo))
     assert {segment["label"] for segment in here} == set(there["segments"])
     ids = np.zeros((96, 96), dtype=int)
     for segment in here:
@@ -160,6 +196,14 @@ def test_evaluated_pushed_and_loaded_by_a_stranger(run_dir, hub, tmp_path):
         assert np.array_equal(mask, there["segments"][segment["label"]])
         ids[mask > 0] = ["background", *SHAPES_CLASSES].index(segment["label"])
     assert np.array_equal(ids, there["mask"])
+
+
+def test_a_taught_network_is_loaded_by_a_stranger(taught_dir, run_dir, online, tmp_path):
+    stage(taught_dir / "model", tmp_path / "staged", REPO)
+    publish(tmp_path / "staged", REPO)
+    (_, (_, files)) = online.repos[REPO]["commits"]
+    assert set(files) == TAUGHT_FILES | {".gitattributes"}
+    assert_same_masks(taught_dir / "model", run_dir / "photo.png", online, tmp_path / "stranger")
 
 
 def test_failed_upload_leaves_the_old_revision_whole(run_dir, online, published, tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cosa_hf.data import undecoded
 from cosa_hf.evaluation.palette import to_palette_image
 from cosa_hf.multistage.data import check_masks, load_pseudo_labels
 
@@ -36,7 +37,7 @@ def test_a_voc_layout_needs_a_split(png):
         load_pseudo_labels(str(directory))
     exported = load_pseudo_labels(str(directory), "train")
     assert len(exported.dataset) == 6
-    assert not exported.described
+    assert not exported.record
 
 
 def test_what_is_no_finished_export_is_refused(png, tmp_path):
@@ -80,6 +81,13 @@ def test_a_mask_that_cannot_be_learned_is_named_with_its_file(png, spoil, messag
     spoil(np.array(Image.open(mask))).save(mask)
     with pytest.raises(ValueError, match=rf"1 of 6 pseudo-labels.*\n.*{mask.name}: .*{message}"):
         check_masks(load_pseudo_labels(str(directory)).dataset)
+
+
+def test_a_row_without_a_mask_is_named(export):
+    dataset = undecoded(load_pseudo_labels(str(export("parquet"))).dataset)
+    spoilt = dataset.map(lambda row, index: {"mask": None if index == 2 else row["mask"]}, with_indices=True)
+    with pytest.raises(ValueError, match=rf"1 of 6 pseudo-labels.*\n  {dataset[2]['image_id']}: "):
+        check_masks(spoilt)
 
 
 def test_a_grey_mask_has_no_palette_to_doubt(png):

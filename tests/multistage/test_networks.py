@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModelForSemanticSegmentation,
+    Mask2FormerConfig,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
@@ -108,6 +109,13 @@ def test_encoder_weights_come_from_a_file(tmp_path):
 def test_a_network_that_does_not_exist_is_named(network, message):
     with pytest.raises(ValueError, match=message):
         build_network(recipe(network), NAMES)
+
+
+def test_a_network_that_answers_with_a_set_of_masks_is_refused(tmp_path):
+    """Mask2Former, EoMT: another loss, and no class of `AutoModelForSemanticSegmentation`."""
+    Mask2FormerConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must be a transformers model for semantic segmentation(.|\n)*Mask2Former"):
+        build_network(recipe(str(tmp_path)), NAMES)
 
 
 def test_an_architecture_that_does_not_exist_is_named():

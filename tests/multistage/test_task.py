@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation
 
 from cosa_hf.multistage.data import load_pseudo_labels
+from cosa_hf.multistage.networks import build_network
 from cosa_hf.multistage.recipe import MultistageRecipe
 from cosa_hf.multistage.task import MultistageTask, confidence_weights, train_multistage
 from cosa_hf.training import loop
@@ -126,6 +127,23 @@ def test_self_training_learns_what_the_first_network_says(tiny, tmp_path):
     train_multistage(
         tiny(output_dir=str(tmp_path / "again"), self_training=str(tmp_path / "second/model"))
     )  # the labels of the second, with the tags of the first
+
+
+def test_a_first_network_that_cannot_label_the_images_is_refused(tiny, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model at 'nowhere'"):
+        train_multistage(tiny(self_training="nowhere"))
+    model, processor = build_network(tiny(), ["background", "cat"])
+    model.save_pretrained(tmp_path / "cats")
+    processor.save_pretrained(tmp_path / "cats")
+    with pytest.raises(ValueError, match=r"classes are not the model's, in order:(.|\n)*model: +\['cat'\]"):
+        train_multistage(tiny(self_training=str(tmp_path / "cats")))
+
+
+def test_a_run_records_what_its_labels_were_made_by(tiny, export):
+    recipe = tiny(max_steps=2, confidence_weighting=True)
+    train_multistage(recipe)
+    recorded = json.loads((Path(recipe.output_dir) / "run.json").read_text())["pseudo_labels"]
+    assert recorded == json.loads((export("parquet") / "export.json").read_text())
 
 
 def test_a_network_of_transformers_trains_too(tiny, tmp_path):

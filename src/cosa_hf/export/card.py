@@ -6,23 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.evaluation.protocols import PROTOCOLS, label_names
-from cosa_hf.training.recipe import Recipe
+from cosa_hf.export.kinds import Origin, encoder_origin, kind_of, needs, network_name, trained_network
+from cosa_hf.training.recipe import RunRecipe
 
-TEMPLATE = Path(__file__).with_name("model_card.md")
+TEMPLATES = Path(__file__).with_name("cards")
 
 HEADLINES = ("seg", "seg_tags")
 """The columns of a report that describe the model as a whole, one for each protocol."""
-
-#: What of a recipe a card shows; all of it is in recipe.yaml.
-_SETTINGS = (
-    "crop_size", "batch_size", "gradient_accumulation_steps", "max_steps", "warmup_steps", "learning_rate",
-    "ema_momentum", "mixed_precision", "seed",
-)  # fmt: skip
 
 
 class _Data(NamedTuple):
@@ -55,26 +48,11 @@ _DATA = {
     ),
 }
 
-#: (what, split, protocol, mIoU) by the paper: Tab. 1 and 2, and its supplement for CRF.
-_PAPER = {
-    "voc": [
-        ("CoSA, ViT-B/16", "val", "tags given", "76.2"),
-        ("CoSA, ViT-B/16", "test", "tags unknown", "75.1"),
-        ("CoSA with CRF", "val", "tags given", "76.4"),
-        ("CoSA with CRF", "test", "tags unknown", "75.2"),
-        ("CAM pseudo-labels", "val", "tags given", "76.4"),
-    ],
-    "coco": [
-        ("CoSA, ViT-B/16", "val", "tags given", "51.0"),
-        ("CoSA with CRF", "val", "tags given", "51.1"),
-    ],
-}
-
 
 def model_card(
     name: str,
-    config: CoSAConfig,
-    recipe: Recipe | None = None,
+    config: Any,
+    recipe: RunRecipe | None = None,
     *,
     run: dict[str, Any] | None = None,
     report: dict[str, Any] | None = None,
@@ -90,7 +68,7 @@ def model_card(
         name: the repository, "org/name"; without an owner it is no address, and the card does not load from it.
         config: the model's.
         recipe: what it was trained with; the card says so where there is none.
-        run: `run.json` of the training run: images, hardware, seconds.
+        run: `run.json` of the training run: images, hardware, seconds, and how the pseudo-labels were made.
         report: of `scripts/evaluate.py`, on these weights.
         weights_sha256: of the weights the card lies beside; None for a model that is only described.
         recipe_name: how the command calls the recipe of a model that is only described.
@@ -99,49 +77,58 @@ def model_card(
         notes: Markdown before everything else: what a reader must know and no file says.
 
     Example:
+        >>> from cosa_hf import CoSAConfig
         >>> from cosa_hf.training.recipe import Recipe
         >>> config = CoSAConfig(id2label={0: "background", 1: "cat"})
         >>> card = model_card("org/cat", config, Recipe(dataset="voc"), recipe_name="voc-vit-b")
         >>> card.data.pipeline_tag, "Not trained here" in card.text, "| 76.2 |" in card.text
         ('image-segmentation', True, True)
     """
-    backbone = timm.get_pretrained_cfg(config.backbone)
-    from_timm = recipe is not None and recipe.pretrained and recipe.backbone_weights is None
+    kind, values = kind_of(config, recipe), dataclasses.asdict(recipe) if recipe else None
+    encoder = encoder_origin(config, recipe)
+    downloaded = values is not None and values["pretrained"] and values["backbone_weights"] is None
     data = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag="image-segmentation",
-        tags=["cosa", "semantic-segmentation", "weakly-supervised-segmentation"],
-        base_model=backbone.hf_hub_id if from_timm and backbone else None,
+        tags=list(kind.tags),
+        base_model=encoder.hub_id if downloaded else None,
         model_name=name.split("/")[-1],
         eval_results=_eval_results(report) if report else None,
         ignore_metadata_errors=False,
     )
-    dataset = recipe.dataset if recipe else report["protocol"]["dataset"] if report else None
+    dataset = kind.dataset(recipe, report)
     unknown = _Data(str(dataset), "DIR", "see the data set.", "What its training images lack or overdo, it learned.")
     # Not ModelCard.from_template: it keeps the line of every block, which would tear tables apart.
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    content = template.render(
+    content = templates.get_template(kind.card).render(
         card_data=data.to_yaml(),
         name=name,
         weights_sha256=weights_sha256,
         notes=notes,
+        has_code=hasattr(config, "code_files"),
+        needs=needs(config),
+        network=network_name(config) or (trained_network(recipe) if recipe else config.model_type),
         classes=label_names(config)[1:],
         report=report,
         protocol=report["protocol"] if report else None,
-        columns=list(PROTOCOLS),
+        columns=[column for column in PROTOCOLS if report and column in report],
         evaluate_command=_evaluate_command(report) if report else None,
-        paper=_PAPER.get(str(dataset)),
+        paper=kind.paper.get(str(dataset)),
         panels=list(panels),
-        recipe=dataclasses.asdict(recipe) if recipe else None,
+        recipe=values,
         recipe_name=recipe_name,
-        settings=_SETTINGS,
+        settings=kind.settings,
         run=run,
+        dataset=dataset,
         data=_DATA.get(str(dataset), unknown),
-        backbone_weights=_backbone_weights(recipe),
-        backbone_license=(backbone.license if backbone else None) or "see timm",
+        encoder_weights=_encoder_weights(values, encoder),
+        encoder_license=encoder.license,
         license=license,
         percent=lambda value: "-" if value is None else f"{value:.1f}",
         hours=lambda seconds: f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min",
@@ -179,9 +166,9 @@ def _evaluate_command(report: dict[str, Any]) -> str:
     return " ".join(words + (["--crf"] if protocol.get("crf") else []))
 
 
-def _backbone_weights(recipe: Recipe | None) -> str:
-    if recipe is None or not recipe.pretrained:
+def _encoder_weights(recipe: dict[str, Any] | None, encoder: Origin) -> str:
+    if recipe is None or not recipe["pretrained"]:
         return "from random weights"
-    if recipe.backbone_weights:
-        return f"started from `{Path(recipe.backbone_weights).name}`"
-    return "started from timm's weights"
+    if recipe["backbone_weights"]:
+        return f"started from `{Path(recipe['backbone_weights']).name}`"
+    return f"started from {encoder.weights}"

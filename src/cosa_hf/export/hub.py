@@ -1,6 +1,5 @@
 """Publishing a model: everything staged in one directory, then one commit that is whole or absent."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,21 +13,15 @@ from huggingface_hub import (
     HfApi,
     eval_result_entries_to_yaml,
 )
+from transformers import AutoConfig
 
-from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.evaluation.weights import weights_sha256
 from cosa_hf.export.card import HEADLINES, model_card
-from cosa_hf.training.recipe import Recipe
+from cosa_hf.export.kinds import check_network, read_recipe
+from cosa_hf.training.recipe import RunRecipe, place_name
 
-#: What `save_pretrained` of model and processor leaves, and a reader without this package needs.
-MODEL_FILES = (
-    "model.safetensors",
-    "config.json",
-    "preprocessor_config.json",
-    "configuration_cosa.py",
-    "modeling_cosa.py",
-    "image_processing_cosa.py",
-)
+#: What `save_pretrained` of model and processor leaves of any model. Those with code have `code_files` beside it.
+MODEL_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 
 
 def stage(
@@ -45,8 +38,9 @@ def stage(
 ) -> None:
     """Write into `folder` all that the repository `repo_id` is going to hold, and nothing else.
 
-    That is the saved model with its code, the card as `README.md`, the recipe without paths of this machine, the
-    pictures as `panels/` and the scores as `.eval_results/seg.yaml` (tags unknown) and `seg_tags.yaml` (tags given).
+    That is the saved model with its code (a model of transformers has none), the card as `README.md`, the recipe
+    without paths of this machine, the pictures as `panels/` and the scores as `.eval_results/seg.yaml` (tags unknown)
+    and `seg_tags.yaml` (tags given).
 
     Args:
         model: directory of a saved model with its processor.
@@ -63,17 +57,19 @@ def stage(
 
     Raises:
         FileNotFoundError: a file of the model, or a file or directory that was named, is missing.
-        ValueError: the report is of other weights, the recipe of another backbone, or `folder` is not empty.
+        ValueError: the report is of other weights, the recipe of another network, `folder` is not empty, or
+            transformers does not know the model.
     """
     model, folder = Path(model), Path(folder)
-    missing = [name for name in MODEL_FILES if not (model / name).is_file()]
+    config = AutoConfig.from_pretrained(model) if (model / "config.json").is_file() else None
+    model_files = (*MODEL_FILES, *getattr(config, "code_files", ()))
+    missing = [name for name in model_files if not (model / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{model} lacks {', '.join(missing)}: save model and processor there with save_pretrained"
         )
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a directory that holds nothing yet")
-    config = CoSAConfig.from_pretrained(model)
     digest = weights_sha256(model)
     scores = _matching_report(Path(report), digest) if report else None
     recipe_file = Path(recipe) if recipe else model.parent / "recipe.yaml"
@@ -83,7 +79,7 @@ def stage(
         raise FileNotFoundError(f"no notes {notes}")
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in MODEL_FILES:
+    for name in model_files:
         shutil.copyfile(model / name, folder / name)
     if settings:
         settings.to_yaml(folder / "recipe.yaml")
@@ -154,22 +150,15 @@ def _matching_report(path: Path, digest: str) -> dict[str, Any]:
     return report
 
 
-def _recipe_and_run(path: Path, config: CoSAConfig) -> tuple[Recipe, dict[str, Any] | None]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe {path}")
-    recipe = Recipe.from_yaml(path)
-    if recipe.backbone != config.backbone:
-        raise ValueError(f"{path} trains {recipe.backbone}, but the model's backbone is {config.backbone}")
-    weights = recipe.backbone_weights
-    recipe = dataclasses.replace(
-        recipe,
-        data_dir=None,
-        backbone_weights=Path(weights).name if weights else None,
-        output_dir=f"runs/{Path(recipe.output_dir).name}",
-        resume=False,
-    )
-    run = path.with_name("run.json")
-    return recipe, json.loads(run.read_text(encoding="utf-8")) if run.is_file() else None
+def _recipe_and_run(path: Path, config: Any) -> tuple[RunRecipe, dict[str, Any] | None]:
+    """Both without paths of this machine."""
+    recipe = read_recipe(path)
+    check_network(recipe, config, path)
+    file = path.with_name("run.json")
+    run = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if taught := (run or {}).get("pseudo_labels"):
+        taught["model"] = place_name(taught["model"]) or "MODEL"
+    return recipe.portable(), run
 
 
 def _pictures(directory: Path) -> list[Path]:

@@ -26,12 +26,12 @@ class Exported:
     Attributes:
         dataset: columns image, labels, image_id, mask and, from parquet, confidence.
         threshold: xi, around which a CAM's confidence says little; None where it is a probability.
-        described: whether the export says how it was made, and so what its confidence means.
+        record: what `export.json` says of how they were made, and so what confidence means; empty where it is missing.
     """
 
     dataset: Dataset
     threshold: float | None
-    described: bool
+    record: dict[str, Any]
 
 
 def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
@@ -46,6 +46,7 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
         ValueError: the export is unfinished or in another format, or the dataset has no masks.
     """
     root = Path(source)
+    record: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     if (root / RECORD).is_file():
         record = json.loads((root / RECORD).read_text(encoding="utf-8"))
@@ -75,7 +76,7 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
         raise ValueError(
             f"{root}: its classes {class_names(dataset)} are not those it was exported with, {settings['classes']}"
         )
-    return Exported(dataset, settings.get("threshold"), bool(settings))
+    return Exported(dataset, settings.get("threshold"), record)
 
 
 def check_masks(dataset: Dataset, rank: int = 0, processes: int = 1) -> None:

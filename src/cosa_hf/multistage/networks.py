@@ -17,9 +17,9 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
-from cosa_hf.multistage.configuration import CoSAMSConfig
-from cosa_hf.multistage.modeling import CoSAMSForSemanticSegmentation, load_pretrained
+from cosa_hf.modeling_cosa_ms import CoSAMSForSemanticSegmentation, load_pretrained
 from cosa_hf.multistage.recipe import MultistageRecipe
 
 #: What the paper calls R101 and WR38, as encoder and decoder.

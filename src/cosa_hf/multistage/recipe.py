@@ -22,6 +22,7 @@ class MultistageRecipe(RunRecipe):
     """
 
     directory: ClassVar[Path] = RECIPES / "multistage"
+    places: ClassVar[tuple[str, ...]] = (*RunRecipe.places, "pseudo_labels", "self_training", "network")
 
     pseudo_labels: str | None = field(
         default=None,

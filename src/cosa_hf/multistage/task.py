@@ -51,7 +51,7 @@ class MultistageTask(Task):
             exported = self._relabelled(exported.dataset)
         self.exported = exported
         self.dataset, self.dropped = exported.dataset, []
-        if recipe.confidence_weighting and ("confidence" not in self.dataset.column_names or not exported.described):
+        if recipe.confidence_weighting and ("confidence" not in self.dataset.column_names or not exported.record):
             raise ValueError(
                 f"confidence_weighting: {recipe.pseudo_labels} does not carry confidence and what it means: export "
                 "with --format parquet, and keep its export.json"
@@ -129,6 +129,9 @@ class MultistageTask(Task):
     def save(self, directory: Path) -> None:
         self.network.save_pretrained(directory / MODEL)
         self.processor.save_pretrained(directory / MODEL)
+
+    def record(self) -> dict[str, Any]:
+        return {"pseudo_labels": self.exported.record or None}
 
     def recommendation(self) -> tuple[str, str]:
         return MODEL, "the weights after the last step"

@@ -135,6 +135,7 @@ def train(recipe: RunRecipe, make_task: Callable[[Any, Accelerator], Task] = CoS
             "unreadable_replaced": unreadable,
             "hardware": _hardware(accelerator),
             "seconds": round(progress.seconds),
+            **task.record(),
         }
         (output_dir / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()

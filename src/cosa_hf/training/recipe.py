@@ -28,6 +28,9 @@ class RunRecipe(DatasetOptions):
     directory: ClassVar[Path] = RECIPES
     """Where the recipes that go by name lie."""
 
+    places: ClassVar[tuple[str, ...]] = ("dataset_name", "backbone_weights")
+    """Fields that may be paths, beside `data_dir` and `output_dir`."""
+
     positive: ClassVar[tuple[str, ...]] = (
         "crop_size", "input_size", "batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
         "head_lr_multiplier", "log_every", "images_per_step", "keep_checkpoints",
@@ -148,6 +151,18 @@ class RunRecipe(DatasetOptions):
     def to_yaml(self, path: str | Path) -> None:
         """Write all fields, so that the run can be repeated from the file alone."""
         Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+    def portable(self) -> Self:
+        """The recipe for somebody else: of a path on this machine the last part is left, of `data_dir` nothing.
+
+        Example:
+            >>> recipe = Recipe(backbone_weights="/home/me/vit.pth", output_dir="/tmp/cats").portable()
+            >>> recipe.backbone_weights, recipe.output_dir
+            ('vit.pth', 'runs/cats')
+        """
+        named: dict[str, Any] = {name: place_name(getattr(self, name)) for name in self.places}
+        output_dir = f"runs/{Path(self.output_dir).name}"
+        return dataclasses.replace(self, **named, data_dir=None, output_dir=output_dir, resume=False)
 
 
 @dataclass(kw_only=True)
@@ -293,6 +308,17 @@ class Recipe(RunRecipe):
     def reads_masks(self) -> bool:
         """Whether training opens the masks of its images: for the supervised bound and the oracle, never else."""
         return self.supervision == "masks" or self.guidance == "gt"
+
+
+def place_name(place: str | None) -> str | None:
+    """The last part of a path; what is no path of this machine, as a name on the Hub, as it is.
+
+    Example:
+        >>> place_name("/home/me/labels"), place_name("org/labels")
+        ('labels', 'org/labels')
+    """
+    is_path = place is not None and (Path(place).is_absolute() or place.startswith((".", "~")) or Path(place).exists())
+    return Path(place).name if place is not None and is_path else place
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -117,6 +117,10 @@ class Task(ABC):
     def save(self, directory: Path) -> None:
         """Write models that load by themselves below `directory`."""
 
+    def record(self) -> dict[str, Any]:
+        """What `run.json` is to tell beyond what it tells of every run."""
+        return {}
+
     @abstractmethod
     def recommendation(self) -> tuple[str, str]:
         """Which of the saved models to use, and why."""

@@ -12,8 +12,8 @@ from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
-from cosa_hf.modeling_cosa import CoSALargeFOV, read_timm_weights
-from cosa_hf.multistage.configuration import CoSAMSConfig
+from .configuration_cosa_ms import CoSAMSConfig
+from .modeling_cosa import CoSALargeFOV, read_timm_weights
 
 STRIDE = 32  # every pyramid and decoder takes images whose sides are multiples of it
 
@@ -32,8 +32,8 @@ class CoSAMSForSemanticSegmentation(PreTrainedModel):
 
     ```python
     >>> import torch
-    >>> from cosa_hf.multistage.configuration import CoSAMSConfig
-    >>> from cosa_hf.multistage.modeling import CoSAMSForSemanticSegmentation
+    >>> from cosa_hf.configuration_cosa_ms import CoSAMSConfig
+    >>> from cosa_hf.modeling_cosa_ms import CoSAMSForSemanticSegmentation
 
     >>> config = CoSAMSConfig(architecture="largefov", encoder="test_resnet", decoder_channels=16, num_labels=3)
     >>> model = CoSAMSForSemanticSegmentation(config).eval()
@@ -155,7 +155,7 @@ def _timm() -> Any:
     """timm, with `wide_resnet38_a1` among its models; not at import, which would take a second more."""
     import timm
 
-    from cosa_hf.multistage import wide_resnet  # noqa: F401
+    from .wide_resnet38 import wide_resnet38_a1  # noqa: F401
 
     return timm
 

@@ -1,13 +1,12 @@
 """Configuration of a network of CoSA-MS that transformers does not have itself."""
 
-from dataclasses import field
-
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+
+from .configuration_cosa import SegmentationConfig
 
 
 @strict
-class CoSAMSConfig(PreTrainedConfig):
+class CoSAMSConfig(SegmentationConfig):
     r"""
     A timm encoder under a decoder: LargeFOV, or any that segmentation_models_pytorch has.
 
@@ -17,13 +16,15 @@ class CoSAMSConfig(PreTrainedConfig):
         output_stride: Pixels per position of the encoder's last map, by dilation, where encoder and architecture can.
         decoder_channels: Width of the decoder; its usual one when None.
         decoder_dilation: Of LargeFOV.
-        coexistence_classes: Names of the classes averaged into C-mIoU.
-        semantic_loss_ignore_index: Id of the pixels a mask leaves out.
+        coexistence_classes, semantic_loss_ignore_index: As in `SegmentationConfig`.
+
+    Raises:
+        ValueError: as `SegmentationConfig`.
 
     Example:
 
     ```python
-    >>> from cosa_hf.multistage.configuration import CoSAMSConfig
+    >>> from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 
     >>> CoSAMSConfig(architecture="largefov", encoder="test_resnet", num_labels=3).num_classes
     2
@@ -32,19 +33,21 @@ class CoSAMSConfig(PreTrainedConfig):
     """
 
     model_type = "cosa-ms"
+    model_code = "modeling_cosa_ms.CoSAMSForSemanticSegmentation"
+    code_files = (
+        "configuration_cosa.py",
+        "configuration_cosa_ms.py",
+        "image_processing_cosa.py",
+        "modeling_cosa.py",
+        "modeling_cosa_ms.py",
+        "wide_resnet38.py",
+    )
 
     architecture: str = "deeplabv3plus"
     encoder: str = "resnet101.tv_in1k"
     output_stride: int = 16
     decoder_channels: int | None = None
     decoder_dilation: int = 5
-    coexistence_classes: list[str] = field(default_factory=list)
-    semantic_loss_ignore_index: int = 255
-
-    @property
-    def num_classes(self) -> int:
-        """C, the number of foreground classes."""
-        return len(self.id2label or ()) - 1
 
 
 __all__ = ["CoSAMSConfig"]

@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from cosa_hf.multistage import wide_resnet
-from cosa_hf.multistage.wide_resnet import Block, WideResNet38, checkpoint_filter_fn
+from cosa_hf import wide_resnet38
+from cosa_hf.wide_resnet38 import Block, WideResNet38, checkpoint_filter_fn
 
 
 @pytest.mark.parametrize(("output_stride", "reductions"), [(32, [2, 4, 8, 16, 32]), (8, [2, 4, 8, 8, 8])])
@@ -81,7 +81,7 @@ def test_the_published_layout_is_read_whole():
 def test_timm_loads_a_file_in_the_published_layout(tmp_path, monkeypatch):
     for name, value in (("DEPTHS", (1, 1, 1, 1)), ("WIDTHS", ((4, 4), (4, 4), (4, 4), (4, 8))),
                         ("BOTTLENECKS", ((4, 4, 8), (4, 4, 16)))):  # fmt: skip
-        monkeypatch.setattr(wide_resnet, name, value)
+        monkeypatch.setattr(wide_resnet38, name, value)
     model = WideResNet38(num_classes=0)
     names = [name for name in published_names() if "_1." not in name and "_2." not in name]
     names = [name for name in names if not any(f"_{block}." in name for block in range(1, 6))]
