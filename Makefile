@@ -7,6 +7,7 @@ BIN := .venv/bin
 setup: .venv/ready
 
 .venv/ready: pyproject.toml
+	@echo "Installing into .venv: torch and all, some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@

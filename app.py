@@ -5,10 +5,12 @@ COSA_MODEL=org/cosa-vit-b-voc python app.py        as a Space of Hugging Face st
 """
 
 import argparse
+import atexit
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,9 @@ def example_pictures(names: Sequence[str]) -> list[str]:
     """Paths of three pictures: photos, or drawn ones for a model that knows the drawn classes only."""
     if list(names[1:]) != list(SHAPES_CLASSES):
         return [str(path) for path in sorted((HERE / "space/examples").glob("*.jpg"))]
-    directory = Path(tempfile.mkdtemp(prefix="cosa-examples-"))
-    paths = [directory / f"shapes-{number}.png" for number in range(1, 4)]
+    directory = tempfile.TemporaryDirectory(prefix="cosa-examples-")
+    atexit.register(directory.cleanup)
+    paths = [Path(directory.name) / f"shapes-{number}.png" for number in range(1, 4)]
     rows = [row for row in load_shapes("test", num_images=20, image_size=320) if len(row["labels"]) > 1]
     for path, row in zip(paths, rows, strict=False):
         row["image"].save(path)
@@ -153,6 +156,8 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, help="the first free one from 7860 without")
     args = parser.parse_args()
+    if find_spec("gradio") is None:
+        raise SystemExit("error: the page needs gradio: pip install 'cosa-hf[app]'")
     try:
         model, processor = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
         require_cams(model)

@@ -46,8 +46,8 @@ def main(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
         except (OSError, RuntimeError) as error:
-            reason = error.__cause__ or error
-            raise SystemExit(f"error: {error} {reason}\nno commit was made; {args.repo_id} is as it was") from error
+            reason = " ".join(str(part) for part in (error, error.__cause__) if part is not None)
+            raise SystemExit(f"error: {reason}\nno commit was made; {args.repo_id} is as it was") from error
 
 
 def parse_args() -> argparse.Namespace:

@@ -180,3 +180,11 @@ def test_a_network_without_cams_is_fused_on_a_grid_of_its_own(tmp_path):
     assert fused.seg_logits.shape[-2:] == (16, 24)
     torch.testing.assert_close(fused.seg_logits, mirrored.seg_logits.flip(-1), atol=1e-5, rtol=1e-4)
     assert fused.cls_logits is fused.cam_logits is fused.aux_cam_logits is None
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model at .*nothing"):
+        load_model(str(tmp_path / "nothing"), "cpu")
+    CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", decoder_channels=8)).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no image processor: save one beside it"):
+        load_model(str(tmp_path), "cpu")

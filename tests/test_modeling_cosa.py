@@ -492,6 +492,19 @@ def test_a_file_of_another_backbone_is_refused(tmp_path):
         CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(tiny_config(), tmp_path / "weights.safetensors")
 
 
+def test_without_a_download_the_ways_out_are_named(monkeypatch):
+    create_model = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise FileNotFoundError("no connection")
+        return create_model(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ValueError, match=r"weights of test_vit .*--backbone_weights FILE.*--pretrained false.*no conn"):
+        CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(tiny_config())
+
+
 def test_pretrained_weights_come_from_timm(monkeypatch):
     asked = []
     create_model = timm.create_model

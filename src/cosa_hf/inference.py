@@ -151,7 +151,7 @@ def load_model(
         processor_settings: settings of the processor to replace, such as `size`.
 
     Raises:
-        FileNotFoundError: there is no segmentation model of that name.
+        FileNotFoundError: there is no segmentation model of that name, or no processor beside it.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -165,9 +165,15 @@ def load_model(
     """
     try:
         model = AutoModelForSemanticSegmentation.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name, **processor_settings)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no model at {name!r}: neither a directory with one nor a name within reach on the Hub\n{error}"
+        ) from error
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, **processor_settings)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"the model {name!r} has no image processor: save one beside it (processor.save_pretrained), or copy the "
+            f"preprocessor_config.json of the run it comes from\n{error}"
         ) from error
     return model.eval().to(device), processor

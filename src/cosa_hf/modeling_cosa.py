@@ -184,10 +184,17 @@ class CoSABackbone(nn.Module):
         and half precision raised to the model's own.
 
         Raises:
-            ValueError: if the file lacks parameters of this backbone or has them in another shape.
+            ValueError: if the file lacks parameters of this backbone or has them in another shape, or if nothing can be
+                downloaded.
         """
         if weights is None:
-            pretrained = _create_timm_model(self.config, pretrained=True)
+            try:
+                pretrained = _create_timm_model(self.config, pretrained=True)
+            except (OSError, RuntimeError) as error:
+                raise ValueError(
+                    f"cannot take the weights of {self.config.backbone} from the Hub. Without a connection name a file "
+                    f"of them (--backbone_weights FILE), or start from random ones (--pretrained false): {error}"
+                ) from error
             self.model.load_state_dict(pretrained.state_dict(), strict=False)
             return
         self.model.load_state_dict(read_timm_weights(self.model, self.config.backbone, weights), strict=False)
@@ -319,7 +326,7 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
                 downloads its own.
 
         Raises:
-            ValueError: if the file does not hold the weights of the backbone.
+            ValueError: if the file does not hold the weights of the backbone, or nothing can be downloaded.
 
         Example:
 

@@ -141,7 +141,10 @@ def load_pretrained(features: nn.Module, name: str, weights: str | None) -> None
     try:
         source = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"cannot take the weights of {name} from {weights or 'the Hub'}: {error}") from error
+        raise ValueError(
+            f"cannot take the weights of {name} from {weights or 'the Hub'}. Name a file of them (--backbone_weights "
+            f"FILE), or start from random ones (--pretrained false): {error}"
+        ) from error
     state = {key: value.float() if value.is_floating_point() else value for key, value in source.state_dict().items()}
     missing = features.load_state_dict(state, strict=False).missing_keys
     if missing:

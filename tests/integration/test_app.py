@@ -100,7 +100,29 @@ def test_three_examples_for_any_model():
         assert all(path.endswith(ending) and Image.open(path).width >= 300 for path in paths)
 
 
-def test_the_environment_names_the_model(monkeypatch, tmp_path):
+@pytest.fixture
+def gradio_is(monkeypatch):
+    """Makes gradio installed or not, as far as a look for it can tell."""
+    find_spec = importlib.util.find_spec
+
+    def pretend(there):
+        answer = importlib.util.spec_from_loader("gradio", loader=None) if there else None
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: answer if name == "gradio" else find_spec(name, *rest)
+        )
+
+    return pretend
+
+
+def test_the_missing_extra_is_named_first(monkeypatch, tmp_path, gradio_is):
+    gradio_is(False)
+    monkeypatch.setattr(sys, "argv", ["app.py", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match=r"error: the page needs gradio: pip install 'cosa-hf\[app\]'"):
+        runpy.run_path(str(ROOT / "app.py"), run_name="__main__")
+
+
+def test_the_environment_names_the_model(monkeypatch, tmp_path, gradio_is):
+    gradio_is(True)
     monkeypatch.setattr(sys, "argv", ["app.py"])
     monkeypatch.setenv("COSA_MODEL", str(tmp_path / "nothing"))
     with pytest.raises(SystemExit, match="error: no model at"):

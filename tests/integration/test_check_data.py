@@ -36,7 +36,7 @@ def test_counts_and_what_must_be_mended(folder):
     assert "MEND  leak, 1: take these pictures out" in run.stdout
     assert "MEND  unreadable, 1: replace these files" in run.stdout
     assert "cat         1      1" in run.stdout
-    assert "masks of split 'train' are not checked" in run.stdout
+    assert "masks of split 'train' are not checked (training from tags needs none)" in run.stdout
     assert json.loads((folder / "r.json").read_text())["images"] == {"train": 2, "val": 1}
 
 

@@ -52,6 +52,7 @@ def reader(tmp_path_factory):
     shapes = load_shapes("val", num_images=2)
     shapes[0]["image"].save(directory / "runs/demo/unseen.png")
     shapes[0]["image"].save(directory / "photo.jpg")
+    (directory / "space").symlink_to(ROOT / "space")
     write_photos(directory / "photos", 3)
     np.save(directory / "cls_labels.npy", {"2007_000032": np.array([0.0, 1.0])}, allow_pickle=True)
     settings = {"source": "cam", "format": "parquet", "split": "train", "scales": [1.0]}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from transformers import pipeline
 
+import cosa_hf.export.hub
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.evaluation.weights import weights_sha256
@@ -239,6 +242,17 @@ def test_script_says_that_nothing_was_committed(run_dir, hub, tmp_path):
     assert "Traceback" not in done.stderr
     assert f"no commit was made; {REPO} is as it was" in done.stderr
     assert len(hub.repos[REPO]["commits"]) == 1
+
+
+def test_a_reason_is_given_once(model_dir, monkeypatch):
+    def out_of_reach(*arguments):
+        raise OSError("no way to the Hub")
+
+    monkeypatch.setattr(cosa_hf.export.hub, "publish", out_of_reach)
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(model_dir), "--repo_id", REPO])
+    said = f"error: no way to the Hub\nno commit was made; {REPO} is as it was"
+    with pytest.raises(SystemExit, match=f"^{re.escape(said)}$"):
+        runpy.run_path(str(SCRIPTS / "push_to_hub.py"), run_name="__main__")
 
 
 @pytest.mark.slow

@@ -76,6 +76,10 @@ def test_tags_to_cosa_to_pseudo_labels_to_network_to_mask(tmp_path):
     [
         ((), "pseudo_labels must name an export"),
         (("--pseudo_labels", "nowhere", "--train_split", "train"), "no pseudo-labels 'nowhere' on disk or on the Hub"),
+        (
+            ("--pseudo_labels", "nowhere"),
+            "no directory nowhere; of a dataset on the Hub, name the split with train_split",
+        ),
         (("--recipe", "nothing"), "known by name: deeplabv3plus-r101, largefov-wr38, upernet-swin-b"),
     ],
 )

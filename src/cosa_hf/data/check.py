@@ -105,7 +105,7 @@ def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: 
     for name in names:
         total = sum(count[name] for count in found.class_counts.values())
         if total < FEW_IMAGES:
-            found.look["few images"].append(f"class {name!r} has {total} pictures")
+            found.look["few images"].append(f"class {name!r}: {total}")
     return found
 
 

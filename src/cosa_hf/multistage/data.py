@@ -59,6 +59,8 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
         raise FileNotFoundError(f"{root} is no export (it has no {RECORD}) and no VOC layout (it has no ImageSets)")
     split = split or settings.get("split")
     if split is None:
+        if not root.is_dir():
+            raise FileNotFoundError(f"no directory {root}; of a dataset on the Hub, name the split with train_split")
         raise ValueError(f"{source} does not say which split it is of: name one with train_split")
     if root.is_dir() and (root / "ImageSets").is_dir():
         dataset = load_voc(root, split, masks=True)

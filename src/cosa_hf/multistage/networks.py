@@ -110,7 +110,10 @@ def _upernet_swin(recipe: MultistageRecipe, labels: dict[str, Any]) -> PreTraine
         try:
             swin = SwinBackbone.from_pretrained(source, out_features=stages)
         except OSError as error:
-            raise ValueError(f"cannot take the weights of Swin-B from {source}: {error}") from error
+            raise ValueError(
+                f"cannot take the weights of Swin-B from {source}. Name a directory of them (--backbone_weights DIR), "
+                f"or start from random ones (--pretrained false): {error}"
+            ) from error
         if swin.config.embed_dim != SWIN_B_SHAPE["embed_dim"] or swin.config.window_size != SWIN_B_SHAPE["window_size"]:
             raise ValueError(f"{source} is no Swin-B with windows of {SWIN_B_SHAPE['window_size']}")
         model.backbone.load_state_dict(swin.state_dict(), strict=False)  # the norms of its outputs are the decoder's
