@@ -16,10 +16,10 @@ demo: setup
 	$(BIN)/python scripts/demo.py --output_dir runs/demo
 
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 lint: setup
 	$(BIN)/ruff check .
