@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from arguments import add_inference, dataset_parser, inference_of, named_directories, positive
+from arguments import add_inference, dataset_of, dataset_parser, inference_of, named_directories, positive
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from cosa_hf.data import DatasetOptions, load_dataset_by_name
+from cosa_hf.data import DatasetOptions
 from cosa_hf.evaluation.analyses import ANALYSES, Labelling, format_table
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.plots import plot_analysis
@@ -53,8 +53,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
         runs = named_directories(args.models)
         subjects = [subject for name, path in runs.items() for subject in networks_of(name, path, args.figure)]
-        options.classes = options.classes or label_names(AutoConfig.from_pretrained(subjects[0].directory))[1:]
-        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
+        dataset = dataset_of(args, options, AutoConfig.from_pretrained(subjects[0].directory), masks=True)
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
         rows = [row for subject in subjects for row in analyze(subject, args, dataset)]

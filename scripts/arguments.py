@@ -1,13 +1,15 @@
 """Arguments that several scripts have: one name, one meaning."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
+from datasets import Dataset
 from transformers import HfArgumentParser
 
-from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions
-from cosa_hf.evaluation.maps import SCALES
+from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
+from cosa_hf.evaluation.maps import SCALES, label_names
 from cosa_hf.training.recipe import RunRecipe
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
@@ -46,6 +48,12 @@ def dataset_parser(description: str | None) -> HfArgumentParser:
     )
     parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); not for shapes and hub")
     return parser
+
+
+def dataset_of(args: argparse.Namespace, options: DatasetOptions, config: Any, masks: bool = False) -> Dataset:
+    """The split that was asked for, with the classes of a model's config where the options name none."""
+    options = dataclasses.replace(options, classes=options.classes or label_names(config)[1:])
+    return load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=masks, options=options)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from arguments import add_inference, dataset_parser, inference_of, named_directories, positive
+from arguments import add_inference, dataset_of, dataset_parser, inference_of, named_directories, positive
 from transformers import AutoConfig
 
-from cosa_hf.data import DatasetOptions, load_dataset_by_name
+from cosa_hf.data import DatasetOptions
 from cosa_hf.evaluation import predict_maps
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.panels import comparison
@@ -25,9 +25,8 @@ from cosa_hf.inference import load_model, require_cams
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
         models = named_directories(args.models)
-        names = label_names(AutoConfig.from_pretrained(next(iter(models.values()))))
-        options.classes = options.classes or names[1:]
-        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
+        config = AutoConfig.from_pretrained(next(iter(models.values())))
+        dataset = dataset_of(args, options, config, masks=True)
         chosen = np.linspace(0, len(dataset) - 1, min(args.num_images, len(dataset))).round().astype(int)
         dataset = dataset.select(chosen)
         lines: dict[str, tuple] = {}
@@ -38,7 +37,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
             for maps in predict_maps(model, processor, dataset, **inference_of(args)):
                 _, masks = lines.setdefault(maps.image_id, (maps.image, {"truth": maps.truth}))
                 masks[name] = maps.label(args.source, getattr(model.config, "cam_threshold", 0.5))[0]
-        picture = comparison(list(lines.values()), names)
+        picture = comparison(list(lines.values()), label_names(config))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     args.output.parent.mkdir(parents=True, exist_ok=True)

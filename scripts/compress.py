@@ -11,11 +11,10 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from arguments import add_model, dataset_parser, positive
+from arguments import add_model, dataset_of, dataset_parser, positive
 from torch import Tensor
 
-from cosa_hf.data import DatasetOptions, load_dataset_by_name, read_image, undecoded
-from cosa_hf.evaluation.maps import label_names
+from cosa_hf.data import DatasetOptions, read_image, undecoded
 from cosa_hf.export.compress import narrow_decoder, save_half
 from cosa_hf.inference import load_model
 
@@ -23,8 +22,7 @@ from cosa_hf.inference import load_model
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
         model, processor = load_model(args.model, "cpu")
-        options.classes = options.classes or label_names(model.config)[1:]
-        dataset = undecoded(load_dataset_by_name(args.dataset, args.data_dir, args.split, options=options))
+        dataset = undecoded(dataset_of(args, options, model.config))
         chosen = dataset.shuffle(seed=0).select(range(min(args.num_images, len(dataset))))
 
         def images() -> Iterator[Tensor]:

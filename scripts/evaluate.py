@@ -9,11 +9,10 @@ import json
 from pathlib import Path
 
 from accelerate import Accelerator
-from arguments import add_inference, add_model, dataset_parser, inference_of, positive
+from arguments import add_inference, add_model, dataset_of, dataset_parser, inference_of, positive
 
-from cosa_hf.data import DatasetOptions, load_dataset_by_name
+from cosa_hf.data import DatasetOptions
 from cosa_hf.evaluation.crf import DenseCRF
-from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.panels import save_panels
 from cosa_hf.evaluation.protocols import evaluate_model, format_report
 from cosa_hf.evaluation.weights import weights_sha256
@@ -25,8 +24,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     accelerator = Accelerator()
     try:
         model, processor = load_model(args.model, accelerator.device, **size)
-        options.classes = options.classes or label_names(model.config)[1:]
-        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
+        dataset = dataset_of(args, options, model.config, masks=True)
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
         inference = inference_of(args) | {"crf": DenseCRF() if args.crf else None}

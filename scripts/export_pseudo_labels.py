@@ -16,10 +16,9 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from arguments import add_inference, add_model, dataset_parser, inference_of, positive
+from arguments import add_inference, add_model, dataset_of, dataset_parser, inference_of, positive
 
-from cosa_hf.data import DatasetOptions, load_dataset_by_name
-from cosa_hf.evaluation.maps import label_names
+from cosa_hf.data import DatasetOptions
 from cosa_hf.export import FORMATS, SOURCES, export_pseudo_labels
 from cosa_hf.inference import load_model
 
@@ -32,8 +31,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     datasets.disable_progress_bars()  # its bar for every parquet file would hide ours
     try:
         model, processor = load_model(args.model, state.device)
-        options.classes = options.classes or label_names(model.config)[1:]
-        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, options=options)
+        dataset = dataset_of(args, options, model.config)
         start = time.perf_counter()
         labelled = export_pseudo_labels(
             model,

@@ -9,10 +9,9 @@ import json
 from pathlib import Path
 
 from accelerate import PartialState
-from arguments import add_inference, add_model, dataset_parser, inference_of
+from arguments import add_inference, add_model, dataset_of, dataset_parser, inference_of
 
-from cosa_hf.data import DatasetOptions, load_dataset_by_name
-from cosa_hf.evaluation.maps import label_names
+from cosa_hf.data import DatasetOptions
 from cosa_hf.export import format_quality, pseudo_label_quality
 from cosa_hf.export.quality import THRESHOLDS
 from cosa_hf.inference import load_model
@@ -21,8 +20,7 @@ from cosa_hf.inference import load_model
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
         model, processor = load_model(args.model, PartialState().device)
-        options.classes = options.classes or label_names(model.config)[1:]
-        dataset = load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=True, options=options)
+        dataset = dataset_of(args, options, model.config, masks=True)
         report = pseudo_label_quality(model, processor, dataset, args.thresholds, **inference_of(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
