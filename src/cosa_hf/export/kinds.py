@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-import yaml
 
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 from cosa_hf.multistage.networks import PAPER, SWIN_B, SWIN_B_SHAPE
 from cosa_hf.multistage.recipe import MultistageRecipe
-from cosa_hf.training.recipe import Recipe, RunRecipe
+from cosa_hf.training.recipe import Recipe, RunRecipe, read_fields
 
 #: (what, split, protocol, mIoU) by the paper.
 Published = tuple[str, str, str, str]
@@ -109,9 +108,8 @@ def read_recipe(path: Path) -> RunRecipe:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no recipe {path}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    kind = MULTISTAGE if isinstance(values, dict) and "network" in values else COSA
-    return kind.recipe.from_yaml(path)
+    values = read_fields(path)
+    return (MULTISTAGE if "network" in values else COSA).recipe.from_mapping(values)
 
 
 def network_name(config: Any) -> str | None:

@@ -47,16 +47,15 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
     """
     root = Path(source)
     record: dict[str, Any] = {}
-    settings: dict[str, Any] = {}
     if (root / RECORD).is_file():
         record = json.loads((root / RECORD).read_text(encoding="utf-8"))
-        settings = record["settings"]
         if not record["complete"]:
             raise ValueError(f"{root / RECORD}: this export was interrupted; run the same export again, it goes on")
-        if settings["format"] == "coco-json":
+        if record["settings"]["format"] == "coco-json":
             raise ValueError(f"{root} is an export in coco-json: export png or parquet to train on")
     elif root.is_dir() and not (root / "ImageSets").is_dir():
         raise FileNotFoundError(f"{root} is no export (it has no {RECORD}) and no VOC layout (it has no ImageSets)")
+    settings = record.get("settings", {})
     split = split or settings.get("split")
     if split is None:
         if not root.is_dir():

@@ -126,9 +126,7 @@ class RunRecipe(DatasetOptions):
         if not path.is_file():
             known = ", ".join(sorted(recipe.stem for recipe in cls.directory.glob("*.yaml")))
             raise FileNotFoundError(f"no recipe {path}; known by name: {known or f'none, there is no {cls.directory}'}")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
+        values = read_fields(path)
         cls._check_names(values)
         return values
 
@@ -308,6 +306,18 @@ class Recipe(RunRecipe):
     def reads_masks(self) -> bool:
         """Whether training opens the masks of its images: for the supervised bound and the oracle, never else."""
         return self.supervision == "masks" or self.guidance == "gt"
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields in a recipe's file, of whichever kind it is.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
+    return values
 
 
 def place_name(place: str | None) -> str | None:
