@@ -1,10 +1,16 @@
-"""What several tests of scripts work on."""
+"""What several tests of scripts work on, and with."""
+
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +24,17 @@ def model_dir(tmp_path_factory):
     CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
     CoSAImageProcessor(size={"height": 96, "width": 96}).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def complaint(monkeypatch, capsys):
+    """What a script that ends with an error says; in this process, as starting it anew would only cost time."""
+
+    def complaint(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.syspath_prepend(SCRIPTS)
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        return f"{stopped.value.code}{capsys.readouterr().err}"
+
+    return complaint

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -84,14 +83,7 @@ def test_what_cannot_be_trained_is_told_with_its_reason_and_the_rest_is_kept(tmp
         (("--table", "4b", "--max_stepz", "3"), "max_stepz"),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(arguments, message, tmp_path, monkeypatch, capsys):
-    # In this process: starting it anew would only cost time.
-    script = ROOT / "scripts" / "ablate.py"
-    command = [script, "--recipe", "shapes-tiny", *arguments, "--output_dir", tmp_path / "runs"]
-    monkeypatch.setattr(sys, "argv", [*map(str, command)])
-    monkeypatch.syspath_prepend(script.parent)
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(script), run_name="__main__")
-    said = f"{stopped.value.code}{capsys.readouterr().err}"
+def test_mistakes_are_named_before_anything_runs(arguments, message, tmp_path, complaint):
+    said = complaint("ablate.py", "--recipe", "shapes-tiny", *arguments, "--output_dir", tmp_path / "runs")
     assert re.search(message, said), said
     assert not (tmp_path / "runs").exists()

@@ -1,7 +1,6 @@
 """scripts/compare.py as a user runs it, on small random models."""
 
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,15 +35,8 @@ def test_a_picture_with_a_line_for_each_image_and_a_column_for_each_model(model_
         (["{model}", "--source", "crf"], "invalid choice: 'crf'"),
     ],
 )
-def test_mistakes_are_named(models, message, model_dir, tmp_path, monkeypatch, capsys):
-    # In this process: starting it anew would only cost time.
-    arguments = [model.format(model=model_dir) for model in models]
-    monkeypatch.setattr(
-        sys, "argv", ["compare.py", *arguments, "--dataset", "shapes", "--output", str(tmp_path / "x.png")]
-    )
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    said = f"{stopped.value.code}{capsys.readouterr().err}"
+def test_mistakes_are_named(models, message, model_dir, tmp_path, complaint):
+    models = [model.format(model=model_dir) for model in models]
+    said = complaint("compare.py", *models, "--dataset", "shapes", "--output", tmp_path / "x.png")
     assert re.search(message, said), said
     assert not (tmp_path / "x.png").exists()
