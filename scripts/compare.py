@@ -2,6 +2,7 @@
 
     python scripts/compare.py base=runs/base/assignment CoSA=runs/cosa/assignment --dataset shapes --output compare.png
     python scripts/compare.py MODEL ... --dataset voc --data_dir VOC2012 --source cam --output compare.png
+    python scripts/compare.py MODEL ... --dataset folder --data_dir photos --split train --no_truth --output compare.png
 
 The images are spread evenly over the split.
 """
@@ -26,7 +27,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
         models = named_directories(args.models)
         config = AutoConfig.from_pretrained(next(iter(models.values())))
-        dataset = dataset_of(args, options, config, masks=True)
+        dataset = dataset_of(args, options, config, masks=not args.no_truth)
         chosen = np.linspace(0, len(dataset) - 1, min(args.num_images, len(dataset))).round().astype(int)
         dataset = dataset.select(chosen)
         lines: dict[str, tuple] = {}
@@ -35,7 +36,8 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
             if args.source.startswith("cam"):
                 require_cams(model)
             for maps in predict_maps(model, processor, dataset, **inference_of(args)):
-                _, masks = lines.setdefault(maps.image_id, (maps.image, {"truth": maps.truth}))
+                truth = {} if args.no_truth else {"truth": maps.truth}
+                _, masks = lines.setdefault(maps.image_id, (maps.image, truth))
                 masks[name] = maps.label(args.source, getattr(model.config, "cam_threshold", 0.5))[0]
         picture = comparison(list(lines.values()), label_names(config))
     except (ValueError, OSError) as error:
@@ -56,6 +58,7 @@ def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
         default="seg_tags",
         help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + " (default: %(default)s)",
     )
+    parser.add_argument("--no_truth", action="store_true", help="of data without masks")
     parser.add_argument("--output", type=Path, required=True, help="the picture, PNG or JPEG")
     add_inference(parser)
     options, args = parser.parse_args_into_dataclasses()

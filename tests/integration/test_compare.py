@@ -1,12 +1,15 @@
 """scripts/compare.py as a user runs it, on small random models."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from cosa_hf.data import SHAPES_CLASSES, load_shapes
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compare.py"
 
@@ -27,16 +30,34 @@ def test_a_picture_with_a_line_for_each_image_and_a_column_for_each_model(model_
         assert picture.height > 3 * 128
 
 
+def test_photos_without_masks(model_dir, tmp_path, monkeypatch, capsys):
+    for row in load_shapes("val", num_images=2):
+        row["image"].save(tmp_path / f"{row['image_id']}.png")
+    rows = [f"{name}.png,{SHAPES_CLASSES[0]},train" for name in ("val-00000", "val-00001")]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,labels,split", *rows]))
+    photos = ("--dataset", "folder", "--data_dir", str(tmp_path), "--split", "train", "--classes", *SHAPES_CLASSES)
+    command = ("compare.py", str(model_dir), *photos, "--output", str(tmp_path / "x.jpg"), "--scales", "1", "--no_flip")
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(sys, "argv", [*command, "--no_truth"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert capsys.readouterr().out.strip() == f"{tmp_path / 'x.jpg'}: val-00000, val-00001"
+    with Image.open(tmp_path / "x.jpg") as picture:
+        assert picture.width < 3 * 150  # image and model, no third
+
+
 @pytest.mark.parametrize(
     ("models", "message"),
     [
         (["nowhere"], "error: no directory nowhere"),
         (["{model}", "{model}"], "both .* are called .*; call one of them NAME="),
         (["{model}", "--source", "crf"], "invalid choice: 'crf'"),
+        (["{model}", "--dataset", "folder", "--data_dir", "{photos}", "--split", "train"], "names no mask for .*0.png"),
     ],
 )
 def test_mistakes_are_named(models, message, model_dir, tmp_path, complaint):
-    models = [model.format(model=model_dir) for model in models]
-    said = complaint("compare.py", *models, "--dataset", "shapes", "--output", tmp_path / "x.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,labels\n0.png,{SHAPES_CLASSES[0]}")
+    models = [model.format(model=model_dir, photos=tmp_path) for model in models]
+    said = complaint("compare.py", "--dataset", "shapes", *models, "--output", tmp_path / "x.png")
     assert re.search(message, said), said
     assert not (tmp_path / "x.png").exists()
