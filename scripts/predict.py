@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from cosa_hf import CoSAImageProcessor, CoSAOutput
 from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image
 from cosa_hf.evaluation.panels import overlay
 from cosa_hf.image_processing_cosa import to_rgb
-from cosa_hf.inference import load_model
+from cosa_hf.inference import load_model, segmentation_logits
 
 
 def main(args: argparse.Namespace) -> None:
@@ -57,13 +58,13 @@ def main(args: argparse.Namespace) -> None:
 def segment(model, processor, image: Image.Image, allowed: list[int], crf: DenseCRF | None) -> np.ndarray:
     """(H, W) class ids of one RGB image, out of the `allowed` ids only."""
     inputs = processor(image, return_tensors="pt").to(model.device)
-    outputs = model(**inputs)
     # Dropping a class, rather than lowering its logit to -inf, keeps the interpolation free of nan.
-    outputs.logits = outputs.logits[:, allowed]
+    logits = segmentation_logits(model(**inputs))[:, allowed]
+    size = (image.height, image.width)
     if crf is not None:
-        size = (image.height, image.width)
-        outputs.logits = crf(F.interpolate(outputs.logits, size=size, mode="bilinear")[0], image)[None]
-    (choice,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])
+        logits = crf(F.interpolate(logits, size=size, mode="bilinear")[0], image)[None]
+    # Ours takes the logits of any network, and little memory for a large photo.
+    (choice,) = CoSAImageProcessor().post_process_semantic_segmentation(CoSAOutput(logits=logits), target_sizes=[size])
     return np.array(allowed)[choice.cpu().numpy()]
 
 

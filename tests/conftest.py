@@ -6,10 +6,32 @@ import os
 # forever; the models of the tests are too small to gain from threads anyway.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 from hypothesis import settings
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
 
 # The same examples in every run: a check that fails now and then tells a contributor nothing about the change at hand.
 settings.register_profile("same every run", deadline=None, derandomize=True, max_examples=60)
 # Looks for new ones: pytest --hypothesis-profile search
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("same every run")
+
+
+@pytest.fixture(scope="session")
+def mask2former(tmp_path_factory):
+    """A directory with a tiny Mask2Former of 150 classes, as one downloads them."""
+    directory = tmp_path_factory.mktemp("mask2former")
+    swin = SwinConfig(
+        image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
+        out_features=[f"stage{index}" for index in range(1, 5)],
+    )  # fmt: skip
+    width = dict.fromkeys(
+        ("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward"), 32
+    )
+    config = Mask2FormerConfig(
+        backbone_config=swin, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=6, num_labels=150,
+        **width,
+    )  # fmt: skip
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(directory)
+    Mask2FormerImageProcessor().save_pretrained(directory)
+    return str(directory)

@@ -1,12 +1,14 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
-from cosa_hf.inference import forward_multiscale, has_cams, load_model
+from cosa_hf.inference import forward_multiscale, has_cams, load_model, segmentation_logits
 
 # Name of a fused field, and of what it is made from in one output of the model.
 MAPS = {"cam_logits": "cam_logits", "aux_cam_logits": "aux_cam_logits", "seg_logits": "logits"}
@@ -180,6 +182,34 @@ def test_a_network_without_cams_is_fused_on_a_grid_of_its_own(tmp_path):
     assert fused.seg_logits.shape[-2:] == (16, 24)
     torch.testing.assert_close(fused.seg_logits, mirrored.seg_logits.flip(-1), atol=1e-5, rtol=1e-4)
     assert fused.cls_logits is fused.cam_logits is fused.aux_cam_logits is None
+
+
+def test_a_set_of_masks_is_read_as_mask2former_reads_it(mask2former):
+    model, _ = load_model(mask2former, "cpu")
+    with torch.no_grad():
+        outputs = model(images(64, 96))
+    logits = segmentation_logits(outputs)
+    classes = outputs.class_queries_logits.double().numpy()
+    masks = outputs.masks_queries_logits.double().numpy()
+    for image in range(len(logits)):
+        scores = np.zeros(logits.shape[1:])
+        for answer, mask in zip(classes[image], masks[image], strict=True):
+            chances = np.exp(answer) / np.exp(answer).sum()
+            for label in range(len(scores)):
+                scores[label] += chances[label] / (1 + np.exp(-mask))
+        np.testing.assert_allclose(logits[image].softmax(0), scores / scores.sum(0), rtol=1e-4)
+    fused = forward_multiscale(model, images(64, 96), (1.0, 0.5))
+    assert fused.seg_logits.shape == (len(logits), 150, 16, 24)
+
+
+def test_a_set_of_masks_that_is_sure_has_finite_logits():
+    outputs = Mask2FormerForUniversalSegmentationOutput(
+        class_queries_logits=torch.tensor([[[0.0, 200.0, 0.0]]], requires_grad=True),
+        masks_queries_logits=torch.full((1, 1, 2, 2), -200.0, requires_grad=True),
+    )
+    segmentation_logits(outputs).sum().backward()
+    for logits in outputs.values():
+        assert logits.grad.isfinite().all()
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -8,10 +8,22 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
 
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.precision import at_least_float32
+
+#: Networks whose answer is a set of masks with classes. Others of their auto class want more than images, or images of
+#: one size alone.
+MASK_SETS = ("maskformer", "mask2former")
+LEAST_SCORE = 1e-6  # of a class at a pixel: its logarithm is finite
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,39 @@ def require_cams(model: Any) -> None:
         raise ValueError(f"a {type(model).__name__} only segments and has no CAMs; give a model that CoSA trained")
 
 
+def auto_class(config: Any) -> Any:
+    """Of transformers, what loads the segmentation network of a config.
+
+    Example:
+        >>> from transformers import SegformerConfig
+        >>> auto_class(SegformerConfig()).__name__
+        'AutoModelForSemanticSegmentation'
+    """
+    return AutoModelForUniversalSegmentation if config.model_type in MASK_SETS else AutoModelForSemanticSegmentation
+
+
+def segmentation_logits(outputs: Any) -> Tensor:
+    """S, (B, K, h, w), of any segmentation network's output: its logits, or what a set of masks says of each pixel.
+
+    A class's score is the sum over masks of sigmoid(mask) times the probability that the mask is of that class, as in
+    Mask2Former's semantic inference; its logarithm is a logit whose softmax divides the scores by their sum.
+
+    Example:
+        >>> from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
+        >>> masks, classes = torch.tensor([[[[9.0, -9.0]], [[-9.0, 9.0]]]]), torch.tensor([[[9.0, 0, 0], [0, 9.0, 0]]])
+        >>> outputs = Mask2FormerForUniversalSegmentationOutput(
+        ...     masks_queries_logits=masks, class_queries_logits=classes
+        ... )
+        >>> segmentation_logits(outputs).argmax(1).tolist()  # the first mask is of class 0, the second of class 1
+        [[[0, 1]]]
+    """
+    if not hasattr(outputs, "class_queries_logits"):
+        return outputs.logits
+    classes = at_least_float32(outputs.class_queries_logits).softmax(-1)[..., :-1]  # the last is "no object"
+    masks = at_least_float32(outputs.masks_queries_logits).sigmoid()
+    return torch.einsum("bqk,bqhw->bkhw", classes, masks).clamp_min(LEAST_SCORE).log()
+
+
 def forward_multiscale(
     model: Any,
     pixel_values: Tensor,
@@ -68,7 +113,7 @@ def forward_multiscale(
     A copy and its mirror image share one forward pass. Gradients and train/eval mode are left to the caller.
 
     Args:
-        model: CoSA, or any network whose output has `logits`.
+        model: CoSA, or any network whose output `segmentation_logits` takes.
         pixel_values: normalised images, (B, 3, H, W).
         scales: factors on H and W, each rounded to the model's stride, or to 32 pixels where it has none.
         flip: add the mirror image of each scale.
@@ -109,7 +154,7 @@ def forward_multiscale(
         if scaled_size != size:
             images = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
         outputs = model(torch.cat([images, images.flip(-1)]) if flip else images)
-        fused = [(outputs.logits, seg_logits)]
+        fused = [(segmentation_logits(outputs), seg_logits)]
         if cams_too:
             cls_logits.append(outputs.cls_logits.unflatten(0, (-1, batch)))
             fused += [(outputs.cam_logits, cams), (outputs.aux_cam_logits, aux_cams)]
@@ -164,7 +209,7 @@ def load_model(
         (False, 448)
     """
     try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(name)
+        model = auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no model at {name!r}: neither a directory with one nor a name within reach on the Hub\n{error}"

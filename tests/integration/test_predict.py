@@ -113,6 +113,11 @@ def test_crf_refines_the_mask(model_dir, photos, tmp_path, monkeypatch):
     assert (ids != read_ids(tmp_path / "plain" / "tall.png")).any()
 
 
+def test_a_network_that_answers_with_a_set_of_masks(mask2former, photos, tmp_path, monkeypatch):
+    run_here(monkeypatch, mask2former, photos[1], "--tags", "LABEL_7", "--output_dir", tmp_path)
+    assert set(np.unique(read_ids(tmp_path / "tall.png"))) <= {0, 7}
+
+
 def test_unknown_tag_is_an_error_that_lists_the_classes(model_dir, photos, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=rf"error: unknown tags \['unicorn'\].*{SHAPES_CLASSES[-1]}"):
         run_here(

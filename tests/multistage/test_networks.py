@@ -3,13 +3,16 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModelForSemanticSegmentation,
-    Mask2FormerConfig,
+    EomtConfig,
+    Mask2FormerForUniversalSegmentation,
+    OneFormerConfig,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
     pipeline,
 )
 
+from cosa_hf.inference import load_model, segmentation_logits
 from cosa_hf.multistage.networks import build_network, encoder_of
 from cosa_hf.multistage.recipe import MultistageRecipe
 
@@ -111,10 +114,28 @@ def test_a_network_that_does_not_exist_is_named(network, message):
         build_network(recipe(network), NAMES)
 
 
-def test_a_network_that_answers_with_a_set_of_masks_is_refused(tmp_path):
-    """Mask2Former, EoMT: another loss, and no class of `AutoModelForSemanticSegmentation`."""
-    Mask2FormerConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"must be a transformers model for semantic segmentation(.|\n)*Mask2Former"):
+def test_a_network_that_answers_with_a_set_of_masks_saves_and_loads(mask2former, tmp_path):
+    model, processor = build_network(recipe(mask2former, pretrained=True), NAMES, ["cat"])
+    pretrained = Mask2FormerForUniversalSegmentation.from_pretrained(mask2former)
+    for name, weights in pretrained.model.state_dict().items():
+        torch.testing.assert_close(encoder_of(model).state_dict()[name], weights)
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, processor = load_model(str(tmp_path), "cpu")
+    pixel_values = processor(Image.new("RGB", (50, 40)), return_tensors="pt").pixel_values
+    assert pixel_values.shape == (1, 3, 64, 64)
+    with torch.no_grad():
+        logits = segmentation_logits(loaded(pixel_values))
+        torch.testing.assert_close(segmentation_logits(model(pixel_values)), logits)
+    assert logits.shape[:2] == (1, 3)
+    segments = pipeline("image-segmentation", model=str(tmp_path))(Image.new("RGB", (50, 40)), subtask="semantic")
+    assert {segment["label"] for segment in segments} <= set(NAMES)
+
+
+@pytest.mark.parametrize("config", [OneFormerConfig, EomtConfig])
+def test_a_network_that_wants_other_than_images_of_any_size_is_refused(config, tmp_path):
+    config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"must be a transformers model (.|\n)*{config.__name__}"):
         build_network(recipe(str(tmp_path)), NAMES)
 
 

@@ -49,6 +49,14 @@ def test_it_learns_the_masks_it_is_given(tiny):
     assert last["loss"] < 0.7 * first["loss"]
 
 
+def test_a_set_of_masks_learns_too(tiny, mask2former):
+    recipe = tiny(network=mask2former, pretrained=True, max_steps=30, log_every=10, eval_every=30, eval_images=2)
+    train_multistage(recipe)
+    first, *_, last, evaluation = log_of(recipe)
+    assert last["loss"] < 0.9 * first["loss"]
+    assert set(evaluation) == {"step", "eval/seg", "eval/seg_tags"}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_resumed_run_equals_the_other(tiny, tmp_path, optimizer):
     fields = {"optimizer": optimizer, "confidence_weighting": True, "checkpoint_every": 2}

@@ -7,7 +7,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
     PreTrainedModel,
     SegformerImageProcessor,
     SwinBackbone,
@@ -19,6 +18,7 @@ from transformers import (
 
 from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
+from cosa_hf.inference import auto_class
 from cosa_hf.modeling_cosa_ms import CoSAMSForSemanticSegmentation, load_pretrained
 from cosa_hf.multistage.recipe import MultistageRecipe
 
@@ -146,11 +146,9 @@ def _transformers_model(
     try:
         config = AutoConfig.from_pretrained(recipe.network, **labels)
         if recipe.pretrained:
-            model = AutoModelForSemanticSegmentation.from_pretrained(
-                recipe.network, config=config, ignore_mismatched_sizes=True
-            )
+            model = auto_class(config).from_pretrained(recipe.network, config=config, ignore_mismatched_sizes=True)
         else:
-            model = AutoModelForSemanticSegmentation.from_config(config)
+            model = auto_class(config).from_config(config)
         processor = AutoImageProcessor.from_pretrained(recipe.network, size=size)
     except (OSError, ValueError) as error:
         raise ValueError(

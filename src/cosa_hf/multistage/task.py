@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from cosa_hf.data import COEXISTENCE_CLASSES, class_names
 from cosa_hf.data.images import IGNORE_INDEX
 from cosa_hf.export.pseudo_labels import export_pseudo_labels
-from cosa_hf.inference import load_model
+from cosa_hf.inference import load_model, segmentation_logits
 from cosa_hf.multistage.data import Exported, check_masks, load_pseudo_labels
 from cosa_hf.multistage.networks import build_network, encoder_of
 from cosa_hf.multistage.recipe import MultistageRecipe
@@ -120,7 +120,8 @@ class MultistageTask(Task):
         weights = None
         if self.recipe.confidence_weighting:
             weights = confidence_weights(part["confidence"], part["mask"], self.exported.threshold, mean)
-        return {"loss": cam2seg_loss(outputs.logits, part["mask"], weights, ignore_index=IGNORE_INDEX, mean=mean)}
+        logits = segmentation_logits(outputs)
+        return {"loss": cam2seg_loss(logits, part["mask"], weights, ignore_index=IGNORE_INDEX, mean=mean)}
 
     @property
     def evaluated(self) -> PreTrainedModel:
