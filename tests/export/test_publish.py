@@ -347,6 +347,13 @@ def test_a_network_from_a_directory_keeps_its_name_only(network, tmp_path):
     assert AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "staged").config.num_labels == 3
 
 
+def test_the_card_of_a_set_of_masks_says_how_to_read_it(network, mask2former, tmp_path):
+    stage(network(mask2former, pretrained=True), tmp_path / "staged", "org/net")
+    text = (tmp_path / "staged" / "README.md").read_text()
+    assert '("photo.jpg", subtask="semantic")' in text
+    assert "a set of masks and their classes, `masks_queries_logits` and `class_queries_logits`." in text
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

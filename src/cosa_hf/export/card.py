@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from cosa_hf.evaluation.protocols import PROTOCOLS, label_names
 from cosa_hf.export.kinds import Origin, encoder_origin, kind_of, needs, network_name, trained_network
+from cosa_hf.inference import MASK_SETS
 from cosa_hf.training.recipe import RunRecipe
 
 TEMPLATES = Path(__file__).with_name("cards")
@@ -113,6 +114,7 @@ def model_card(
         notes=notes,
         has_code=hasattr(config, "code_files"),
         needs=needs(config),
+        mask_set=config.model_type in MASK_SETS,
         network=network_name(config) or (trained_network(recipe) if recipe else config.model_type),
         classes=label_names(config)[1:],
         report=report,
