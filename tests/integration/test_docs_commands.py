@@ -37,6 +37,8 @@ CUT = {
     "analyze.py": "--num_images 2",
     "compress.py": "--num_images 2",
     "threshold.py": "--images 2",
+    # One of the four that wait for a compiler.
+    "ways.py": "--rounds 1 --ways flips scales SDPA last bf16 AdamW EMA stride 'compiled AN, ViT-S'",
 }
 #: Too long even so; the tests named here run them.
 ELSEWHERE = {
