@@ -1,18 +1,13 @@
 """Smaller copies of a model: what must not change does not, and what changes changes little."""
 
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from in_process import run_script
 from safetensors.torch import load_file
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES
 from cosa_hf.export.compress import narrow_decoder, save_half
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compress.py"
 
 
 @pytest.fixture
@@ -78,14 +73,11 @@ def test_what_half_precision_cannot_hold_is_refused(redundant, tmp_path):
 def test_script(redundant, tmp_path, monkeypatch, capsys):
     redundant.save_pretrained(tmp_path / "model")
     CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "model")
-    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script that is started
     options = ["--decoder_channels", "8", "--dataset", "shapes", "--split", "val", "--num_images", "3"]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "model"), str(tmp_path / "small"), *options])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(monkeypatch, "scripts/compress.py", tmp_path / "model", tmp_path / "small", *options)
     assert capsys.readouterr().out.endswith("M parameters\n")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "model")]
     assert sizes[0] < sizes[1] / 2
     assert CoSAImageProcessor.from_pretrained(tmp_path / "small").size["height"] == 64
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "none"), str(tmp_path / "other"), *options])
     with pytest.raises(SystemExit, match="error: no model at"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        run_script(monkeypatch, "scripts/compress.py", tmp_path / "none", tmp_path / "other", *options)

@@ -2,14 +2,13 @@
 
 import argparse
 import os
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from in_process import run_script
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from cosa_hf import CoSAForWeaklySupervisedSegmentation
@@ -17,7 +16,6 @@ from cosa_hf.data import VOC_CLASSES, VOC_COEXISTENCE
 from cosa_hf.data.coco import COCO_CLASSES
 from cosa_hf.export.official import from_official, to_official
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_checkpoint.py"
 WIDTH, CHANNELS = 64, 24
 
 
@@ -153,8 +151,7 @@ def test_other_files_are_refused(tmp_path):
 
 
 def run_here(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(monkeypatch, "scripts/convert_checkpoint.py", *arguments)
 
 
 def test_script_both_ways(tmp_path, monkeypatch, capsys):

@@ -1,18 +1,13 @@
 """ONNX files against torch, at batches and sizes other than those of the export."""
 
-import runpy
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from in_process import run_script
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
 from cosa_hf.export import onnx
 from cosa_hf.export.onnx import export_onnx
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "export_onnx.py"
 
 
 def tiny(backbone, **options):
@@ -52,8 +47,7 @@ def test_script_with_8_bits(tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
     model = tiny("test_vit")
     model.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "model"), str(tmp_path / "small.onnx"), "--int8"])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(monkeypatch, "scripts/export_onnx.py", tmp_path / "model", tmp_path / "small.onnx", "--int8")
     assert "pixel_values (B, 3, H, W), H and W multiples of 16 -> logits, cam_logits" in capsys.readouterr().out
     small = (tmp_path / "small.onnx").stat().st_size
     # Of a network this small, the graph itself is half of the file.

@@ -1,16 +1,11 @@
 """What several tests of scripts work on, and with."""
 
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from in_process import run_script
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.fixture(scope="session")
@@ -28,13 +23,11 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture
 def complaint(monkeypatch, capsys):
-    """What a script that ends with an error says; in this process, as starting it anew would only cost time."""
+    """What a script that ends with an error says."""
 
     def complaint(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        monkeypatch.syspath_prepend(SCRIPTS)
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+            run_script(monkeypatch, script, *arguments)
         return f"{stopped.value.code}{capsys.readouterr().err}"
 
     return complaint

@@ -84,6 +84,6 @@ def test_what_cannot_be_trained_is_told_with_its_reason_and_the_rest_is_kept(tmp
     ],
 )
 def test_mistakes_are_named_before_anything_runs(arguments, message, tmp_path, complaint):
-    said = complaint("ablate.py", "--recipe", "shapes-tiny", *arguments, "--output_dir", tmp_path / "runs")
+    said = complaint("scripts/ablate.py", "--recipe", "shapes-tiny", *arguments, "--output_dir", tmp_path / "runs")
     assert re.search(message, said), said
     assert not (tmp_path / "runs").exists()

@@ -2,13 +2,13 @@
 
 import csv
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from in_process import run_script
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
@@ -52,15 +52,12 @@ def runs(tmp_path_factory):
 
 
 def analyze(monkeypatch, output_dir, figure, *models, data=QUICK):
-    """The script in this process, where starting it anew would only cost time; the rows that it wrote."""
-    arguments = [*map(str, models), *data, "--figure", figure, "--output_dir", str(output_dir)]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    """The rows that the script writes."""
     if data is QUICK:
         # Drawing two hundred pictures to look at four would be most of the test.
         few = load_shapes("val", num_images=4, masks=True)
         monkeypatch.setattr("cosa_hf.data.load_dataset_by_name", lambda *_, **__: few)
-    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script that is started
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(monkeypatch, "scripts/analyze.py", *models, *data, "--figure", figure, "--output_dir", output_dir)
     return list(csv.DictReader((output_dir / f"figure-{figure}.csv").open()))
 
 

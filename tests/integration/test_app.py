@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import metadata_load
+from in_process import run_script
 from PIL import Image
 
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
@@ -116,17 +116,15 @@ def gradio_is(monkeypatch):
 
 def test_the_missing_extra_is_named_first(monkeypatch, tmp_path, gradio_is):
     gradio_is(False)
-    monkeypatch.setattr(sys, "argv", ["app.py", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match=r"error: the page needs gradio: pip install 'cosa-hf\[app\]'"):
-        runpy.run_path(str(ROOT / "app.py"), run_name="__main__")
+        run_script(monkeypatch, "app.py", tmp_path / "nothing")
 
 
 def test_the_environment_names_the_model(monkeypatch, tmp_path, gradio_is):
     gradio_is(True)
-    monkeypatch.setattr(sys, "argv", ["app.py"])
     monkeypatch.setenv("COSA_MODEL", str(tmp_path / "nothing"))
     with pytest.raises(SystemExit, match="error: no model at"):
-        runpy.run_path(str(ROOT / "app.py"), run_name="__main__")
+        run_script(monkeypatch, "app.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """scripts/compare.py as a user runs it, on small random models."""
 
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from in_process import run_script
 from PIL import Image
 
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
@@ -35,11 +35,9 @@ def test_photos_without_masks(model_dir, tmp_path, monkeypatch, capsys):
         row["image"].save(tmp_path / f"{row['image_id']}.png")
     rows = [f"{name}.png,{SHAPES_CLASSES[0]},train" for name in ("val-00000", "val-00001")]
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,labels,split", *rows]))
-    photos = ("--dataset", "folder", "--data_dir", str(tmp_path), "--split", "train", "--classes", *SHAPES_CLASSES)
-    command = ("compare.py", str(model_dir), *photos, "--output", str(tmp_path / "x.jpg"), "--scales", "1", "--no_flip")
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    monkeypatch.setattr(sys, "argv", [*command, "--no_truth"])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    photos = ("--dataset", "folder", "--data_dir", tmp_path, "--split", "train", "--classes", *SHAPES_CLASSES)
+    quick = ("--no_truth", "--scales", 1, "--no_flip")
+    run_script(monkeypatch, "scripts/compare.py", model_dir, *photos, *quick, "--output", tmp_path / "x.jpg")
     assert capsys.readouterr().out.strip() == f"{tmp_path / 'x.jpg'}: val-00000, val-00001"
     with Image.open(tmp_path / "x.jpg") as picture:
         assert picture.width < 3 * 150  # image and model, no third
@@ -58,6 +56,6 @@ def test_mistakes_are_named(models, message, model_dir, tmp_path, complaint):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     (tmp_path / "metadata.csv").write_text(f"file_name,labels\n0.png,{SHAPES_CLASSES[0]}")
     models = [model.format(model=model_dir, photos=tmp_path) for model in models]
-    said = complaint("compare.py", "--dataset", "shapes", *models, "--output", tmp_path / "x.png")
+    said = complaint("scripts/compare.py", "--dataset", "shapes", *models, "--output", tmp_path / "x.png")
     assert re.search(message, said), said
     assert not (tmp_path / "x.png").exists()

@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import run_script
 
 from cosa_hf.data import SHAPES_CLASSES, VOC_CLASSES, load_shapes
 from cosa_hf.export.official import to_official
@@ -119,12 +119,9 @@ def clone(tmp_path_factory):
 
 
 def run_here(monkeypatch, command):
-    """A script in this process, where starting it anew would only cost time."""
     script, *arguments = command
-    monkeypatch.setattr(sys, "argv", [script, *arguments, *shlex.split(CUT.get(Path(script).name, ""))])
-    monkeypatch.syspath_prepend(ROOT / "scripts")  # as for a script that is started
     try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        run_script(monkeypatch, script, *arguments, *shlex.split(CUT.get(Path(script).name, "")))
     except SystemExit as end:
         if end.code:
             pytest.fail(f"{shlex.join(sys.argv)}\n{end.code}")

@@ -2,13 +2,13 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from in_process import run_script
 from PIL import Image
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
@@ -35,10 +35,7 @@ def model_dir(tmp_path_factory):
 
 
 def run_here(monkeypatch, *arguments):
-    """The script in this process, where starting it anew would only cost time."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script that is started
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(monkeypatch, "scripts/evaluate.py", *arguments)
 
 
 def test_report_table_and_panels(model_dir, tmp_path):

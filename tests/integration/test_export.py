@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shlex
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import run_script
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes, load_voc
@@ -48,15 +48,10 @@ def voc_dir(tmp_path_factory):
     return root
 
 
-def run_here(monkeypatch, script, *arguments):
-    """The script in this process, where starting it anew would only cost time."""
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    monkeypatch.syspath_prepend(SCRIPTS)  # as for a script that is started
-    runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-
-
 def export_here(monkeypatch, model_dir, output_dir, *arguments):
-    run_here(monkeypatch, "export_pseudo_labels.py", model_dir, *SETTINGS, *arguments, "--output_dir", output_dir)
+    run_script(
+        monkeypatch, "scripts/export_pseudo_labels.py", model_dir, *SETTINGS, *arguments, "--output_dir", output_dir
+    )
 
 
 def files(directory):
@@ -162,9 +157,9 @@ def test_missing_model_is_one_clear_line(tmp_path, monkeypatch):
 
 
 def test_quality_prints_a_table_and_writes_it_down(model_dir, voc_dir, tmp_path, monkeypatch, capsys):
-    run_here(
+    run_script(
         monkeypatch,
-        *("pseudo_label_quality.py", model_dir, "--dataset", "voc", "--data_dir", voc_dir, "--split", "val"),
+        *("scripts/pseudo_label_quality.py", model_dir, "--dataset", "voc", "--data_dir", voc_dir, "--split", "val"),
         *("--scales", "1", "--no_flip", "--thresholds", "0.3", "0.6", "--report", tmp_path / "new" / "quality.json"),
     )
     report = json.loads((tmp_path / "new" / "quality.json").read_text())

@@ -1,6 +1,5 @@
 """scripts/predict.py as a user runs it, on a small random model."""
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_process import run_script
 from PIL import Image
 from torch.nn import functional as F
 from transformers import pipeline
@@ -36,9 +36,7 @@ def photos(tmp_path_factory):
 
 
 def run_here(monkeypatch, *arguments):
-    """The script in this process, where starting it anew would only cost time."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(monkeypatch, "scripts/predict.py", *arguments)
 
 
 def read_ids(path):

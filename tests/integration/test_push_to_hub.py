@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import yaml
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants
+from in_process import run_script
 from PIL import Image
 from transformers import pipeline
 
@@ -249,10 +249,9 @@ def test_a_reason_is_given_once(model_dir, monkeypatch):
         raise OSError("no way to the Hub")
 
     monkeypatch.setattr(cosa_hf.export.hub, "publish", out_of_reach)
-    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(model_dir), "--repo_id", REPO])
     said = f"error: no way to the Hub\nno commit was made; {REPO} is as it was"
     with pytest.raises(SystemExit, match=f"^{re.escape(said)}$"):
-        runpy.run_path(str(SCRIPTS / "push_to_hub.py"), run_name="__main__")
+        run_script(monkeypatch, "scripts/push_to_hub.py", model_dir, "--repo_id", REPO)
 
 
 @pytest.mark.slow
