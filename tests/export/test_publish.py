@@ -168,6 +168,22 @@ def test_without_a_report_there_are_no_numbers(model, tmp_path):
     assert not (tmp_path / "staged" / ".eval_results").exists()
 
 
+@pytest.mark.parametrize(
+    ("fields", "role", "data"),
+    [
+        ({}, "learned from image-level tags alone", "image-level tags only"),
+        ({"supervision": "masks"}, "the fully supervised upper bound", "true masks |"),
+        ({"guidance": "gt"}, "an oracle", "image-level tags and true masks |"),
+    ],
+)
+def test_a_run_that_saw_masks_is_not_called_weakly_supervised(fields, role, data):
+    config = CoSAConfig(id2label=dict(enumerate(NAMES)))
+    card = model_card("org/cats", config, Recipe(dataset="voc", **fields), weights_sha256="0" * 64)
+    assert role in card.text and data in card.text
+    assert ("weakly-supervised-segmentation" in card.data.tags) == (not fields)
+    assert ("tags alone" in card.text) == ("never shown an outline" in card.text) == (not fields)
+
+
 def test_notes_come_first(model, tmp_path):
     notes = tmp_path / "notes.md"
     notes.write_text("**Mind the subset.**\n")

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from cosa_hf.evaluation.protocols import PROTOCOLS, label_names
 from cosa_hf.export.kinds import Origin, encoder_origin, kind_of, needs, network_name, trained_network
 from cosa_hf.inference import MASK_SETS
-from cosa_hf.training.recipe import RunRecipe
+from cosa_hf.training.recipe import Recipe, RunRecipe
 
 TEMPLATES = Path(__file__).with_name("cards")
 
@@ -86,13 +86,14 @@ def model_card(
         ('image-segmentation', True, True)
     """
     kind, values = kind_of(config, recipe), dataclasses.asdict(recipe) if recipe else None
+    reads_masks = isinstance(recipe, Recipe) and recipe.reads_masks
     encoder = encoder_origin(config, recipe)
     downloaded = values is not None and values["pretrained"] and values["backbone_weights"] is None
     data = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag="image-segmentation",
-        tags=list(kind.tags),
+        tags=[tag for tag in kind.tags if not (reads_masks and tag == "weakly-supervised-segmentation")],
         base_model=encoder.hub_id if downloaded else None,
         model_name=name.split("/")[-1],
         eval_results=_eval_results(report) if report else None,
@@ -124,6 +125,7 @@ def model_card(
         paper=kind.paper.get(str(dataset)),
         panels=list(panels),
         recipe=values,
+        reads_masks=reads_masks,
         recipe_name=recipe_name,
         settings=kind.settings,
         run=run,
