@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from pets import CLASSES
 from PIL import Image
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data.tags import tag_features
 
-CLASSES = ["cat", "dog", "sea horse"]
 SIZES = {"plain": (40, 30), "IMG 12%": (31, 44), "pets/übung": (24, 24), "turned": (50, 20), "long": (20_000, 20)}
 
 

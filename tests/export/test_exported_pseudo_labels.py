@@ -11,8 +11,8 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES
 from datasets import Dataset, load_dataset
+from pets import CLASSES
 from PIL import Image, ImageOps
 
 from cosa_hf.data import class_names, load_voc

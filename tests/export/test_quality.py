@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import CLASSES
 from datasets import Dataset
+from pets import CLASSES
 from PIL import Image
 
 from cosa_hf.data.images import read_image, undecoded
