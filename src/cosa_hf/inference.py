@@ -209,7 +209,8 @@ def load_model(
         (False, 448)
     """
     try:
-        model = auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        model = auto_class(config).from_pretrained(name, config=config)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no model at {name!r}: neither a directory with one nor a name within reach on the Hub\n{error}"
