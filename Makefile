@@ -45,4 +45,4 @@ demo-model: setup
 	    --recipe $(MODEL)/../recipe.yaml --notes model_cards/demo-notes.md --license other --dry_run build/demo-card
 	cd build/demo-card && install -D -m 644 -t ../../$(DEMO) README.md config.json model.safetensors \
 	    preprocessor_config.json recipe.yaml
-	cp $(DEMO)/README.md model_cards/cosa-lite0-voc-1696.md
+	sed 's|](recipe.yaml)|](../$(DEMO)/recipe.yaml)|' $(DEMO)/README.md > model_cards/cosa-lite0-voc-1696.md

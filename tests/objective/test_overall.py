@@ -295,3 +295,20 @@ def test_dense_energy_is_one_more_part_and_open_to_what_cam2seg_ignores():
     plain = dense_energy_loss(outputs.logits, images, valid)
     assert ignored["c2s"].item() == 0
     assert ignored["energy"].item() == plain.item() < losses["energy"].item()
+
+
+def test_every_class_teaches_however_many_there_are():
+    """The 255th foreground class has the id that stands for unknown in mask files."""
+    outputs = SimpleNamespace(
+        cls_logits=torch.zeros(1, 300),
+        aux_cls_logits=torch.zeros(1, 300),
+        cam_logits=torch.zeros(1, 300, 1, 1),
+        logits=torch.zeros(1, 301, 1, 1, requires_grad=True),
+    )
+    cams = torch.zeros(1, 300, 1, 1)
+    cams[0, 254] = 1.0
+    targets = PseudoLabels(cams, cams, torch.zeros(1, 301, 1, 1), threshold=0.5, aux_threshold=0.5)
+    losses = CoSAObjective()(outputs, torch.zeros(1, 300), torch.ones(1, 16, 16, dtype=torch.bool), targets)
+    losses["c2s"].backward()
+    assert outputs.logits.grad.argmin().item() == 255
+    assert losses["c2s"].item() == pytest.approx(5.7071, abs=1e-4)  # ln 301

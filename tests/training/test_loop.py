@@ -229,7 +229,7 @@ def test_masks_are_loaded_for_the_bound_and_for_evaluation_only(tiny, few_shapes
     few_shapes.clear()
     evaluated = tiny(output_dir=str(tmp_path / "evaluated"), eval_every=3, eval_images=2)
     train(evaluated)
-    assert few_shapes == [("train_aug", False), ("val", True), ("val", True)]
+    assert few_shapes == [("train_aug", False), ("val", True)]
     assert {"eval/seg", "eval/seg_tags", "eval/cam", "eval/cam_aux"} <= set(log_of(evaluated)[-1])
     for step in (3, 6):
         panels = Path(evaluated.output_dir) / f"panels/step-000000{step}"

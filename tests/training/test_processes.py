@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator, PartialState, debug_launcher
 from accelerate.state import AcceleratorState
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.evaluation.protocols import evaluate_model
+from cosa_hf.training import checkpoints
 from cosa_hf.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
@@ -77,6 +78,25 @@ def test_two_processes_resume_to_what_they_would_have_been(tiny, left, assert_eq
     sorted((Path(recipe.output_dir) / "checkpoints").iterdir())[-1].unlink()
     run("two processes", tiny(resume=True, **settings))
     assert_equal(expected, left(recipe))
+
+
+def fill_the_disk(recipe, log):
+    def full(*arguments, **options):
+        raise OSError("no space left on device")
+
+    checkpoints.save_file = full  # in this process alone, which ends with the test
+    try:
+        train(recipe)
+    except OSError as error:
+        Path(f"{log}-{PartialState().process_index}").write_text(str(error))
+
+
+def test_a_full_disk_ends_all_processes(tiny, tmp_path):
+    AcceleratorState._reset_state(True)
+    debug_launcher(fill_the_disk, args=(tiny(batch_size=1, checkpoint_every=2), tmp_path / "said"), num_processes=2)
+    AcceleratorState._reset_state(True)
+    for rank in (0, 1):
+        assert "cannot write the checkpoint of step 2" in Path(f"{tmp_path}/said-{rank}").read_text()
 
 
 def score(model, processor, images, path):

@@ -139,6 +139,11 @@ def test_wrong_types_are_refused_by_name(name, value):
         ("ema_momentum", -0.1),
         ("learning_rate", float("nan")),
         ("ema_momentum", float("nan")),
+        ("eval_images", 0),
+        ("scale_max", float("inf")),
+        *((name, 0) for name in ("decoder_channels", "decoder_dilation")),
+        *((name, -1) for name in ("seed", "num_workers", "eval_every", "eval_panels", "checkpoint_every")),
+        *((name, -1) for name in ("snapshot_every", "lr_power", "weight_decay", "max_grad_norm")),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name, value):
@@ -151,11 +156,22 @@ def test_values_out_of_range_are_refused_by_name(name, value):
     [
         ("label_scales", [1.0, 0.0]),
         ("label_scales", [-1.0]),
+        ("label_scales", [1.0, float("nan")]),
+        ("label_scales", [float("inf")]),
         ("perplexity_alpha", 1.0),
+        ("perplexity_alpha", 1 - 1e-12),
         ("perplexity_alpha", 0.0),
+        ("perplexity_beta", -1.0),
+        ("perplexity_beta", float("inf")),
+        ("perplexity_epsilon", -1.0),
+        ("perplexity_epsilon", float("nan")),
+        ("spl_temperature", float("inf")),
+        ("separation_temperature", 1e-6),
+        *((f"{part}_weight", value) for part in ("cam2seg", "seg2cam", "dense_energy") for value in (-1, float("nan"))),
+        *((f"{part}_weight", -0.1) for part in ("aux_cam2seg", "separation")),
     ],
 )
-def test_what_would_only_fail_after_warm_up_is_refused_at_once(name, value):
+def test_what_would_only_fail_after_warm_up_or_teach_the_opposite_is_refused_at_once(name, value):
     """Perplexity is 0 at full distance for alpha = 1 and infinite for 0; a scale of 0 has no pixels."""
     with pytest.raises(ValueError, match=name):
         Recipe.from_mapping({name: value})
@@ -166,6 +182,11 @@ def test_a_background_threshold_needs_a_fixed_one_above_it(fields):
     with pytest.raises(ValueError, match="background_threshold"):
         Recipe.from_mapping({"background_threshold": 0.2} | fields)
     assert Recipe(background_threshold=0.2, dynamic_threshold=False).background_threshold == 0.2
+
+
+def test_weights_that_nothing_would_read_are_refused():
+    with pytest.raises(ValueError, match=r"backbone_weights vit.pth need pretrained: true"):
+        Recipe(backbone_weights="vit.pth", pretrained=False)
 
 
 def test_masks_are_for_the_bound_and_the_oracle():
@@ -182,6 +203,8 @@ def test_masks_are_for_the_bound_and_the_oracle():
         ("ema_momentum", 0.0),
         ("scale_min", 2.0),
         ("separation_weight", 0.0),
+        ("perplexity_epsilon", float("inf")),  # every token (Tab. 5)
+        ("perplexity_beta", 0.0),
     ],
 )
 def test_bounds_belong_to_the_range(name, value):

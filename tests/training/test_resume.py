@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.training import checkpoints, cosa, loop
-from cosa_hf.training.checkpoints import Checkpoints, Progress, read_checkpoint
+from cosa_hf.training.checkpoints import Checkpoints, Progress, moments, read_checkpoint
 from cosa_hf.training.loop import train
+from cosa_hf.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
 
@@ -172,6 +173,64 @@ def test_a_run_does_not_mix_with_the_checkpoints_of_an_earlier_one(tiny, tmp_pat
     train(tiny(max_steps=2, warmup_steps=2))
     entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2]
+
+
+def test_a_run_does_not_mix_with_the_snapshots_of_an_earlier_one(tiny):
+    train(tiny(snapshot_every=3))
+    with pytest.raises(ValueError, match=r"snapshots/step-0000006 is of an earlier run: --resume it, remove it"):
+        train(tiny())
+
+
+def test_a_run_that_has_begun_is_not_done(tiny, monkeypatch):
+    recipe = tiny()
+    train(recipe)
+    monkeypatch.setattr(cosa.CoSATask, "losses", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe)
+    with pytest.raises(FileNotFoundError, match=r"is no finished run"):
+        moments(Path(recipe.output_dir))
+
+
+def test_what_the_checkpoint_holds_cannot_be_changed(tiny):
+    train(tiny(checkpoint_every=3))
+    with pytest.raises(ValueError, match=r"learning_rate of a resumed run stays 0.001, .* got 0.05"):
+        train(tiny(resume=True, learning_rate=0.05))
+    with pytest.raises(ValueError, match=r"threshold_queue of a resumed run stays 100, .* got 3"):
+        train(tiny(resume=True, threshold_queue=3))
+
+
+def test_fewer_steps_than_are_done_are_refused(tiny):
+    train(tiny(checkpoint_every=3))
+    with pytest.raises(ValueError, match=r"step-0000006.safetensors is beyond max_steps = 4"):
+        train(tiny(resume=True, max_steps=4))
+
+
+def test_a_run_that_goes_on_in_another_way_says_so_and_keeps_both_recipes(tiny, capsys):
+    recipe = tiny(checkpoint_every=3)
+    train(recipe)
+    train(tiny(resume=True, checkpoint_every=3, max_steps=8, guidance="noise"))
+    said = "other settings from here on: max_steps 6 -> 8, guidance spl -> noise; those so far are in"
+    assert said in capsys.readouterr().out
+    run = Path(recipe.output_dir)
+    assert Recipe.from_yaml(run / "recipe-to-step-0000006.yaml") == recipe
+    assert Recipe.from_yaml(run / "recipe.yaml") == tiny(checkpoint_every=3, max_steps=8, guidance="noise")
+
+
+def test_a_checkpoint_of_another_kind_of_run_is_named(accelerator, tmp_path):
+    Checkpoints(accelerator, tmp_path, 2, {"network": torch.nn.Linear(1, 1)}).save(1)
+    other = Checkpoints(accelerator, tmp_path, 2, {"online": torch.nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match=r"of another kind of run: only one of the two has network, online"):
+        other.load()
+
+
+def test_files_that_are_no_checkpoints_are_left_alone(accelerator, tmp_path):
+    checkpoints = Checkpoints(accelerator, tmp_path, 1, {"network": torch.nn.Linear(1, 1)})
+    checkpoints.save(1)
+    mine = tmp_path / "checkpoints" / "step-final.safetensors"
+    mine.touch()
+    checkpoints.save(2)
+    assert checkpoints.load().stem == "step-0000002"
+    assert mine.exists()
 
 
 def test_steps_of_another_size_cannot_be_resumed(tiny):

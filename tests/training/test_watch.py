@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from cosa_hf.data.stream import TrainingStream
-from cosa_hf.training import checkpoints, cosa
+from cosa_hf.training import checkpoints, cosa, loop
 from cosa_hf.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
@@ -128,6 +128,68 @@ def test_an_error_of_any_kind_saves_the_last_whole_step(tiny, whole, left, asser
     assert checkpoints_of(recipe) == ["step-0000003"]
     assert "ended after 3 whole steps; go on from" in caught.value.__notes__[0]
     assert_resumes_to(whole, tiny, left, assert_equal)
+
+
+def test_what_fails_after_a_step_leaves_that_step(tiny, whole, left, assert_equal, monkeypatch):
+    def fail(*arguments, **options):
+        raise KeyboardInterrupt
+
+    recipe = tiny(eval_every=5, eval_images=1, **NOISY)
+    with monkeypatch.context() as context:
+        context.setattr(loop, "evaluate_model", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    assert checkpoints_of(recipe) == ["step-0000005"]
+    assert_resumes_to(whole, tiny, left, assert_equal)
+
+
+def test_a_run_does_not_notice_that_it_is_evaluated(tiny, whole, left, assert_equal):
+    recipe = tiny(eval_every=2, eval_images=1, checkpoint_every=4, **NOISY)
+    train(recipe)
+    assert_equal(whole["weights"], left(recipe)["weights"])
+    sorted((Path(recipe.output_dir) / "checkpoints").iterdir())[-1].unlink()
+    train(tiny(resume=True, eval_every=2, eval_images=1, checkpoint_every=4, **NOISY))
+    assert_equal(whole["weights"], left(recipe)["weights"])
+
+
+def test_models_that_cannot_be_saved_leave_the_last_step(tiny, whole, left, assert_equal, monkeypatch):
+    def full(*arguments):
+        raise OSError("no space left on device")
+
+    recipe = tiny(**NOISY)
+    with monkeypatch.context() as context:
+        context.setattr(cosa.CoSATask, "save", full)
+        with pytest.raises(OSError, match="no space left") as caught:
+            train(recipe)
+    assert checkpoints_of(recipe) == ["step-0000008"]
+    assert "ended after 8 whole steps; go on from" in caught.value.__notes__[0]
+    assert_resumes_to(whole, tiny, left, assert_equal)
+
+
+def test_a_split_to_evaluate_on_is_looked_for_before_the_first_step(tiny, monkeypatch):
+    def missing(name, data_dir, split, **options):
+        raise FileNotFoundError(f"no list {split}.txt")
+
+    monkeypatch.setattr(loop, "load_dataset_by_name", missing)
+    recipe = tiny(eval_every=4, eval_split="nope")
+    with pytest.raises(FileNotFoundError, match=r"no list nope.txt"):
+        train(recipe)
+    assert not Path(recipe.output_dir).exists()
+
+
+def test_statistics_that_are_not_finite_are_never_saved(tiny, monkeypatch, capsys):
+    update = cosa.CoSATask.update
+
+    def poison(self):
+        update(self)
+        next(self.network.buffers()).fill_(torch.nan)
+
+    monkeypatch.setattr(cosa.CoSATask, "update", poison)
+    recipe = tiny(backbone="test_resnet")
+    with pytest.raises(FloatingPointError, match="step 2"):
+        train(recipe)
+    assert checkpoints_of(recipe) == []
+    assert "not finite any more: not saved" in capsys.readouterr().err
 
 
 @pytest.fixture

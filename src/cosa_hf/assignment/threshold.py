@@ -50,7 +50,7 @@ class DynamicThreshold(nn.Module):
         decay: of the EMA; 0.99 averages over about 100 steps, so use less for a run of a few hundred.
         queue: batches remembered; 100 in the paper.
         covariance: `full`, each Gaussian has its variance, fitted to what is above 0.05; `tied`, both share one, fitted
-            to all confidences. The paper's is `full`; docs/voc-1696.md compares them.
+            to all confidences. The paper's is `full`; docs/threshold.md compares them.
 
     Raises:
         ValueError: `start` outside (0, 1), `decay` outside [0, 1), an empty queue or another covariance.

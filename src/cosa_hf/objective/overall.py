@@ -42,7 +42,7 @@ class CoSAObjective:
         relu_cams: Seg2CAM sees relu(M), which floors it at ln 2 for a background (released code).
         dense_energy_weight: of the regulariser (released code: 0.05).
         dense_energy_scale: see `dense_energy_loss`.
-        ignore_index: the id that no loss counts.
+        ignore_index: the id that no loss counts; none that a class can have, however many there are.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class CoSAObjective:
     relu_cams: bool = False
     dense_energy_weight: float = 0.0
     dense_energy_scale: float = 0.5
-    ignore_index: int = 255
+    ignore_index: int = -100
 
     def __call__(
         self,

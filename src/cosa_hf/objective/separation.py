@@ -13,8 +13,9 @@ from cosa_hf.objective.reliability import ProcessMean, single_process
 # Anchors are compared with all tokens a slab at a time and each slab is recomputed in the backward pass, so memory
 # grows with the number of tokens and not with its square.
 ANCHORS_AT_ONCE = 1024
-# Below every similarity that a temperature above 1e-3 can produce, and finite, so that a row without negatives has a
-# finite gradient until it is dropped.
+LEAST_TEMPERATURE = 1e-3
+# Below every similarity that such a temperature can produce, and finite, so that a row without negatives has a finite
+# gradient until it is dropped.
 NOT_A_PAIR = -1e4
 
 
@@ -35,7 +36,7 @@ def contrastive_separation_loss(
         cam_logits: M of the online network, (B, C, h, w).
         pseudo_labels: CPL of M†', (B, h, w); background is a label like any other.
         confident: Omega (Eq. 9), (B, h, w): valid tokens whose M†' perplexity is at most epsilon.
-        temperature: of the InfoNCE; its own setting, not the tau of Eq. 7.
+        temperature: of the InfoNCE, at least LEAST_TEMPERATURE; its own setting, not the tau of Eq. 7.
         scope: whether the other tokens come from the same image or from the whole (local) batch.
         mean: makes the mean over anchors run over the global batch when there are several processes.
 

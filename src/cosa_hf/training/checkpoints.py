@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -130,21 +130,25 @@ class Checkpoints:
         packed = {name: _pack(part.state_dict()) for name, part in self.parts.items() if name not in held} | held
         packed["random"] = {name: self._of_all_processes(state) for name, state in held["random"].items()}
         final = self.directory / f"step-{step:07d}.safetensors"
+        failure = None
         if self.accelerator.is_main_process:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(self.directory)
             try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                remove_unfinished(self.directory)
                 with whole_file(final) as unfinished:
                     _write(unfinished, packed)
+                for older in self.all()[: -self.keep]:
+                    older.unlink()
             except (OSError, SafetensorError) as error:
-                whole = self.all()
-                raise OSError(
-                    f"cannot write the checkpoint of step {step} to {self.directory}: {error}. "
-                    + (f"The last whole one is {whole[-1].name}" if whole else "There is none before it")
-                ) from error
-            for older in self.all()[: -self.keep]:
-                older.unlink()
-        self.accelerator.wait_for_everyone()
+                failure = error
+        # The others wait for the file here, and stop with the process that could not write it.
+        (reason,) = broadcast_object_list([None if failure is None else str(failure)])
+        if reason is not None:
+            whole = self.all()
+            raise OSError(
+                f"cannot write the checkpoint of step {step} to {self.directory}: {reason}. "
+                + (f"The last whole one is {whole[-1].name}" if whole else "There is none before it")
+            ) from failure
         self.saved_step = step
         return final
 
@@ -155,9 +159,15 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: there is none to resume from.
+            ValueError: it is of another kind of run; the message names what differs.
         """
         with self.accelerator.main_process_first():
             path, packed = self._newest_whole()
+        if odd := sorted(packed.keys() ^ {*self.parts, "random"}):
+            raise ValueError(
+                f"{path} is of another kind of run: only one of the two has {', '.join(odd)} (a scaler comes with "
+                "mixed_precision fp16)"
+            )
         for name, part in self.parts.items():
             part.load_state_dict(_unpack(packed[name]))
         self._restore_random_state(packed["random"])
@@ -179,7 +189,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
-        return sorted(self.directory.glob("step-*.safetensors"))
+        return sorted(self.directory.glob("step-[0-9]*.safetensors"))
 
     def _random_state(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
@@ -305,6 +315,12 @@ def snapshot_directory(output_dir: Path, step: int) -> Path:
     return output_dir / "snapshots" / f"step-{step:07d}"
 
 
+def snapshots(output_dir: Path) -> dict[int, Path]:
+    """The snapshots that a run has kept so far, by step."""
+    found = (output_dir / "snapshots").glob("step-[0-9]*")
+    return {int(path.name.removeprefix("step-")): path for path in sorted(found)}
+
+
 def moments(output_dir: Path) -> list[Moment]:
     """The snapshots of a run in the order of their steps, and its end.
 
@@ -314,8 +330,7 @@ def moments(output_dir: Path) -> list[Moment]:
     if not (output_dir / "run.json").is_file():
         raise FileNotFoundError(f"{output_dir} is no finished run: it has no run.json")
     last = Recipe.from_yaml(output_dir / "recipe.yaml").max_steps
-    places = {int(path.name.removeprefix("step-")): path for path in (output_dir / "snapshots").glob("step-*")}
-    places[last] = output_dir
+    places = snapshots(output_dir) | {last: output_dir}
     entries = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = {entry["step"]: (entry["xi"], entry["aux_xi"]) for entry in entries if "xi" in entry}
     found = []

@@ -28,6 +28,7 @@ from cosa_hf.training.accumulation import mean_over_parts, parts_of
 from cosa_hf.training.checkpoints import Checkpoints, Progress, snapshot_directory
 from cosa_hf.training.cosa import CoSATask
 from cosa_hf.training.recipe import RunRecipe
+from cosa_hf.training.resume import require_unused, resume
 from cosa_hf.training.task import Task
 from cosa_hf.training.telemetry import Telemetry
 from cosa_hf.training.watch import Watch
@@ -76,14 +77,15 @@ def train(recipe: RunRecipe, make_task: Callable[[Any, Accelerator], Task] = CoS
         states["scaler"] = accelerator.scaler
     checkpoints = Checkpoints(accelerator, output_dir, recipe.keep_checkpoints, states, task.before_update)
     if recipe.resume:
-        checkpoint = checkpoints.load()
+        resume(recipe, checkpoints, progress, accelerator)
         loader = accelerator.skip_first_batches(loader, progress.step)
-        accelerator.print(f"resumed at step {progress.step} from {checkpoint}")
-    elif earlier := checkpoints.all():
-        raise ValueError(f"{earlier[-1]} is of an earlier run: --resume it, remove it, or choose another output_dir")
+    else:
+        require_unused(output_dir, checkpoints)
+    evaluated = _evaluation_data(task) if recipe.eval_every else None
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        recipe.to_yaml(output_dir / "recipe.yaml")
+        dataclasses.replace(recipe, resume=False).to_yaml(output_dir / "recipe.yaml")
+        (output_dir / "run.json").unlink(missing_ok=True)  # it says that a run is done
     telemetry.begin(progress.step)
 
     def mean(value: Tensor) -> Tensor:
@@ -116,28 +118,29 @@ def train(recipe: RunRecipe, make_task: Callable[[Any, Accelerator], Task] = CoS
             progress.unreadable.update(filter(None, batch["unreadable"]))
             telemetry.add(losses, task.shares(targets, batch))
             telemetry.step(progress.step, vitals)
-            if recipe.eval_every and progress.step % recipe.eval_every == 0:
-                telemetry.write(progress.step, _evaluate(task, progress.step))
+            watch.whole()
+            if evaluated is not None and progress.step % recipe.eval_every == 0:
+                telemetry.write(progress.step, _evaluate(task, evaluated, progress.step))
             if recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0:
                 checkpoints.save(progress.step)
             if recipe.snapshot_every and progress.step % recipe.snapshot_every == 0 and accelerator.is_main_process:
                 task.save(snapshot_directory(output_dir, progress.step))
 
-    name, reason = task.recommendation()
-    dropped, unreadable = (sorted(set(gather_object(list(names)))) for names in (task.dropped, progress.unreadable))
-    if accelerator.is_main_process:
-        task.save(output_dir)
-        summary = {
-            "recommended": name,
-            "reason": reason,
-            "images": len(task.dataset) if isinstance(task.dataset, Dataset) else None,
-            "untagged_dropped": dropped,
-            "unreadable_replaced": unreadable,
-            "hardware": _hardware(accelerator),
-            "seconds": round(progress.seconds),
-            **task.record(),
-        }
-        (output_dir / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        name, reason = task.recommendation()
+        dropped, unreadable = (sorted(set(gather_object(list(ids)))) for ids in (task.dropped, progress.unreadable))
+        if accelerator.is_main_process:
+            task.save(output_dir)
+            summary = {
+                "recommended": name,
+                "reason": reason,
+                "images": len(task.dataset) if isinstance(task.dataset, Dataset) else None,
+                "untagged_dropped": dropped,
+                "unreadable_replaced": unreadable,
+                "hardware": _hardware(accelerator),
+                "seconds": round(progress.seconds),
+                **task.record(),
+            }
+            (output_dir / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
     if unreadable:
         accelerator.print(f"{len(unreadable)} images could not be read, others took their places (all in run.json):")
@@ -215,17 +218,23 @@ def _loader(task: Task) -> DataLoader:
     return accelerator.prepare(DataLoader(stream, **options))
 
 
-def _evaluate(task: Task, step: int) -> dict[str, float]:
-    """mIoU on the first `eval_images` of the evaluation split, at one scale: a glance, not the protocol; and panels."""
-    recipe, network, processor = task.recipe, task.evaluated, task.processor
-    options = dataclasses.replace(recipe, classes=label_names(network.config)[1:])
+def _evaluation_data(task: Task) -> Dataset:
+    """The first `eval_images` of the evaluation split, with masks."""
+    recipe = task.recipe
+    options = dataclasses.replace(recipe, classes=label_names(task.evaluated.config)[1:])
     dataset = load_dataset_by_name(recipe.dataset, recipe.data_dir, recipe.eval_split, masks=True, options=options)
-    dataset = dataset.select(range(min(recipe.eval_images, len(dataset))))
+    return dataset.select(range(min(recipe.eval_images, len(dataset))))
+
+
+def _evaluate(task: Task, dataset: Dataset, step: int) -> dict[str, float]:
+    """mIoU at one scale, a glance and not the protocol; and panels. The run goes on as if nobody had looked."""
+    recipe, network, processor, accelerator = task.recipe, task.evaluated, task.processor, task.accelerator
     glance: dict[str, Any] = {"scales": (1.0,), "flip": False}
-    report = evaluate_model(network, processor, dataset, **glance, progress=False, accelerator=task.accelerator)
-    if task.accelerator.is_main_process:
-        shown = dataset.select(range(min(recipe.eval_panels, len(dataset))))
-        save_panels(network, processor, shown, Path(recipe.output_dir) / "panels" / f"step-{step:07d}", **glance)
+    with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):
+        report = evaluate_model(network, processor, dataset, **glance, progress=False, accelerator=accelerator)
+        if accelerator.is_main_process:
+            shown = dataset.select(range(min(recipe.eval_panels, len(dataset))))
+            save_panels(network, processor, shown, Path(recipe.output_dir) / "panels" / f"step-{step:07d}", **glance)
     return {f"eval/{part}": report[part]["miou"] for part in ("seg", "seg_tags", "cam", "cam_aux") if part in report}
 
 

@@ -1,6 +1,7 @@
 """What one training run is: every choice of it in one flat, typed record, read from YAML and flags."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,9 +11,13 @@ from typing import Any, ClassVar, Literal, Self
 import yaml
 
 from cosa_hf.data.options import DatasetOptions
+from cosa_hf.objective.separation import LEAST_TEMPERATURE
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 """The recipes that go by name: those of the clone that this package is installed from, with `pip install -e .`."""
+
+MOST_ALPHA = 0.999
+"""Of Eq. 4: towards 1 the least perplexity goes to 0, and its reciprocal, a weight, to infinity."""
 
 
 @dataclass(kw_only=True)
@@ -33,8 +38,16 @@ class RunRecipe(DatasetOptions):
 
     positive: ClassVar[tuple[str, ...]] = (
         "crop_size", "input_size", "batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate",
-        "head_lr_multiplier", "log_every", "images_per_step", "keep_checkpoints",
+        "head_lr_multiplier", "log_every", "images_per_step", "keep_checkpoints", "eval_images",
     )  # fmt: skip
+    not_negative: ClassVar[tuple[str, ...]] = (
+        "num_workers", "lr_warmup_steps", "lr_power", "weight_decay", "max_grad_norm", "seed", "eval_every",
+        "eval_panels", "checkpoint_every", "snapshot_every",
+    )  # fmt: skip
+    may_be_infinite: ClassVar[tuple[str, ...]] = ()
+
+    in_checkpoint: ClassVar[tuple[str, ...]] = ("learning_rate", "head_lr_multiplier", "weight_decay")
+    """Fields whose values a checkpoint brings back, so that a resumed run cannot have others."""
 
     # Data
     dataset: str = field(default="voc", metadata={"help": "voc, coco, folder, hub, or shapes (the demo set)"})
@@ -84,13 +97,23 @@ class RunRecipe(DatasetOptions):
         hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
             setattr(self, spec.name, _typed(spec.name, getattr(self, spec.name), hints[spec.name]))
-        for name in self.positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.lr_warmup_steps < self.max_steps:
+            self._require_number(spec.name)
+        if not self.lr_warmup_steps < self.max_steps:
             raise ValueError(f"lr_warmup_steps must lie below max_steps = {self.max_steps}, got {self.lr_warmup_steps}")
         if not 0 < self.scale_min <= self.scale_max:
             raise ValueError(f"scale_min..scale_max must be a positive range, got {self.scale_min}..{self.scale_max}")
+
+    def _require_number(self, name: str) -> None:
+        """Neither NaN nor infinite nor of the wrong sign: such a run would end late, or learn the opposite."""
+        value = getattr(self, name)
+        for number in value if isinstance(value, list) else [value]:
+            allowed = number == math.inf and name in self.may_be_infinite
+            if isinstance(number, float) and not math.isfinite(number) and not allowed:
+                raise ValueError(f"{name} must be finite, got {value}")
+        if name in self.positive and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+        if name in self.not_negative and value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> Self:
@@ -176,8 +199,16 @@ class Recipe(RunRecipe):
     """
 
     positive: ClassVar[tuple[str, ...]] = (
-        *RunRecipe.positive, "spl_temperature", "separation_temperature", "threshold_queue", "supervision_stride",
-        "shuffle_buffer",
+        *RunRecipe.positive, "spl_temperature", "threshold_queue", "supervision_stride", "shuffle_buffer",
+        "decoder_channels", "decoder_dilation",
+    )  # fmt: skip
+    not_negative: ClassVar[tuple[str, ...]] = (
+        *RunRecipe.not_negative, "cam2seg_weight", "aux_cam2seg_weight", "seg2cam_weight", "separation_weight",
+        "dense_energy_weight", "perplexity_beta", "perplexity_epsilon",
+    )  # fmt: skip
+    may_be_infinite: ClassVar[tuple[str, ...]] = ("perplexity_epsilon",)
+    in_checkpoint: ClassVar[tuple[str, ...]] = (
+        *RunRecipe.in_checkpoint, "threshold", "threshold_queue", "threshold_covariance",
     )  # fmt: skip
 
     # Data
@@ -278,10 +309,16 @@ class Recipe(RunRecipe):
         super().__post_init__()
         if min(self.label_scales) <= 0:
             raise ValueError(f"label_scales must all be positive, got {self.label_scales}")
-        if not 0 < self.perplexity_alpha < 1:
+        if not 0 < self.perplexity_alpha <= MOST_ALPHA:
             raise ValueError(
-                f"perplexity_alpha must lie in (0, 1), got {self.perplexity_alpha}: perplexity is positive"
+                f"perplexity_alpha must lie in (0, {MOST_ALPHA}], got {self.perplexity_alpha}: perplexity is positive"
             )
+        if not self.separation_temperature >= LEAST_TEMPERATURE:
+            raise ValueError(
+                f"separation_temperature must be at least {LEAST_TEMPERATURE}, got {self.separation_temperature}"
+            )
+        if self.backbone_weights and not self.pretrained:
+            raise ValueError(f"backbone_weights {self.backbone_weights} need pretrained: true, or leave them out")
         if not 0 <= self.warmup_steps <= self.max_steps:
             raise ValueError(f"warmup_steps must lie in [0, max_steps = {self.max_steps}], got {self.warmup_steps}")
         if self.streaming and (self.dataset != "hub" or self.reads_masks):

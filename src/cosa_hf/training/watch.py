@@ -19,9 +19,10 @@ from cosa_hf.training.checkpoints import Checkpoints, Progress
 class Watch:
     """Around the loop over steps: SIGTERM, images that cannot be had, a loss that is not finite, any other error.
 
-    Before the run ends, the state after the last whole step is saved: what the unfinished step changed is left out. On
-    several processes that takes all of them, so an error of one alone saves nothing and leaves the run to its regular
-    checkpoints; SIGTERM, the loader and the loss are looked at together, once a step.
+    Before the run ends, the state after the last whole step is saved, without what an unfinished step changed. Only
+    while the optimiser changes the weights there is none, until the step is `whole`. On several processes that takes
+    all of them, so an error of one alone saves nothing and leaves the run to its regular checkpoints; SIGTERM, the
+    loader and the loss are looked at together, once a step.
 
     Args:
         accelerator: of the run.
@@ -85,6 +86,10 @@ class Watch:
             self.checkpoints.hold()
             yield batch
 
+    def whole(self) -> None:
+        """The step is done and counted: what follows it (evaluation, checkpoints, the models) may fail without harm."""
+        self.checkpoints.hold()
+
     def require_finite(self, losses: Sequence[dict[str, Tensor]], image_ids: Sequence[str]) -> None:
         """The last look before a step changes the weights.
 
@@ -126,7 +131,7 @@ class Watch:
         """Save the last whole step, unless there is nothing new in it; failing must not hide what ended the run."""
         if self.progress.step in (0, self.checkpoints.saved_step):
             return
-        if not all(parameter.isfinite().all() for parameter in self.online.parameters()):
+        if not all(tensor.isfinite().all() for tensor in self.online.state_dict().values()):
             self._say("the weights themselves are not finite any more: not saved")
             return
         try:

@@ -1,0 +1,59 @@
+"""How a run begins in a directory: where an earlier one left off, or where there is none."""
+
+import dataclasses
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from cosa_hf.training.checkpoints import Checkpoints, Progress, snapshots
+from cosa_hf.training.recipe import RunRecipe
+
+
+def require_unused(output_dir: Path, checkpoints: Checkpoints) -> None:
+    """A run that does not resume must not mix what it keeps with what another kept.
+
+    Raises:
+        ValueError: there are checkpoints or snapshots; the message names one.
+    """
+    if found := [*snapshots(output_dir).values(), *checkpoints.all()]:
+        raise ValueError(f"{found[-1]} is of an earlier run: --resume it, remove it, or choose another output_dir")
+
+
+def resume(recipe: RunRecipe, checkpoints: Checkpoints, progress: Progress, accelerator: Accelerator) -> None:
+    """Go on from the newest checkpoint, and say which settings are others from here on.
+
+    The recipe of the run so far is kept then, as `recipe-to-step-N.yaml`: with the new one it repeats the run.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it is of another kind of run, of more steps, or of other values of what it holds; the message names
+            which.
+    """
+    file = Path(recipe.output_dir) / "recipe.yaml"
+    earlier = type(recipe).from_yaml(file) if file.is_file() else recipe
+    _require_same(recipe, earlier)
+    checkpoint = checkpoints.load()
+    if progress.step > recipe.max_steps:
+        raise ValueError(f"{checkpoint} is beyond max_steps = {recipe.max_steps}: ask for more steps")
+    accelerator.print(f"resumed at step {progress.step} from {checkpoint}")
+    if changes := _changes(recipe, earlier):
+        kept = file.with_name(f"recipe-to-step-{progress.step:07d}.yaml")
+        accelerator.print(f"other settings from here on: {', '.join(changes)}; those so far are in {kept}")
+        if accelerator.is_main_process:
+            earlier.to_yaml(kept)
+
+
+def _require_same(recipe: RunRecipe, earlier: RunRecipe) -> None:
+    for name in recipe.in_checkpoint:
+        held, asked = getattr(earlier, name), getattr(recipe, name)
+        if asked != held:
+            raise ValueError(
+                f"{name} of a resumed run stays {held}, which its checkpoint holds, got {asked}: keep it, or start "
+                "anew in another output_dir"
+            )
+
+
+def _changes(recipe: RunRecipe, earlier: RunRecipe) -> list[str]:
+    names = [spec.name for spec in dataclasses.fields(recipe) if spec.name not in ("resume", "output_dir")]
+    pairs = [(name, getattr(earlier, name), getattr(recipe, name)) for name in names]
+    return [f"{name} {before} -> {now}" for name, before, now in pairs if before != now]
