@@ -99,7 +99,7 @@ def test_transparency_is_laid_over_white(mode):
         image = Image.new("RGB", (2, 2), (1, 2, 3))
         image.info["transparency"] = (1, 2, 3)
     else:
-        image = Image.new("RGBA", (2, 2), (0, 0, 0, 0)).convert(mode)
+        image = Image.new(mode, (2, 2), (0,) * len(mode))
     assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
 
 

@@ -202,6 +202,15 @@ def test_a_set_of_masks_is_read_as_mask2former_reads_it(mask2former):
     assert fused.seg_logits.shape == (len(logits), 150, 16, 24)
 
 
+def test_a_query_that_is_sure_of_no_object_says_nothing():
+    """Both masks cover the pixel: the first is of class 1, three to one, the second of none."""
+    outputs = Mask2FormerForUniversalSegmentationOutput(
+        class_queries_logits=torch.tensor([[[0.0, math.log(3), -50.0], [5.0, 0.0, 50.0]]]),
+        masks_queries_logits=torch.full((1, 2, 1, 1), 50.0),
+    )
+    torch.testing.assert_close(segmentation_logits(outputs).exp().flatten(), torch.tensor([0.25, 0.75]))
+
+
 def test_a_set_of_masks_that_is_sure_has_finite_logits():
     outputs = Mask2FormerForUniversalSegmentationOutput(
         class_queries_logits=torch.tensor([[[0.0, 200.0, 0.0]]], requires_grad=True),

@@ -83,6 +83,15 @@ def test_default_momentum_is_the_papers(online):
     )
 
 
+def test_distance_is_relative_to_the_online_network(online):
+    teacher = AssignmentNetwork(online)
+    assert teacher.distance(online) == 0
+    with torch.no_grad():
+        for parameter in online.parameters():
+            parameter.mul_(4)
+    assert teacher.distance(online) == pytest.approx(0.75)
+
+
 def test_buffers_are_copied():
     online = build("test_resnet")
     teacher = AssignmentNetwork(online, momentum=0.9)
@@ -152,8 +161,8 @@ def batch():
     return weak_view, labels, valid
 
 
-def thresholds(decay=0.0):
-    return [DynamicThreshold(start, decay, queue=4) for start in (0.5, 0.4)]
+def thresholds(covariance="full"):
+    return [DynamicThreshold(start, decay=0.0, queue=4, covariance=covariance) for start in (0.5, 0.4)]
 
 
 def assert_unchanged(states, before):
@@ -235,9 +244,10 @@ def test_assign_with_fixed_thresholds_touches_none(online, batch):
     assert (pseudo_labels.threshold, pseudo_labels.aux_threshold) == (0.5, 0.4)
 
 
-def test_assign_moves_each_threshold_by_its_own_valid_maps(online, batch):
+@pytest.mark.parametrize("covariance", ["full", "tied"])  # tied counts zeros too: padding would show
+def test_assign_moves_each_threshold_by_its_own_valid_maps(online, batch, covariance):
     _, _, valid = batch
-    states, expected = thresholds(), thresholds()
+    states, expected = thresholds(covariance), thresholds(covariance)
     pseudo_labels = assign(online, *batch, states, SCALES)
     tokens = valid_tokens(valid, pseudo_labels.cams)
     for state, maps in zip(expected, (pseudo_labels.cams, pseudo_labels.aux_cams), strict=True):

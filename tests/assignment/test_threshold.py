@@ -153,6 +153,26 @@ def test_tied_gaussians_find_the_border_of_what_stands_on_an_empty_ground(share)
     assert tied.value < full.value or full.value == 0.5  # which sees the objects alone, and parts them
 
 
+def spikes(counts: dict[int, int]) -> torch.Tensor:
+    """A histogram with nothing but these bins."""
+    return torch.tensor([counts.get(number, 0) for number in range(BINS)], dtype=torch.float64)
+
+
+def test_nothing_is_narrower_than_the_bin_it_was_counted_in():
+    mixture = fit_mixture(spikes({100: 3, 400: 1}))
+    assert mixture.weights == pytest.approx([0.75, 0.25])
+    assert mixture.variances == pytest.approx([2.869e-7, 2.869e-7], rel=1e-3)
+
+
+def test_background_comes_first_where_em_has_swapped_the_components():
+    """A spike inside a wide component, whose mean it overtakes."""
+    mixture = fit_mixture(spikes({50: 2, 100: 3, 150: 7, 250: 2}))
+    assert mixture.means == pytest.approx([0.2896, 0.3292], abs=1e-4)
+    assert mixture.weights == pytest.approx([0.5018, 0.4982], abs=1e-4)
+    assert mixture.variances == pytest.approx([2.171e-2, 2.869e-7], rel=1e-3)
+    assert mixture.split == pytest.approx(0.3274, abs=1e-4)
+
+
 def test_inactive_pixels_belong_to_no_cluster():
     """Without the floor, the zeros of empty maps would be the background."""
     values = draw(1)

@@ -106,6 +106,16 @@ def test_each_split_directory_may_have_a_table(photos):
     assert rows_of(load_folder(photos, "val")) == {"x": ["val thing"]}
 
 
+def test_the_split_column_wins_over_the_directory(photos, tmp_path):
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / "sorted/train").mkdir(parents=True, exist_ok=True)
+        (photos / name).rename(tmp_path / "sorted/train" / name)
+    rows = [{"file_name": "a.jpg", "labels": "cat"}, {"file_name": "b.png", "labels": "cow", "split": "val"}]
+    jsonl(tmp_path / "sorted/train", rows)
+    assert rows_of(load_folder(tmp_path / "sorted", "train")) == {"a": ["cat"]}
+    assert rows_of(load_folder(tmp_path / "sorted", "val")) == {"b": ["cow"]}
+
+
 def test_classes_can_be_fixed(photos):
     jsonl(photos, [{"file_name": "a.jpg", "labels": ["dog"]}])
     assert class_names(load_folder(photos, classes=["owl", "dog"])) == ["owl", "dog"]

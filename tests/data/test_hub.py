@@ -78,6 +78,7 @@ def test_a_stream_has_the_same_rows(parquet, values, feature):
     options.classes = ["owl", "cat", "dog"]
     rows = list(undecoded(stream_hub(options, "train")))
     loaded = load_hub(options, "train")
+    assert loaded["image_id"][:] == ["x", "y", "z_1"]
     assert stream_hub(options, "train").features == loaded.features
     assert class_names(stream_hub(options, "train")) == ["owl", "cat", "dog"]
     assert [(row["image_id"], row["labels"]) for row in rows] == list(

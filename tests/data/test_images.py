@@ -3,7 +3,7 @@ import pytest
 from pictures import image_of
 from PIL import Image
 
-from cosa_hf.data.images import read_image, read_mask, undecoded
+from cosa_hf.data.images import read_confidence, read_image, read_mask, undecoded
 
 
 @pytest.fixture
@@ -105,3 +105,11 @@ def test_mask_in_colour_is_refused(tmp_path, one_image, jpeg):
     example = undecoded(one_image(jpeg, tmp_path / "mask.png"))[0]
     with pytest.raises(ValueError, match="'photo' has mode 'RGB'"):
         read_mask(example, (64, 48), num_classes=2)
+
+
+def test_confidence_is_a_grey_image_of_the_images_size():
+    grey = Image.new("L", (4, 3), 7)
+    assert read_confidence({"image_id": "photo", "confidence": grey}, (4, 3)) == grey
+    for image, size in ((grey, (3, 4)), (Image.new("RGB", (4, 3)), (4, 3))):
+        with pytest.raises(ValueError, match=r"confidence of image 'photo' has mode .*: expected a grey image of"):
+            read_confidence({"image_id": "photo", "confidence": image}, size)

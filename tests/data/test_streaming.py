@@ -69,6 +69,11 @@ def test_processes_share_the_rows(shapes, shards):
     assert len(first | second) == 10
 
 
+def test_processes_take_turns_in_the_positions(shapes):
+    loaders = [loader_of(shapes, length=3, process=(index, 2)) for index in (0, 1)]
+    assert [[position for position, _ in loader.sampler] for loader in loaders] == [[0, 2, 4], [1, 3, 5]]
+
+
 @pytest.mark.parametrize("skipped", [1, 7])
 def test_a_resumed_run_goes_on_where_it_was(shapes, skipped):
     """As the training loop does it: prepared for one process, then the first batches skipped."""
@@ -102,6 +107,13 @@ def test_bad_rows_in_the_middle_are_replaced_or_left_out_and_named(shapes, worke
     assert len(seen) == 30
     assert not {"train-00004", "train-00005", "train-00006", "train-00008"} & set(seen)
     assert seen.count("train-00000") == 3 + 3 * 3, "in every epoch itself and in the place of three others"
+
+
+def test_a_loader_that_is_read_again_names_untagged_rows_once(shapes):
+    untagged: list[str] = []
+    loader = loader_of(_with_bad_rows(shapes), length=15, untagged=untagged)
+    assert ids(loader) == ids(loader)
+    assert untagged == ["train-00008"]
 
 
 def test_nothing_to_train_on_is_known_before_the_first_step(shapes):

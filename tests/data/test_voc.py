@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cosa_hf.data import VOC_CLASSES, VOC_COEXISTENCE, TrainingStream, Views, class_names, load_voc
 from cosa_hf.data.images import read_image, read_mask, undecoded
@@ -80,6 +81,13 @@ def test_masks_are_class_ids(voc_dir):
 
 def test_masks_of_the_plain_download(voc_dir):
     (voc_dir / "SegmentationClassAug").rename(voc_dir / "SegmentationClass")
+    row = undecoded(load_voc(voc_dir, "train", masks=True))[1]
+    assert np.unique(read_mask(row, (21, 10), num_classes=20)).tolist() == [1]
+
+
+def test_masks_of_the_augmented_set_come_first(voc_dir):
+    (voc_dir / "SegmentationClass").mkdir()
+    Image.new("L", (21, 10), 2).save(voc_dir / "SegmentationClass/2007_02.png")
     row = undecoded(load_voc(voc_dir, "train", masks=True))[1]
     assert np.unique(read_mask(row, (21, 10), num_classes=20)).tolist() == [1]
 

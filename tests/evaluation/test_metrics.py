@@ -92,6 +92,12 @@ def test_matrices_of_several_processes_merge():
     assert parts[0].compute() == whole
 
 
+def test_a_matrix_of_other_classes_does_not_merge():
+    metric = SegmentationMetric(NAMES)
+    with pytest.raises(ValueError, match=r"of 5 classes has shape \(5, 5\), got \(2, 2\)"):
+        metric.confusion_matrix = torch.zeros(2, 2)
+
+
 def test_coexistence_is_the_mean_over_the_named_classes():
     metric = SegmentationMetric(NAMES)
     metric.add_batch(predictions=[[0, 1, 2, 2]], references=[[0, 1, 2, 1]])

@@ -237,6 +237,16 @@ def test_report_is_plain_json_and_says_how_it_was_made(case):
     assert (protocol["dataset"], protocol["split"], protocol["ignore_index"]) == ("toy", "val", 255)
 
 
+def test_the_ignored_id_is_the_models(case):
+    model, dataset, (masks, tags, _) = case
+    report = evaluate_model(model, processor(), dataset, **PLAIN)
+    model.config.semantic_loss_ignore_index = 100
+    renamed = make_dataset([np.where(mask == 255, 100, mask) for mask in masks], tags)
+    other = evaluate_model(model, processor(), renamed, **PLAIN)
+    assert other["protocol"]["ignore_index"] == 100
+    assert all(other[protocol] == report[protocol] for protocol in PROTOCOLS)
+
+
 def test_crf_refines_the_segmentations_within_their_classes_and_is_named(case):
     model, dataset, (_, tags, _) = case
     crf = DenseCRF(backend="torch")

@@ -15,6 +15,7 @@ from datasets import Dataset, load_dataset
 from pets import CLASSES
 from PIL import Image, ImageOps
 
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
 from cosa_hf.data import class_names, load_voc
 from cosa_hf.data.images import read_image, read_mask, undecoded
 from cosa_hf.data.tags import tag_features
@@ -110,6 +111,13 @@ def test_png_is_a_voc_directory_with_links_to_the_images(model, processor, datas
     with Image.open(tmp_path / "out" / "SegmentationClassAug" / "plain.png") as mask:
         assert mask.mode == "P"
     assert not (tmp_path / "out" / ".parts").exists()
+
+
+def test_links_to_images_of_relative_names_lead_to_them(model, processor, columns, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    columns["image"] = [f"photos/{number}.jpg" for number in range(5)]
+    export(model, processor, Dataset.from_dict(columns, features=tag_features(CLASSES)), tmp_path / "out")
+    assert os.readlink(tmp_path / "out/JPEGImages/plain.jpg") == str(tmp_path / "photos/0.jpg")
 
 
 def test_images_without_a_file_are_written_out(model, processor, columns, tmp_path):
@@ -292,6 +300,14 @@ def test_full_disk(format, write, model, processor, dataset, tmp_path, monkeypat
     assert again <= {"image_labels.json", "classes.txt"}
 
 
+def test_what_a_killed_export_left_is_removed(model, processor, dataset, tmp_path):
+    left = tmp_path / "out" / ".0a1b.unfinished"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    export(model, processor, dataset, tmp_path / "out")
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", None])
 def test_an_unreadable_image_stops_no_other_shard(content, model, processor, dataset, columns, tmp_path):
     broken, good = Path(columns["image"][2]), Path(columns["image"][2]).read_bytes()
@@ -330,6 +346,15 @@ def test_datasets_that_cannot_be_exported(model, processor, dataset, columns, tm
     columns["image_id"][4] = "long"
     with pytest.raises(ValueError, match="classes are not the model's"):
         export(model, processor, Dataset.from_dict(columns, features=tag_features(CLASSES[::-1])), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_classes_than_a_mask_holds_are_refused(processor, columns, tmp_path):
+    classes = [f"class {number}" for number in range(255)]
+    config = CoSAConfig(backbone="test_vit", decoder_channels=8, id2label=dict(enumerate(["background", *classes])))
+    model = CoSAForWeaklySupervisedSegmentation(config).eval()
+    with pytest.raises(ValueError, match="masks of 8 bits hold 254 classes, the model has 255"):
+        export(model, processor, Dataset.from_dict(columns, features=tag_features(classes)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -312,3 +312,13 @@ def test_every_class_teaches_however_many_there_are():
     losses["c2s"].backward()
     assert outputs.logits.grad.argmin().item() == 255
     assert losses["c2s"].item() == pytest.approx(5.7071, abs=1e-4)  # ln 301
+
+
+def test_dense_energy_is_taken_at_its_scale():
+    outputs, labels, valid, pseudo_labels = make_batch()
+    pseudo_labels.cams[:] = 0.45  # between the two thresholds: nothing is labelled
+    images = 255 * torch.rand(B, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    objective = CoSAObjective(dense_energy_weight=1.0, dense_energy_scale=0.25, background_threshold=0.4)
+    energy = objective(outputs, labels, valid, pseudo_labels, images=images)["energy"].item()
+    assert energy == dense_energy_loss(outputs.logits, images, valid, scale=0.25).item()
+    assert energy != dense_energy_loss(outputs.logits, images, valid, scale=0.5).item()

@@ -164,7 +164,8 @@ def fit_mixture(
     one = _log_density(powers[1], 1.0, mean, max(square - mean**2, least))
     if mass @ (two - one) < LEAST_GAIN:
         return None
-    fitted = weights.tolist(), means.tolist(), variances.tolist()
+    order = means.argsort()  # a component much wider than the other may end up on its other side
+    fitted = weights[order].tolist(), means[order].tolist(), variances[order].tolist()
     split = _crossing(*fitted)
     return None if split is None else Mixture(*fitted, split)
 
