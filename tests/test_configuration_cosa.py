@@ -43,6 +43,50 @@ def test_bad_settings_are_named(settings, named):
         CoSAConfig(**settings)
 
 
+@pytest.fixture
+def saved(tmp_path):
+    CoSAConfig(id2label=LABELS, coexistence_classes=["cat", "dog"]).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "coexistence"),
+    [
+        ({"id2label": {0: "background", 1: "dog"}}, ["background", "dog"], ["dog"]),
+        ({"num_labels": 2}, ["LABEL_0", "LABEL_1"], []),
+        ({"num_labels": 3}, list(LABELS.values()), ["cat", "dog"]),
+        (
+            {"id2label": {0: "sky", 1: "sun"}, "label2id": {"sky": 0, "sun": 1}, "coexistence_classes": ["sun"]},
+            ["sky", "sun"],
+            ["sun"],
+        ),
+    ],
+)
+def test_other_labels_than_the_saved_ones(saved, tmp_path, given, names, coexistence):
+    config = CoSAConfig.from_pretrained(saved, **given)
+    assert list(config.id2label.values()) == names
+    assert config.coexistence_classes == coexistence
+    config.save_pretrained(tmp_path / "changed")
+    assert CoSAConfig.from_pretrained(tmp_path / "changed").label2id == config.label2id
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"label2id": {"x": 0}}, "label2id"), ({"num_labels": 2, "coexistence_classes": ["dog"]}, r"\['dog'\]")],
+)
+def test_labels_that_contradict_each_other_are_named(saved, given, named):
+    with pytest.raises(ValueError, match=named):
+        CoSAConfig.from_pretrained(saved, **given)
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    config = CoSAConfig(id2label=LABELS)
+    config.id2label = {0: "background", 1: "cow"}
+    with pytest.raises(ValueError, match="label2id"):
+        config.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
+
+
 def test_saved_and_loaded_again(tmp_path):
     config = CoSAConfig(
         backbone="test_vit",

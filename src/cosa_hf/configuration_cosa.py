@@ -41,6 +41,25 @@ class SegmentationConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_labels()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        As in `PreTrainedConfig.from_dict`, where other labels than the saved ones bring along what follows from them.
+
+        `id2label` alone gives `label2id`, another `num_labels` alone gives LABEL_0, LABEL_1 and so on, and coexistence
+        classes that are labels no more are left out.
+        """
+        depending = ("id2label", "label2id", "coexistence_classes")
+        labels: dict[str, Any] = {name: kwargs.pop(name) for name in depending if name in kwargs}
+        saved, count = config_dict.get("id2label") or {}, kwargs.get("num_labels")
+        if "id2label" not in labels and count not in (None, len(saved)):
+            labels["id2label"] = {index: f"LABEL_{index}" for index in range(count)}
+        if "id2label" in labels:
+            names = set(labels["id2label"].values())
+            kept = [name for name in config_dict.get("coexistence_classes", ()) if name in names]
+            labels = {"label2id": None, "coexistence_classes": kept} | labels
+        return super().from_dict(config_dict | labels, **kwargs)
+
     def _check_labels(self) -> None:
         names = cast("dict[int, str]", self.id2label)
         if len(names) < 2:
@@ -67,7 +86,11 @@ class SegmentationConfig(PreTrainedConfig):
 
         Models save their config through this, so a saved model also loads where this package is not
         installed, with `trust_remote_code=True`. Arguments as in `PreTrainedConfig.save_pretrained`.
+
+        Raises:
+            ValueError: labels that were changed into what could not be loaded again.
         """
+        self._check_labels()
         self.auto_map = {
             "AutoConfig": f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}",
             "AutoModel": self.model_code,
