@@ -102,6 +102,15 @@ def assign(
         guidance: where `PseudoLabels.segmentation` comes from, see `seg2cam_target`.
         masks: class ids, (B, H, W), for the guidance `gt` alone.
         batch_size: images per forward pass, to save memory; all by default.
+
+    Example:
+        >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
+        >>> network = CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", aux_layer=-2, num_labels=4))
+        >>> tags, valid = torch.tensor([[1, 0, 1]]), torch.ones(1, 64, 64, dtype=torch.bool)
+        >>> thresholds = [DynamicThreshold(), DynamicThreshold()]
+        >>> labels = assign(network, torch.rand(1, 3, 64, 64), tags, valid, thresholds, scales=(1.0,))
+        >>> labels.cams.shape, labels.segmentation.shape, 0 < labels.threshold < 1
+        (torch.Size([1, 3, 4, 4]), torch.Size([1, 4, 4, 4]), True)
     """
     was_training = network.training
     network.eval()

@@ -23,6 +23,15 @@ def supervised_loss(
 
     Returns:
         Scalars by name; `loss` is what to differentiate.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> zeros = torch.zeros(1, 2)
+        >>> outputs = SimpleNamespace(logits=torch.zeros(1, 3, 2, 2), cls_logits=zeros, aux_cls_logits=zeros)
+        >>> losses = supervised_loss(outputs, torch.ones(1, 2), torch.full((1, 8, 8), 2))
+        >>> {name: round(value.item(), 4) for name, value in losses.items()}
+        {'cls': 0.6931, 'aux_cls': 0.6931, 'seg': 1.0986, 'loss': 2.4849}
     """
     losses = {
         "cls": classification_loss(outputs.cls_logits, labels),

@@ -1,4 +1,7 @@
-"""Gradient accumulation that equals the larger batch: means that run over all parts of an optimiser step."""
+"""Gradient accumulation that equals the larger batch: means that run over all parts of an optimiser step.
+
+Only what tokens of the same batch say of each other (`separation_scope batch`) ends with the part.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -88,5 +91,5 @@ def blank_outputs(labels: Tensor, pseudo_labels: PseudoLabels | None) -> SimpleN
 
 
 def counting(objective: CoSAObjective) -> CoSAObjective:
-    """The objective as far as it counts anything, for a rehearsal: without what only takes time."""
+    """The objective for a rehearsal: without the parts that count nothing."""
     return replace(objective, detach="none", dense_energy_weight=0.0)
