@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from cosa_hf.data.coco import read_instances, render_mask
+from cosa_hf.data.tags import name_some
 from cosa_hf.evaluation.palette import to_palette_image
 from cosa_hf.files import remove_unfinished, whole_file
 
@@ -23,6 +24,13 @@ def main(args: argparse.Namespace) -> None:
         instances = read_instances(args.data_dir, args.split)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
+    sizeless = [
+        image["file_name"]
+        for image in instances.images
+        if not all(isinstance(image.get(side), int) for side in ("height", "width"))
+    ]
+    if sizeless:
+        raise SystemExit(f"error: the annotations give no height and width for {name_some(sizeless, 'image')}")
     directory = args.data_dir / "masks" / args.split
     directory.mkdir(parents=True, exist_ok=True)
     remove_unfinished(directory)
@@ -48,8 +56,8 @@ def main(args: argparse.Namespace) -> None:
 def write_mask(target: Path, size: tuple[int, int], objects: list) -> None:
     try:
         mask = render_mask(*size, objects)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"an annotation of {target.stem} cannot be drawn: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"no mask for {target.stem}: {error}") from error
     with whole_file(target) as unfinished:
         to_palette_image(mask).save(unfinished, "PNG")
 

@@ -1,11 +1,13 @@
 import hashlib
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import run_script
 from pictures import image_of
 from PIL import Image
 
@@ -107,7 +109,21 @@ def test_what_is_missing_is_named(coco_dir, tmp_path):
     ("damage", "message"),
     [
         (lambda content: content.pop("annotations"), "KeyError: 'annotations'"),
-        (lambda content: content["categories"].append({"id": 4, "name": "unicorn"}), "is no instances file"),
+        (lambda content: content["categories"].append({"id": 4, "name": "unicorn"}), "has no category unicorn: for"),
+        (lambda content: content["images"][0].pop("id"), r"1 image \(COCO_val2014_1.jpg\) without id"),
+        (
+            lambda content: content["images"][1].update(id=1),
+            r"gives 1 id \(1 of COCO_val2014_1.jpg and COCO_val2014_2.jpg\) to more than one image",
+        ),
+        (
+            lambda content: content["images"][1].update(file_name="COCO_val2014_1.png"),
+            r"1 name \(COCO_val2014_1 of COCO_val2014_1.jpg and COCO_val2014_1.png\) to more than one image",
+        ),
+        (
+            lambda content: content["annotations"][2].update(image_id="2"),
+            r"1 annotation \(2 with image_id '2' and category_id 1\) of an image or category that it does not list",
+        ),
+        (lambda content: content["annotations"][0].update(category_id=99), "0 with image_id 1 and category_id 99"),
         (lambda content: content["images"].append(content["images"][0]), r"1 image \(COCO_val2014_1.jpg\) more than"),
         (lambda content: content["images"].clear(), "lists no images"),
     ],
@@ -119,6 +135,55 @@ def test_annotations_that_cannot_be_read(coco_dir, damage, message):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load_coco(coco_dir, "val2014")
+
+
+def test_annotations_with_the_signature_of_utf_8(coco_dir):
+    path = coco_dir / "annotations/instances_val2014.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert len(load_coco(coco_dir, "val2014")) == 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"segmentation": []}, "annotation 7 cannot be drawn: ValueError: its segmentation is empty"),
+        ({"segmentation": [[]]}, "annotation 7 cannot be drawn: ValueError: its segmentation is empty"),
+        ({"segmentation": [[1, 1]]}, "annotation 7 cannot be drawn: Exception: input type is not supported"),
+        (
+            {"segmentation": {"size": [4, 5], "counts": [0, 20]}},
+            r"annotation 7 cannot be drawn: ValueError: its RLE has the size \[4, 5\], the image \[4, 4\]",
+        ),
+        ({"segmentation": None}, "annotation 7 cannot be drawn: TypeError"),
+        ({"area": None}, r"1 annotation \(7\) without a number as area"),
+    ],
+)
+def test_annotations_that_cannot_be_drawn_are_named(damage, message):
+    with pytest.raises(ValueError, match=message):
+        render_mask(4, 4, [(0, {"id": 7} | box(0, 0, 2, 2) | damage)])
+
+
+def test_the_converter_names_the_image_too(tmp_path):
+    write_mask = runpy.run_path(str(CONVERT))["write_mask"]
+    with pytest.raises(ValueError, match=r"^no mask for photo: annotation 7 cannot be drawn: .* is empty"):
+        write_mask(tmp_path / "photo.png", (4, 4), [(0, {"id": 7, "area": 1, "segmentation": []})])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"height": None}, r"^error: the annotations give no height and width for 1 image \(COCO_val2014_2.jpg\)$"),
+        ({"file_name": "COCO_val2014_1.png"}, r"^error: .* to more than one image: each needs its own$"),
+    ],
+)
+def test_the_converter_names_images_that_it_cannot_write(coco_dir, monkeypatch, damage, message):
+    path = coco_dir / "annotations/instances_val2014.json"
+    content = json.loads(path.read_text())
+    content["images"][1] |= damage
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=message):
+        run_script(monkeypatch, "scripts/convert_coco.py", "--data_dir", coco_dir, "--split", "val2014")
+    assert not (coco_dir / "masks").exists()
 
 
 def test_without_pycocotools_the_extra_is_named(monkeypatch):

@@ -186,6 +186,58 @@ def test_unicode_names_in_either_form(tmp_path, form):
     assert read_image(undecoded(dataset)[0]).size == (4, 4)
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_directories_in_either_form(tmp_path, form):
+    for name in ("tagged/Gänse/Fluß ä.png", "table/Gänse/Fluß ä.png"):
+        path = tmp_path / unicodedata.normalize(form, name)
+        path.parent.mkdir(parents=True)
+        image_of(4, 4).save(path)
+    assert rows_of(load_folder(tmp_path / "tagged")) == {"Gänse_Fluß ä": ["Gänse"]}
+    jsonl(tmp_path / "table", [{"file_name": "Gänse/Fluß ä.png", "labels": ["x"]}])
+    dataset = load_folder(tmp_path / "table")
+    assert rows_of(dataset) == {"Gänse_Fluß ä": ["x"]}
+    assert read_image(undecoded(dataset)[0]).size == (4, 4)
+    assert unnamed_pictures(tmp_path / "table") == []
+
+
+def test_a_folder_whose_own_name_is_decomposed(tmp_path):
+    root = tmp_path / unicodedata.normalize("NFD", "Gänse")
+    root.mkdir()
+    image_of(4, 4).save(root / "a.png")
+    jsonl(root, [{"file_name": "a.png", "labels": ["x"]}])
+    assert rows_of(load_folder(root)) == {"a": ["x"]}
+    assert unnamed_pictures(root) == []
+
+
+def test_a_tag_in_both_forms_is_one_class(photos):
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    jsonl(photos, [{"file_name": "a.jpg", "labels": [composed]}, {"file_name": "b.png", "labels": decomposed}])
+    assert rows_of(load_folder(photos)) == {"a": [composed], "b": [composed]}
+    assert load_folder(photos, classes=["x", decomposed])["labels"][:] == [[1], [1]]
+
+
+def test_two_directories_of_one_name_in_both_forms(tmp_path):
+    for form in ("NFC", "NFD"):
+        directory = tmp_path / unicodedata.normalize(form, "café")
+        if directory.exists():
+            pytest.skip("this file system takes both forms for one")
+        directory.mkdir()
+        image_of(4, 4).save(directory / f"{form}.png")
+    with pytest.raises(ValueError, match=r"two entries 'café' whose names differ in Unicode form alone"):
+        load_folder(tmp_path)
+
+
+def test_a_blank_split_is_none(photos):
+    (photos / "metadata.csv").write_text("file_name,labels,split\na.jpg,cat, \nb.png,cow, val \n")
+    assert rows_of(load_folder(photos)) == {"a": ["cat"]}
+    assert rows_of(load_folder(photos, "val")) == {"b": ["cow"]}
+
+
+def test_empty_cells_beyond_the_header_say_nothing(photos):
+    (photos / "metadata.csv").write_text(',file_name,labels,\n0,a.jpg,"cat, dog",,\n1,b.png,cow\n')
+    assert rows_of(load_folder(photos)) == {"a": ["cat", "dog"], "b": ["cow"]}
+
+
 def test_files_that_are_no_pictures(photos, tmp_path):
     (photos / "notes.txt").write_text("buy film")
     jsonl(photos, [{"file_name": "notes.txt", "labels": ["cat"]}])
@@ -215,6 +267,21 @@ def test_a_file_without_content(photos):
         ("metadata.jsonl", '{"file_name": "../a.jpg", "labels": []}', "must be a path inside"),
         ("metadata.jsonl", '{"file_name": "/a.jpg", "labels": []}', "must be a path inside"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "labels": []}', "no image has a tag"),
+        ("metadata.jsonl", '{"file_name": 1, "labels": []}', "line 1: file_name must be text, got 1"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "labels": [], "split": 1}', "line 1: split must be text, got 1"),
+        (
+            "metadata.jsonl",
+            '\n{"file_name": "a.jpg", "labels": [], "mask_file_name": ["m.png"]}',
+            r"line 2: mask_file_name must be text, got \['m.png'\]",
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.jpg", "labels": ["cat"], "labels": ["dog"]}',
+            "line 1 cannot be read: the key 'labels' occurs twice",
+        ),
+        ("tags.json", '{"a.jpg": ["cat"], "a.jpg": ["dog"]}', "tags.json cannot be read: the key 'a.jpg' occurs twice"),
+        ("metadata.csv", "file_name,labels\na.jpg,cat,dog\n", "line 2 has more cells than the header: dog; put tags"),
+        ("metadata.csv", "file_name,labels,\na.jpg,cat,dog\n", "line 2 has more cells than the header: dog; put tags"),
         ("metadata.csv", "file_name;labels\na.jpg;cat\n", "line 2: no file_name and no labels; found file_name;labels"),
         ("tags.json", "[]", "must be an object"),
         ("tags.json", "{", "tags.json cannot be read"),
@@ -224,6 +291,25 @@ def test_a_table_that_cannot_be_read_says_where(photos, table, content, message)
     (photos / table).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_folder(photos)
+
+
+@pytest.mark.parametrize(
+    ("table", "content"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.jpg", "labels": []}\n{"file_name": "b.png", "labels": ["Gänse"]}\n'),
+        ("metadata.csv", "file_name,labels\na.jpg,Gänse\n"),
+        ("tags.json", '{\n"a.jpg": ["Gänse"]}'),
+    ],
+)
+def test_a_table_in_another_encoding_says_so(photos, table, content):
+    (photos / table).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{table}, line 2 cannot be read: save the file as UTF-8"):
+        load_folder(photos)
+    (photos / table).write_bytes(content.encode("utf-16"))
+    with pytest.raises(ValueError, match=rf"{table}, line 1 cannot be read: save the file as UTF-8"):
+        load_folder(photos)
+    (photos / table).write_bytes(content.encode("utf-8-sig"))
+    assert class_names(load_folder(photos)) == ["Gänse"]
 
 
 def test_pictures_that_no_table_names_are_found(photos):

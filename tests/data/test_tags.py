@@ -2,7 +2,7 @@ import pytest
 import torch
 from datasets import Dataset, Value
 
-from cosa_hf.data.tags import class_names, multi_hot, tag_features, without_untagged
+from cosa_hf.data.tags import class_names, multi_hot, parse_json, parse_tags, tag_features, tag_ids, without_untagged
 
 
 def _dataset(labels: list[list[int]]) -> Dataset:
@@ -17,6 +17,18 @@ def _dataset(labels: list[list[int]]) -> Dataset:
 def test_multi_hot():
     assert torch.equal(multi_hot([], 3), torch.tensor([0.0, 0.0, 0.0]))
     assert torch.equal(multi_hot([0, 2], 3), torch.tensor([1.0, 0.0, 1.0]))
+
+
+def test_tags_are_compared_in_one_unicode_form():
+    assert parse_tags("cafe\u0301, cafe\u0301s") == ["caf\u00e9", "caf\u00e9s"]
+    for classes in (["caf\u00e9"], ["cafe\u0301"]):
+        assert tag_ids([["cafe\u0301"], ["caf\u00e9"]], classes, ["a", "b"]) == [[0], [0]]
+
+
+def test_no_key_twice_at_any_depth():
+    assert parse_json('[{"a": 1}, {"a": {"a": 2}}]', "x") == [{"a": 1}, {"a": {"a": 2}}]
+    with pytest.raises(ValueError, match=r"^x cannot be read: the key 'b' occurs twice: keep one"):
+        parse_json('{"a": [{"b": 1, "b": 1}]}', "x")
 
 
 def test_images_without_a_tag_are_left_out_and_named():

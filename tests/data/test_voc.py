@@ -182,10 +182,35 @@ def test_tag_that_no_class_has(voc_dir):
         load_voc(voc_dir, "train")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"2007_01": "cat", "2007_02": [], "2007_03": []}'])
-def test_malformed_tags(voc_dir, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "holds a list"),
+        ('{"2007_01": "cat", "2007_02": [], "2007_03": []}', r"expected a list of class names for 1 image \(2007_01\)"),
+        ('{"2007_01": [8], "2007_02": [], "2007_03": []}', r"expected a list of class names for 1 image \(2007_01\)"),
+        ('{"2007_01": [], "2007_01": ["cat"]}', "cannot be read: the key '2007_01' occurs twice"),
+    ],
+)
+def test_malformed_tags(voc_dir, content, message):
     (voc_dir / "image_labels.json").write_text(content)
-    with pytest.raises(ValueError, match=r"image_labels\.json"):
+    with pytest.raises(ValueError, match=rf"image_labels\.json:? {message}"):
+        load_voc(voc_dir, "train")
+
+
+def test_files_with_the_signature_of_utf_8(voc_dir):
+    (voc_dir / "classes.txt").write_text("dog\ncat\ntrain\naeroplane\n")
+    before = load_voc(voc_dir, "train")
+    for name in (LIST, "image_labels.json", "classes.txt"):
+        (voc_dir / name).write_text((voc_dir / name).read_text(), encoding="utf-8-sig")
+    after = load_voc(voc_dir, "train")
+    assert (after["labels"][:], class_names(after)) == (before["labels"][:], class_names(before))
+
+
+@pytest.mark.parametrize("name", [LIST, "image_labels.json", "classes.txt"])
+def test_files_in_another_encoding_are_named(voc_dir, name):
+    (voc_dir / name).write_bytes("Gänse".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name}, line 1 cannot be read: save the file as UTF-8"):
         load_voc(voc_dir, "train")
 
 

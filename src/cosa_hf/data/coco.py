@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from cosa_hf.data.tags import name_some, tag_features
+from cosa_hf.data.tags import list_some, name_some, tag_features
 
 COCO_CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -43,7 +43,8 @@ def load_coco(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
 
     Raises:
         FileNotFoundError: the directory, the JSON, an image or a mask is missing.
-        ValueError: the JSON cannot be read, lists an image twice, or has classes other than COCO's.
+        ValueError: the JSON cannot be read, lists an image twice, has images that share an id or a name without
+            ending, annotations of no image in it, or classes other than COCO's.
 
     Example:
         >>> dataset = load_coco("coco", "train2014")  # doctest: +SKIP
@@ -92,20 +93,49 @@ def read_instances(root: Path, split: str) -> Instances:
             f"no {path}; splits found: {', '.join(available) or 'none'} (expected COCO's annotations/, train2014/ and "
             "val2014/, unzipped side by side)"
         )
+    by_id: dict[Any, list[str]] = defaultdict(list)
+    by_name: dict[str, list[str]] = defaultdict(list)
+    objects: dict[int, list] = defaultdict(list)
+    strays = []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        label_of = {category["id"]: COCO_CLASSES.index(category["name"]) for category in content["categories"]}
-        objects: dict[int, list] = defaultdict(list)
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        images, categories = content["images"], content["categories"]
+        labels = {name: label for label, name in enumerate(COCO_CLASSES)}
+        label_of = {category["id"]: labels.get(category["name"]) for category in categories}
+        foreign = [str(category["name"]) for category in categories if category["name"] not in labels]
+        for image in images:
+            by_id[image.get("id")].append(image["file_name"])
+            by_name[Path(image["file_name"]).stem].append(image["file_name"])
         for annotation in content["annotations"]:
-            objects[annotation["image_id"]].append((label_of[annotation["category_id"]], annotation))
-        images = content["images"]
-        twice = [file for file, count in Counter(image["file_name"] for image in images).items() if count > 1]
-    except (KeyError, TypeError, ValueError) as error:
+            image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+            if image_id in by_id and category_id in label_of:
+                objects[image_id].append((label_of[category_id], annotation))
+            else:
+                strays.append(f"{annotation.get('id')} with image_id {image_id!r} and category_id {category_id!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no instances file of COCO: {type(error).__name__}: {error}") from error
-    if twice:
-        raise ValueError(f"{path} lists {name_some(twice, 'image')} more than once")
     if not images:
         raise ValueError(f"{path} lists no images")
+    if foreign:
+        raise ValueError(
+            f"{path} is no instances file of COCO, which has no category {list_some(foreign)}: for classes of your own "
+            "use --dataset folder"
+        )
+    if None in by_id:
+        raise ValueError(f"{path} has {name_some(by_id[None], 'image')} without id")
+    twice = [file for file, count in Counter(image["file_name"] for image in images).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} lists {name_some(twice, 'image')} more than once")
+    # Annotations find their image by its id; masks and results bear its name without the ending.
+    for what, holders in (("id", by_id), ("name", by_name)):
+        shared = [f"{key} of {' and '.join(files)}" for key, files in holders.items() if len(files) > 1]
+        if shared:
+            raise ValueError(f"{path} gives {name_some(shared, what)} to more than one image: each needs its own")
+    if strays:
+        raise ValueError(
+            f"{path} has {name_some(strays, 'annotation')} of an image or category that it does not list: ids must be "
+            "equal in type too"
+        )
     return Instances(images, objects)
 
 
@@ -122,6 +152,8 @@ def render_mask(height: int, width: int, objects: list[tuple[int, dict[str, Any]
 
     Raises:
         ImportError: pycocotools, which turns polygons into pixels, is not installed.
+        ValueError: an annotation without area, or with a segmentation that is empty, broken or of another size than
+            the image; names it.
 
     Example:
         >>> square = {"area": 4.0, "segmentation": [[1, 1, 3, 1, 3, 3, 1, 3]]}
@@ -134,13 +166,24 @@ def render_mask(height: int, width: int, objects: list[tuple[int, dict[str, Any]
         raise ImportError("masks of COCO need pycocotools: pip install 'cosa-hf[coco]'") from error
 
     ids = np.zeros((height, width), dtype=np.uint8)
+    unsorted = [str(one.get("id")) for _, one in objects if not isinstance(one.get("area"), int | float)]
+    if unsorted:
+        raise ValueError(f"{name_some(unsorted, 'annotation')} without a number as area, which says what is on top")
     for label, annotation in sorted(objects, key=lambda one: one[1]["area"])[::-1]:
-        region = annotation["segmentation"]
-        if isinstance(region, list) or isinstance(region["counts"], list):
-            region = rle.frPyObjects(region, height, width)
-        if isinstance(region, list):
-            region = rle.merge(region)
-        ids[rle.decode(region) == 1] = label + 1
+        try:
+            region = annotation["segmentation"]
+            if not any(region):
+                raise ValueError("its segmentation is empty; remove the annotation or draw its outline")
+            if isinstance(region, list) or isinstance(region["counts"], list):
+                region = rle.frPyObjects(region, height, width)
+            if isinstance(region, list):
+                region = rle.merge(region)
+            if list(region["size"]) != [height, width]:
+                raise ValueError(f"its RLE has the size {region['size']}, the image {[height, width]}")
+            ids[rle.decode(region) == 1] = label + 1
+        except Exception as error:  # pycocotools raises no narrower one
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"annotation {annotation.get('id')} cannot be drawn: {reason}") from error
     return ids
 
 

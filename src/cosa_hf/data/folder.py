@@ -6,9 +6,8 @@ text, and what it raises for a missing file does not name the line. A folder tha
 """
 
 import csv
-import json
+import io
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,16 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from cosa_hf.data.tags import collect_classes, name_some, parse_tags, tag_features, tag_ids
+from cosa_hf.data.tags import (
+    collect_classes,
+    composed,
+    name_some,
+    parse_json,
+    parse_tags,
+    read_text,
+    tag_features,
+    tag_ids,
+)
 
 FOLDER_SPLITS = ("train", "val", "validation", "test")
 """Directory names that mean a split."""
@@ -32,7 +40,7 @@ class _Picture:
     """One line of what a folder says about itself."""
 
     directory: Path  # what `file` and `mask` are relative to
-    file: str
+    file: str  # composed, as is `mask`
     tags: list[str]
     mask: str | None
     split: str
@@ -52,8 +60,8 @@ def load_folder(
 
     A picture's split is what its `split` column says, otherwise the directory of `FOLDER_SPLITS` that it lies in,
     otherwise "train". Classes are the tags of all splits, sorted, so that every split has the same. Case counts in
-    tags, spaces around them do not. Pictures are opened when a row is read, not here; masks not before they are
-    asked for.
+    tags; spaces around them and the Unicode form of their accents do not. Pictures are opened when a row is read, not
+    here; masks not before they are asked for.
 
     Args:
         data_dir: the folder.
@@ -68,7 +76,8 @@ def load_folder(
     Raises:
         FileNotFoundError: the folder, its tags, a picture or a mask is missing; names it.
         ValueError: a table that cannot be read, an unknown split or tag, tags that differ in case alone, a picture
-            named twice, two pictures with the same id, an empty file or one that is no picture by its name.
+            named twice, two pictures with the same id, two names that differ in Unicode form alone, an empty file
+            or one that is no picture by its name.
 
     Example:
         >>> Image.new("RGB", (4, 3)).save("a.png")
@@ -121,12 +130,17 @@ def unnamed_pictures(data_dir: str | Path) -> list[str]:
         ['b.png']
     """
     root = Path(data_dir).absolute()
-    named = {picture.directory / file for picture in _read(root) for file in (picture.file, picture.mask) if file}
+    named = {
+        composed(str(picture.directory / file))
+        for picture in _read(root)
+        for file in (picture.file, picture.mask)
+        if file
+    }
     endings = Image.registered_extensions()
     return sorted(
         str(path.relative_to(root))
         for path in root.rglob("*")
-        if path.suffix.lower() in endings and Path(unicodedata.normalize("NFC", str(path))) not in named
+        if path.suffix.lower() in endings and composed(str(path)) not in named
     )
 
 
@@ -138,25 +152,25 @@ def _read(root: Path, split: str | None = None) -> Iterator[_Picture]:
     if tables:
         yield from _read_table(tables[0], split)
         return
-    directories = [entry for entry in _visible(root).values() if entry.is_dir()]
-    if directories and split is None and all(entry.name in FOLDER_SPLITS for entry in directories):
-        for entry in directories:
-            yield from _read(Path(entry.path), entry.name)
+    directories = {name: entry for name, entry in _visible(root).items() if entry.is_dir()}
+    if directories and split is None and all(name in FOLDER_SPLITS for name in directories):
+        for name, entry in directories.items():
+            yield from _read(Path(entry.path), name)
         return
     if not directories:
         raise FileNotFoundError(f"{root} has no tags: neither {', '.join(_TABLES)} nor a sub-folder per tag")
-    for entry in directories:
-        files = _visible(Path(entry.path)).values()
+    for tag, entry in directories.items():
+        files = _visible(Path(entry.path))
         if not files:
             raise ValueError(f"{entry.path} is the sub-folder of a tag, but empty: remove it or fill it")
-        for file in files:
+        for name, file in files.items():
             if file.is_dir():
                 raise ValueError(
-                    f"{file.path} is a directory inside the sub-folder of the tag {entry.name!r}, where only pictures "
+                    f"{file.path} is a directory inside the sub-folder of the tag {tag!r}, where only pictures "
                     f"belong (directories are splits if all are called {', '.join(FOLDER_SPLITS)})"
                 )
-            relative = f"{entry.name}/{file.name}"
-            yield _Picture(root, relative, [entry.name.strip()], None, split or "train", relative)
+            relative = f"{tag}/{name}"
+            yield _Picture(root, relative, [tag.strip()], None, split or "train", relative)
 
 
 def _read_table(table: Path, split: str | None) -> Iterator[_Picture]:
@@ -165,7 +179,7 @@ def _read_table(table: Path, split: str | None) -> Iterator[_Picture]:
         missing = [column for column in ("file_name", "labels") if column not in row]
         if missing:
             raise ValueError(f"{where}: no {' and no '.join(missing)}; found {', '.join(map(str, row))}")
-        file = unicodedata.normalize("NFC", str(row["file_name"] or "").strip())
+        file = _text(row, "file_name", where)
         path = PurePosixPath(file)
         if not file or path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{where}: file_name {file!r} must be a path inside {table.parent}")
@@ -178,8 +192,8 @@ def _read_table(table: Path, split: str | None) -> Iterator[_Picture]:
             directory=table.parent,
             file=file,
             tags=tags,
-            mask=unicodedata.normalize("NFC", row.get("mask_file_name") or "").strip() or None,
-            split=(row.get("split") or split or inside or "train").strip(),
+            mask=_text(row, "mask_file_name", where) or None,
+            split=_text(row, "split", where) or split or inside or "train",
             where=where,
         )
         if file in seen:
@@ -194,50 +208,75 @@ def _read_table(table: Path, split: str | None) -> Iterator[_Picture]:
         raise ValueError(f"{table} names no pictures")
 
 
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    """What a cell says, without spaces around it; "" if nothing."""
+    value = "" if row.get(column) is None else row[column]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {column} must be text, got {value!r}")
+    return composed(value.strip())
+
+
 def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a table, each with the place it stands at."""
-    with table.open(encoding="utf-8-sig", newline="") as file:  # Excel marks UTF-8 with a signature
-        try:
-            if table.suffix == ".csv":
-                for row in (reader := csv.DictReader(file)):
-                    yield f"{table}, line {reader.line_num}", {key: value for key, value in row.items() if key}
-            elif table.suffix == ".jsonl":
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise ValueError(f"{table}, line {number}: expected an object, got {line.strip()}")
-                        yield f"{table}, line {number}", row
-            else:
-                tags = json.load(file)
-                if not isinstance(tags, dict):
-                    raise ValueError(f"{table} must be an object, file name -> list of tags")
-                for name, value in tags.items():
-                    yield str(table), {"file_name": name, "labels": value}
-        except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
-            place = f", line {number}" if table.suffix == ".jsonl" else ""
-            raise ValueError(f"{table}{place} cannot be read: {error}") from error
+    text = read_text(table)
+    if table.suffix == ".csv":
+        yield from _csv_rows(table, text)
+    elif table.suffix == ".jsonl":
+        for number, line in enumerate(io.StringIO(text, newline=""), start=1):
+            where = f"{table}, line {number}"
+            if line.strip():
+                row = parse_json(line, where)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where}: expected an object, got {line.strip()}")
+                yield where, row
+    else:
+        tags = parse_json(text, table)
+        if not isinstance(tags, dict):
+            raise ValueError(f"{table} must be an object, file name -> list of tags")
+        for name, value in tags.items():
+            yield str(table), {"file_name": name, "labels": value}
+
+
+def _csv_rows(table: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        header = list(reader.fieldnames or [])
+        while header and not header[-1].strip():  # a spreadsheet makes the header as wide as the widest row
+            header.pop()
+        reader.fieldnames = header
+        for row in reader:
+            where = f"{table}, line {reader.line_num}"
+            extra = [cell for cell in row.pop(None, []) if cell.strip()]
+            if extra:
+                raise ValueError(
+                    f"{where} has more cells than the header: {', '.join(extra)}; put tags with commas between them "
+                    "in quotes, or semicolons between them"
+                )
+            yield where, {key: value for key, value in row.items() if key}
+    except csv.Error as error:
+        raise ValueError(f"{table}, line {reader.line_num} cannot be read: {error}") from error
 
 
 def _visible(directory: Path) -> dict[str, os.DirEntry]:
-    """What a directory holds, by name, sorted: without hidden files and file managers' litter.
-
-    Names are compared in Unicode's composed form: macOS writes decomposed ones.
-    """
-    entries = {unicodedata.normalize("NFC", entry.name): entry for entry in os.scandir(directory)}
+    """What a directory holds, by `composed` name, sorted: without hidden files and file managers' litter."""
+    entries: dict[str, os.DirEntry] = {}
+    for entry in os.scandir(directory):
+        if entries.setdefault(composed(entry.name), entry) is not entry:
+            raise ValueError(
+                f"{directory} has two entries {composed(entry.name)!r} whose names differ in Unicode form alone: "
+                "rename or merge them"
+            )
     return {name: entries[name] for name in sorted(entries) if not name.startswith(".") and name.lower() not in _LITTER}
 
 
 def _paths(pictures: list[_Picture], files: list[str]) -> list[str]:
     """Where the files are, known to exist, to have content and to be pictures by their names."""
-    listings: dict[Path, dict[str, os.DirEntry]] = {}  # one listing instead of a stat per file, for network drives
+    listings: dict[Path, dict[str, os.DirEntry]] = {}
     paths, missing, empty, foreign = [], [], [], []
     endings = Image.registered_extensions()
     for picture, file in zip(pictures, files, strict=True):
         path = picture.directory / file
-        if path.parent not in listings:
-            listings[path.parent] = _visible(path.parent) if path.parent.is_dir() else {}
-        entry = listings[path.parent].get(path.name)
+        entry = _listing(path.parent, listings).get(path.name)
         if entry is None:
             missing.append(f"{file} of {picture.where}")
         elif path.suffix.lower() not in endings:
@@ -254,6 +293,17 @@ def _paths(pictures: list[_Picture], files: list[str]) -> list[str]:
     if empty:
         raise ValueError(f"{root} has {name_some(empty, 'file')} without content: replace or remove them")
     return paths
+
+
+def _listing(directory: Path, known: dict[Path, dict[str, os.DirEntry]]) -> dict[str, os.DirEntry]:
+    """What a directory holds, if it is there: one listing instead of a stat per file, for network drives."""
+    if directory not in known:
+        if directory.is_dir():
+            known[directory] = _visible(directory)
+        else:  # its own name, or that of one above, may be decomposed on the disk
+            entry = _listing(directory.parent, known).get(directory.name)
+            known[directory] = _visible(Path(entry.path)) if entry and entry.is_dir() else {}
+    return known[directory]
 
 
 def _image_id(file: str) -> str:

@@ -1,9 +1,12 @@
-"""What a tagged dataset looks like: its columns, its class names, its tags as vectors."""
+"""What a tagged dataset looks like: its columns, its class names, its tags as files say them and as vectors."""
 
 import difflib
+import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +34,59 @@ def tag_features(class_names: list[str], masks: bool = False) -> Features:
     return Features(features)
 
 
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without the signature that Excel and Notepad put before it.
+
+    Raises:
+        ValueError: it is in another encoding; names the file and the line.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line} cannot be read: save the file as UTF-8 ({error})") from error
+
+
+def parse_json(text: str, where: str | Path) -> Any:
+    """JSON in which no object has a key twice: `json` alone would keep the last value and drop the others silently.
+
+    Raises:
+        ValueError: a key that occurs twice, or no JSON; begins with `where`.
+
+    Example:
+        >>> parse_json('{"a.jpg": ["cat"], "a.jpg": ["dog"]}', "tags.json")
+        Traceback (most recent call last):
+        ValueError: tags.json cannot be read: the key 'a.jpg' occurs twice: keep one
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in content:
+                raise ValueError(f"the key {key!r} occurs twice: keep one")
+            content[key] = value
+        return content
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form, in which names are compared: macOS writes decomposed ones.
+
+    Example:
+        >>> composed("cafe\\N{COMBINING ACUTE ACCENT}") == "caf\\N{LATIN SMALL LETTER E WITH ACUTE}"
+        True
+    """
+    return unicodedata.normalize("NFC", name)
+
+
 def parse_tags(value: Any) -> list[str]:
     """Tags as people write them: a list of names, or one string with commas, semicolons or bars between them.
 
-    Spaces around a name are dropped; nothing else is changed. None and "" are no tags.
+    Spaces around a name are dropped and it is `composed`; nothing else is changed. None and "" are no tags.
 
     Raises:
         ValueError: neither text nor a list of texts.
@@ -48,7 +100,7 @@ def parse_tags(value: Any) -> list[str]:
     names = re.split("[,;|]", value) if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"tags must be text or a list of texts, got {value!r}")
-    return [name.strip() for name in names if name.strip()]
+    return [composed(name.strip()) for name in names if name.strip()]
 
 
 def tag_ids(tags: Sequence[Sequence[str]], classes: Sequence[str], image_ids: Sequence[str]) -> list[list[int]]:
@@ -63,7 +115,8 @@ def tag_ids(tags: Sequence[Sequence[str]], classes: Sequence[str], image_ids: Se
         >>> tag_ids([["dog", "cat", "dog"], []], ["cat", "dog"], ["photo", "sky"])
         [[0, 1], []]
     """
-    ids = {name: index for index, name in enumerate(classes)}
+    ids = {composed(name): index for index, name in enumerate(classes)}
+    tags = [[composed(tag) for tag in image_tags] for image_tags in tags]
     unknown: dict[str, list[str]] = {}
     for image_tags, image_id in zip(tags, image_ids, strict=True):
         for tag in image_tags:

@@ -1,13 +1,12 @@
 """PASCAL VOC 2012 in its official layout."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
 from datasets import Dataset
 
-from cosa_hf.data.tags import name_some, tag_features, tag_ids
+from cosa_hf.data.tags import name_some, parse_json, read_text, tag_features, tag_ids
 
 VOC_CLASSES = (
     "aeroplane",
@@ -114,7 +113,7 @@ def _read_list(root: Path, split: str) -> list[str]:
         available = sorted(file.stem for file in directory.glob("*.txt"))
         hint = f" (or put SBD's benchmark_RELEASE into {root})" if split == "train_aug" else ""
         raise FileNotFoundError(f"no list {path}; available splits: {', '.join(available) or 'none'}{hint}")
-    image_ids = path.read_text().split()
+    image_ids = read_text(path).split()
     if not image_ids:
         raise ValueError(f"{path} is empty: split {split!r} has no images")
     twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
@@ -126,7 +125,7 @@ def _read_list(root: Path, split: str) -> list[str]:
 def _train_aug(directory: Path, sbd: Path) -> list[str]:
     """The usual training list: everything that VOC and SBD have masks for, without VOC's val."""
     lists = {
-        path: set(path.read_text().split()) if path.is_file() else None
+        path: set(read_text(path).split()) if path.is_file() else None
         for path in (directory / "train.txt", sbd / "train.txt", sbd / "val.txt", directory / "val.txt")
     }
     missing = [str(path) for path, image_ids in lists.items() if image_ids is None]
@@ -138,7 +137,7 @@ def _train_aug(directory: Path, sbd: Path) -> list[str]:
 
 def _read_classes(root: Path) -> list[str]:
     path = root / "classes.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else list(VOC_CLASSES)
+    return read_text(path).splitlines() if path.is_file() else list(VOC_CLASSES)
 
 
 def _paths(directory: Path, image_ids: list[str], suffix: str, split: str) -> list[str]:
@@ -159,16 +158,17 @@ def _read_tags(root: Path, image_ids: list[str], classes: list[str]) -> list[lis
 
 
 def _tags_from_json(path: Path, image_ids: list[str]) -> list[list[str]]:
-    try:
-        tags = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    tags = parse_json(read_text(path), path)
     if not isinstance(tags, dict):
         raise ValueError(f"{path} holds a {type(tags).__name__}: expected an object, image id -> list of class names")
     missing = [image_id for image_id in image_ids if image_id not in tags]
     if missing:
         raise ValueError(f"{path} has no entry for {name_some(missing, 'image')}; an image without classes needs []")
-    malformed = [image_id for image_id in image_ids if not isinstance(tags[image_id], list)]
+    malformed = [
+        image_id
+        for image_id in image_ids
+        if not isinstance(tags[image_id], list) or not all(isinstance(name, str) for name in tags[image_id])
+    ]
     if malformed:
         raise ValueError(f"{path}: expected a list of class names for {name_some(malformed, 'image')}")
     return [tags[image_id] for image_id in image_ids]
