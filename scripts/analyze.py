@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from arguments import add_inference, dataset_of, dataset_parser, inference_of, named_directories, positive
+from arguments import add_inference, check_output, dataset_of, dataset_parser, inference_of, named_directories, positive
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig
@@ -50,32 +50,37 @@ class Subject:
 
 
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
+    table = args.output_dir / f"figure-{args.figure}.csv"
+    picture = table.with_suffix(".png")
     try:
+        check_output(table)
+        check_output(picture)
         runs = named_directories(args.models)
         subjects = [subject for name, path in runs.items() for subject in networks_of(name, path, args.figure)]
         dataset = dataset_of(args, options, AutoConfig.from_pretrained(subjects[0].directory), masks=True)
         if args.num_images is not None:
             dataset = dataset.select(range(min(args.num_images, len(dataset))))
         rows = [row for subject in subjects for row in analyze(subject, args, dataset)]
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        print(format_table(rows))
+        print(table)
+        print(plot_analysis(args.figure, rows, picture))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path = args.output_dir / f"figure-{args.figure}.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(format_table(rows))
-    print(path)
-    print(plot_analysis(args.figure, rows, path.with_suffix(".png")))
 
 
 def networks_of(name: str, path: Path, figure: str) -> Iterator[Subject]:
     """A model itself; of a run, the network that gave it its labels at each moment, for Fig. 6 both networks."""
-    if not (path / "recipe.yaml").is_file():
+    # A published model has its recipe beside it, as a run has.
+    if (path / "config.json").is_file():
         yield Subject(name, 0, "model", path, {})
         return
+    if not (path / "run.json").is_file():
+        raise FileNotFoundError(f"{path} is neither a model, with a config.json, nor a finished run, with a run.json")
     recipe = Recipe.from_yaml(path / "recipe.yaml")
     constants = {
         "alpha": recipe.perplexity_alpha,

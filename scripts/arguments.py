@@ -2,14 +2,15 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from transformers import HfArgumentParser
 
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
-from cosa_hf.evaluation.maps import SCALES, label_names
+from cosa_hf.evaluation.maps import SCALES, check_classes, label_names
 from cosa_hf.training.recipe import RunRecipe
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
@@ -52,8 +53,39 @@ def dataset_parser(description: str | None) -> HfArgumentParser:
 
 def dataset_of(args: argparse.Namespace, options: DatasetOptions, config: Any, masks: bool = False) -> Dataset:
     """The split that was asked for, with the classes of a model's config where the options name none."""
-    options = dataclasses.replace(options, classes=options.classes or label_names(config)[1:])
-    return load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=masks, options=options)
+
+    def load(classes: list[str] | None) -> Dataset:
+        named = dataclasses.replace(options, classes=classes)
+        return load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=masks, options=named)
+
+    try:
+        return load(options.classes or label_names(config)[1:])
+    except ValueError:
+        # The reader complains of classes that were passed, and here the user passed none.
+        if args.dataset == "hub" and not options.classes and lists_classes(options, args.split):
+            check_classes(load(None), config)
+        raise
+
+
+def lists_classes(options: DatasetOptions, split: str) -> bool:
+    """Whether the type of a dataset's label column has the classes; text takes those it is given."""
+    features = load_dataset(options.dataset_name, options.dataset_config, split=split).features
+    feature = features.get(options.label_column)
+    return isinstance(getattr(feature, "feature", feature), ClassLabel)
+
+
+def check_output(path: Path, directory: bool = False) -> None:
+    """Refuse a file, or a directory, that could not be written after the work. Makes nothing.
+
+    Raises:
+        OSError: something else is in its place, or it may not be written.
+    """
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if there.is_dir() != (directory or there != path):
+        kind = "directory" if there.is_dir() else "file"
+        raise FileExistsError(f"cannot write {path}: {there} is a {kind}; choose another name")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"cannot write {path}: no permission to write {there}; choose another place")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

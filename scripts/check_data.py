@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from arguments import dataset_parser
+from arguments import check_output, dataset_parser
 from datasets import Dataset
 
 from cosa_hf.data import DatasetOptions, class_names, load_dataset_by_name
@@ -24,6 +24,8 @@ from cosa_hf.data.folder import unnamed_pictures
 def main(args: argparse.Namespace, options: DatasetOptions) -> int:
     splits = {}
     try:
+        if args.report is not None:
+            check_output(args.report)
         for split in args.split:
             splits[split] = load(args, split, options)
             # Classes found in the first split hold for all.
@@ -31,13 +33,13 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> int:
         found = check_splits(splits, args.num_workers)
         if args.dataset == "folder" and (unnamed := unnamed_pictures(args.data_dir)):
             found.look["unnamed"] = unnamed
-    except (ValueError, FileNotFoundError) as error:
+        print(format_findings(found))
+        if args.report is not None:
+            args.report.parent.mkdir(parents=True, exist_ok=True)
+            args.report.write_text(json.dumps(vars(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            print(f"all findings: {args.report}")
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    print(format_findings(found))
-    if args.report is not None:
-        args.report.parent.mkdir(parents=True, exist_ok=True)
-        args.report.write_text(json.dumps(vars(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"all findings: {args.report}")
     return 1 if found.mend else 0
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from arguments import add_inference, dataset_of, dataset_parser, inference_of, named_directories, positive
+from arguments import add_inference, check_output, dataset_of, dataset_parser, inference_of, named_directories, positive
+from PIL import Image
 from transformers import AutoConfig
 
 from cosa_hf.data import DatasetOptions
@@ -25,6 +26,9 @@ from cosa_hf.inference import load_model, require_cams
 
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
+        check_output(args.output)
+        if Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:
+            raise ValueError(f"cannot write {args.output}: unknown kind of picture; end its name in .png or .jpg")
         models = named_directories(args.models)
         config = AutoConfig.from_pretrained(next(iter(models.values())))
         dataset = dataset_of(args, options, config, masks=not args.no_truth)
@@ -40,10 +44,10 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
                 _, masks = lines.setdefault(maps.image_id, (maps.image, truth))
                 masks[name] = maps.label(args.source, getattr(model.config, "cam_threshold", 0.5))[0]
         picture = comparison(list(lines.values()), label_names(config))
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(args.output)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.output)
     print(f"{args.output}: {', '.join(lines)}")
 
 

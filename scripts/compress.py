@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from arguments import add_model, dataset_of, dataset_parser, positive
+from arguments import add_model, check_output, dataset_of, dataset_parser, positive
 from torch import Tensor
 
 from cosa_hf.data import DatasetOptions, read_image, undecoded
@@ -21,6 +21,9 @@ from cosa_hf.inference import load_model
 
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
+        check_output(args.target, directory=True)
+        if args.target.is_dir() and any(args.target.iterdir()):  # perhaps MODEL itself
+            raise ValueError(f"{args.target} is not empty: name a new directory for the copy")
         model, processor = load_model(args.model, "cpu")
         dataset = undecoded(dataset_of(args, options, model.config))
         chosen = dataset.shuffle(seed=0).select(range(min(args.num_images, len(dataset))))
@@ -31,17 +34,17 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
 
         small = narrow_decoder(model, images(), args.decoder_channels)
         save_half(small, args.target)
+        processor.save_pretrained(args.target)
+        size = (args.target / "model.safetensors").stat().st_size
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    processor.save_pretrained(args.target)
-    size = (args.target / "model.safetensors").stat().st_size
     print(f"{args.target}: {size / 1e6:.1f} MB, {small.num_parameters() / 1e6:.2f} M parameters")
 
 
 def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
     parser = dataset_parser(__doc__)
     add_model(parser)
-    parser.add_argument("target", metavar="OUT", type=Path, help="directory to write")
+    parser.add_argument("target", metavar="OUT", type=Path, help="directory to write, new or empty")
     parser.add_argument("--decoder_channels", type=positive, required=True, help="of the copy")
     parser.add_argument("--split", default="train_aug", help="part of the dataset to fit to (default: %(default)s)")
     parser.add_argument("--num_images", type=positive, default=128, help="drawn from the split (default: %(default)s)")

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from accelerate import Accelerator
-from arguments import add_inference, add_model, dataset_of, dataset_parser, inference_of, positive
+from arguments import add_inference, add_model, check_output, dataset_of, dataset_parser, inference_of, positive
 
 from cosa_hf.data import DatasetOptions
 from cosa_hf.evaluation.crf import DenseCRF
@@ -23,6 +23,9 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     size = {} if args.input_size is None else {"size": {"height": args.input_size, "width": args.input_size}}
     accelerator = Accelerator()
     try:
+        check_output(args.report)
+        if args.panels is not None:
+            check_output(args.panels, directory=True)
         model, processor = load_model(args.model, accelerator.device, **size)
         dataset = dataset_of(args, options, model.config, masks=True)
         if args.num_images is not None:
@@ -49,7 +52,7 @@ def main(args: argparse.Namespace, options: DatasetOptions) -> None:
             first = dataset.select(range(min(args.num_panels, len(dataset))))
             save_panels(model, processor, first, args.panels, **inference)
             print(f"panels of the first {len(first)} images: {args.panels}")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

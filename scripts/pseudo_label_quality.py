@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from accelerate import PartialState
-from arguments import add_inference, add_model, dataset_of, dataset_parser, inference_of
+from arguments import add_inference, add_model, check_output, dataset_of, dataset_parser, inference_of
 
 from cosa_hf.data import DatasetOptions
 from cosa_hf.export import format_quality, pseudo_label_quality
@@ -19,15 +19,16 @@ from cosa_hf.inference import load_model
 
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:
     try:
+        check_output(args.report)
         model, processor = load_model(args.model, PartialState().device)
         dataset = dataset_of(args, options, model.config, masks=True)
         report = pseudo_label_quality(model, processor, dataset, args.thresholds, **inference_of(args))
+        print(format_quality(report))
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        args.report.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"report: {args.report}")
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(format_quality(report))
-    args.report.parent.mkdir(parents=True, exist_ok=True)
-    args.report.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"report: {args.report}")
 
 
 def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:

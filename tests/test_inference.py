@@ -1,4 +1,5 @@
 import math
+import os
 
 import numpy as np
 import pytest
@@ -227,3 +228,8 @@ def test_what_is_missing_is_named(tmp_path):
     CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", decoder_channels=8)).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="has no image processor: save one beside it"):
         load_model(str(tmp_path), "cpu")
+    weights = tmp_path / "model.safetensors"
+    for length in (weights.stat().st_size - 1, 1000, 0):
+        os.truncate(weights, length)
+        with pytest.raises(ValueError, match=f"^{weights} is damaged .*: copy or download it again"):
+            load_model(str(tmp_path), "cpu")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -197,6 +198,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no segmentation model of that name, or no processor beside it.
+        ValueError: its weights are damaged.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -215,6 +217,8 @@ def load_model(
         raise FileNotFoundError(
             f"no model at {name!r}: neither a directory with one nor a name within reach on the Hub\n{error}"
         ) from error
+    except SafetensorError as error:
+        raise ValueError(f"{name}/model.safetensors is damaged ({error}): copy or download it again") from error
     try:
         processor = AutoImageProcessor.from_pretrained(name, **processor_settings)
     except (OSError, ValueError) as error:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from cosa_hf.evaluation.palette import voc_palette
-from cosa_hf.evaluation.panels import SMALL_TILE, TILE_HEIGHT, comparison, overlay, panel
+from cosa_hf.evaluation.panels import SMALL_TILE, TILE_HEIGHT, TILE_WIDTH, comparison, overlay, panel
 
 NAMES = ["background", "cat", "dog"]
 
@@ -28,6 +28,14 @@ def test_rows_of_all_shapes_have_one_height(size):
     reference, reference_cam, reference_mask = parts((100, 100))
     expected = panel(reference, reference_cam, reference_cam, reference_mask, reference_mask, NAMES, title="x")
     assert panel(image, cam, cam, mask, mask, NAMES, title="x").height == expected.height > TILE_HEIGHT
+
+
+@pytest.mark.parametrize("size", [(3000, 2), (2, 3000)])
+def test_a_strip_of_an_image_is_drawn_at_a_size_for_eyes(size):
+    image, cam, mask = parts(size)
+    row = panel(image, cam, cam, mask, mask, NAMES)
+    assert row.width < 5 * (TILE_WIDTH + 10)
+    assert comparison([(image, {"mask": mask})], NAMES).width < row.width
 
 
 def test_tensors_and_arrays_draw_the_same():

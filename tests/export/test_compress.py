@@ -81,3 +81,8 @@ def test_script(redundant, tmp_path, monkeypatch, capsys):
     assert CoSAImageProcessor.from_pretrained(tmp_path / "small").size["height"] == 64
     with pytest.raises(SystemExit, match="error: no model at"):
         run_script(monkeypatch, "scripts/compress.py", tmp_path / "none", tmp_path / "other", *options)
+    before = (tmp_path / "model/model.safetensors").read_bytes()
+    for target, message in (("model", "is not empty: name a new directory"), ("model/config.json/x", "is a file")):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            run_script(monkeypatch, "scripts/compress.py", tmp_path / "model", tmp_path / target, *options)
+    assert (tmp_path / "model/model.safetensors").read_bytes() == before

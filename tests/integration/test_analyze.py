@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,8 +115,13 @@ def test_coexistence_is_the_end_of_the_run_as_evaluation_has_it(runs, tmp_path, 
     assert float(row["c_miou"]) == pytest.approx(report["coexistence_miou"], abs=0.05)
 
 
-def test_a_single_model_has_no_time_and_its_own_threshold(runs, tmp_path, monkeypatch):
-    rows = analyze(monkeypatch, tmp_path, "3", runs / "with" / "online")
+@pytest.mark.parametrize("published", [False, True])
+def test_a_single_model_has_no_time_and_its_own_threshold(published, runs, tmp_path, monkeypatch):
+    model = runs / "with" / "online"
+    if published:  # with its recipe
+        model = shutil.copytree(model, tmp_path / "online")
+        shutil.copy(runs / "with" / "recipe.yaml", model)
+    rows = analyze(monkeypatch, tmp_path, "3", model)
     assert {(row["run"], row["step"], row["network"], row["threshold"]) for row in rows} == {
         ("online", "0", "model", "0.5")
     }
@@ -140,6 +146,7 @@ def test_a_folder_is_read_with_the_classes_of_the_model_or_those_given(classes, 
     [
         (("nowhere",), "error: no directory nowhere"),
         (("with", "with"), r"error: both .*with and .*with are called 'with'; call one of them NAME="),
+        (("with/snapshots",), "error: with/snapshots is neither a model, with a config.json, nor a finished run"),
     ],
 )
 def test_mistakes_are_named(models, message, runs, tmp_path, monkeypatch):
@@ -147,6 +154,14 @@ def test_mistakes_are_named(models, message, runs, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=message):
         analyze(monkeypatch, tmp_path / "none", "3", *models)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "directory"])
+def test_a_place_that_cannot_be_written_is_refused_first(place, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "directory/figure-3.png").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"error: cannot write \S*figure-3\.(csv|png): "):
+        analyze(monkeypatch, tmp_path / place, "3", "no-model-is-needed-to-see-that")
 
 
 def test_a_network_without_cams_is_refused(tmp_path, monkeypatch):

@@ -48,6 +48,12 @@ def test_what_the_reader_refuses_is_named(folder):
     assert "Traceback" not in run.stderr
 
 
+def test_a_report_that_cannot_be_written_is_refused_first(folder, complaint):
+    report = folder / "train/cat/a.png/report.json"
+    said = complaint("scripts/check_data.py", "--dataset", "folder", "--data_dir", folder, "--report", report)
+    assert said.startswith(f"error: cannot write {report}: ")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not VOC.is_dir(), reason="needs the VOC images beside the repository")
 def test_real_voc_has_nothing_to_mend():

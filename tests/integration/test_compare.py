@@ -50,12 +50,15 @@ def test_photos_without_masks(model_dir, tmp_path, monkeypatch, capsys):
         (["{model}", "{model}"], "both .* are called .*; call one of them NAME="),
         (["{model}", "--source", "crf"], "invalid choice: 'crf'"),
         (["{model}", "--dataset", "folder", "--data_dir", "{photos}", "--split", "train"], "names no mask for .*0.png"),
+        (["{model}", "--output", "{photos}"], "error: cannot write .*: .* is a directory"),
+        (["{model}", "--output", "{photos}/0.png/x.png"], "error: cannot write .*x.png: .*0.png is a file"),
+        (["{model}", "--output", "x.doc"], "error: cannot write x.doc: unknown kind of picture; end its name in .png"),
     ],
 )
 def test_mistakes_are_named(models, message, model_dir, tmp_path, complaint):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     (tmp_path / "metadata.csv").write_text(f"file_name,labels\n0.png,{SHAPES_CLASSES[0]}")
     models = [model.format(model=model_dir, photos=tmp_path) for model in models]
-    said = complaint("scripts/compare.py", "--dataset", "shapes", *models, "--output", tmp_path / "x.png")
+    said = complaint("scripts/compare.py", "--output", tmp_path / "x.png", "--dataset", "shapes", *models)
     assert re.search(message, said), said
     assert not (tmp_path / "x.png").exists()

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from in_process import run_script
 from PIL import Image
 
@@ -129,6 +132,44 @@ def test_unknown_split_is_an_error_without_a_report(model_dir, tmp_path, monkeyp
             *(model_dir, "--dataset", "shapes", "--split", "test2", "--report", tmp_path / "report.json"),
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (["--report", "file/report.json"], "cannot write file/report.json: file is a file"),
+        (["--report", "."], r"cannot write \.: \. is a directory"),
+        (["--report", "report.json", "--panels", "file"], "cannot write file: file is a file"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_first(outputs, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run_here(monkeypatch, "no-model-is-needed-to-see-that", "--dataset", "shapes", *outputs)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_what_still_cannot_be_written_is_one_clear_line(model_dir, tmp_path, monkeypatch):
+    (tmp_path / "val-00000.png").mkdir()
+    few = ("--dataset", "shapes", "--num_images", 1, "--scales", 1, "--report", tmp_path / "report.json")
+    with pytest.raises(SystemExit, match=r"error: .*val-00000\.png"):
+        run_here(monkeypatch, model_dir, *few, "--panels", tmp_path)
+
+
+def test_classes_in_the_type_of_a_column_are_compared_with_the_models(model_dir, tmp_path, complaint):
+    """`--classes`, which was not passed, is not what to leave out."""
+    features = Features({"image": ImageFeature(), "mask": ImageFeature(), "labels": ClassLabel(names=["cat", "dog"])})
+    picture = Image.new("RGB", (8, 8))
+    rows = {"image": [picture], "mask": [picture.convert("L")], "labels": [0]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "val.parquet")
+    said = complaint(
+        *("scripts/evaluate.py", model_dir, "--dataset", "hub", "--dataset_name", tmp_path / "data"),
+        *("--split", "validation", "--report", tmp_path / "report.json"),
+    )
+    assert re.match(
+        rf"error: the dataset's classes are not the model's(.|\n)*'cat', 'dog'(.|\n)*{SHAPES_CLASSES[0]}", said
+    )
 
 
 @pytest.mark.skipif(not VOC.is_dir(), reason="needs the VOC images beside the repository")

@@ -156,6 +156,13 @@ def test_missing_model_is_one_clear_line(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_quality_is_not_measured_where_it_cannot_be_written(tmp_path, complaint):
+    report = tmp_path / "file/quality.json"
+    report.parent.touch()
+    command = ("scripts/pseudo_label_quality.py", "no-model-is-needed-to-see-that", "--dataset", "shapes")
+    assert complaint(*command, "--split", "val", "--report", report).startswith(f"error: cannot write {report}: ")
+
+
 def test_quality_prints_a_table_and_writes_it_down(model_dir, voc_dir, tmp_path, monkeypatch, capsys):
     run_script(
         monkeypatch,

@@ -149,6 +149,7 @@ def test_an_unreadable_image_does_not_stop_the_others(model_dir, photos, tmp_pat
         (["a/cat_overlay.jpg", "b/cat.png"], r"would both be written to cat_overlay\.png"),
         (["a"], "a is a directory"),
         (["masks/cat.png"], r"masks/cat\.png would be overwritten"),
+        (["b/cat.png"], r"masks/cat\.png exists"),
     ],
 )
 def test_inputs_that_would_cost_a_file_are_refused_first(inputs, message, tmp_path, monkeypatch):
@@ -163,6 +164,21 @@ def test_inputs_that_would_cost_a_file_are_refused_first(inputs, message, tmp_pa
             *("--output_dir", tmp_path / "masks"),
         )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_there_is_replaced_only_when_told(model_dir, photos, tmp_path, monkeypatch):
+    """A photo of one's own, say, that has the name of a mask."""
+    mine = tmp_path / "wide.png"
+    mine.write_bytes(photos[1].read_bytes())
+    with pytest.raises(SystemExit, match=r"error: \S*wide\.png exists: choose another directory, or pass --overwrite"):
+        run_here(monkeypatch, "no-model-is-needed-to-see-that", photos[0], "--output_dir", tmp_path)
+    assert mine.read_bytes() == photos[1].read_bytes()
+    for _ in range(2):
+        run_here(monkeypatch, model_dir, photos[0], "--output_dir", tmp_path, "--overwrite")
+    assert read_ids(mine).shape == (100, 150)
+    (tmp_path / "tall.png").mkdir()
+    with pytest.raises(SystemExit, match=r"error: cannot write \S*tall\.png: \S*tall\.png is a directory"):
+        run_here(monkeypatch, model_dir, photos[1], "--output_dir", tmp_path, "--overwrite")
 
 
 def test_missing_model_is_one_clear_line(photos, tmp_path, monkeypatch):

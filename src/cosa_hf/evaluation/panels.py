@@ -18,6 +18,7 @@ from cosa_hf.evaluation.protocols import predict_dataset
 __all__ = ["comparison", "heat", "overlay", "panel", "save_panels"]
 
 TILE_HEIGHT = 192
+TILE_WIDTH = 768  # of panoramas, at most
 SMALL_TILE = (128, 128)  # what an image of a comparison has to fit into, width and height
 GAP = 6
 FONT_SIZE = 13
@@ -65,9 +66,9 @@ def panel(
         "prediction (tags unknown)": _paint(image, prediction),
         "truth": _paint(image, truth),
     }
-    width = max(1, round(image.width * TILE_HEIGHT / image.height))
+    size = _fit(image, (TILE_WIDTH, TILE_HEIGHT))
     # An upright image must not be narrower than its caption.
-    column = max(width, *(int(_font().getlength(caption)) + GAP for caption in tiles))
+    column = max(size[0], *(int(_font().getlength(caption)) + GAP for caption in tiles))
     legend = _legend(np.union1d(np.unique(prediction), np.unique(truth)), names, len(tiles) * (column + GAP) - GAP)
     top = GAP + (LINE_HEIGHT if title else 0)
     row = Image.new(
@@ -81,7 +82,7 @@ def panel(
     for index, (caption, tile) in enumerate(tiles.items()):
         left = GAP + index * (column + GAP)
         draw.text((left, top), caption, fill=INK, font=_font())
-        row.paste(tile.resize((width, TILE_HEIGHT), Image.Resampling.LANCZOS), (left, top + LINE_HEIGHT))
+        row.paste(tile.resize(size, Image.Resampling.LANCZOS), (left, top + LINE_HEIGHT))
     row.paste(legend, (GAP, top + LINE_HEIGHT + TILE_HEIGHT + GAP))
     return row
 
@@ -144,7 +145,7 @@ def comparison(lines: Sequence[tuple[Image.Image, dict[str, Any]]], names: Seque
     tiles = []
     for image, masks in lines:
         painted = [_paint(image, _mask(mask, image, names)) for mask in masks.values()]
-        tiles.append([ImageOps.contain(tile, SMALL_TILE) for tile in (image, *painted)])
+        tiles.append([tile.resize(_fit(tile, SMALL_TILE)) for tile in (image, *painted)])
     column = GAP + max(SMALL_TILE[0], *(int(_font().getlength(caption)) for caption in captions))
     seen = np.unique(np.concatenate([np.unique(_numpy(mask)) for _, masks in lines for mask in masks.values()]))
     legend = _legend(seen, names, len(captions) * column)
@@ -220,6 +221,12 @@ def _mask(mask: Any, image: Image.Image, names: Sequence[str]) -> np.ndarray:
     if unnamed:
         raise ValueError(f"the mask holds the ids {unnamed}, but there are names for 0..{len(names) - 1} only")
     return mask
+
+
+def _fit(image: Image.Image, box: tuple[int, int]) -> tuple[int, int]:
+    """The largest size, of the image's shape, that fits into a box; no side is less than a pixel."""
+    scale = min(box[0] / image.width, box[1] / image.height)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
 def _numpy(values: Any) -> np.ndarray:
