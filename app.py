@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="the first free one from 7860 without")
     args = parser.parse_args()
     if find_spec("gradio") is None:
-        raise SystemExit("error: the page needs gradio: pip install 'cosa-hf[app]'")
+        raise SystemExit('error: the page needs gradio: pip install -e ".[app]"')
     try:
         model, processor = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
         require_cams(model)

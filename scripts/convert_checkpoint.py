@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 
-from cosa_hf import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.export.official import DATASETS, from_official, to_official
+from cosa_hf.inference import load_model, require_cams
 
 
 def main(args: argparse.Namespace) -> None:
     try:
         if args.to_official:
-            model = CoSAForWeaklySupervisedSegmentation.from_pretrained(args.source)
+            model, _ = load_model(args.source, "cpu")
+            require_cams(model)
             args.target.parent.mkdir(parents=True, exist_ok=True)
             torch.save(to_official(model), args.target)
             print(f"{args.target}: a checkpoint for the authors' code; its encoder.head, unused, is zero")

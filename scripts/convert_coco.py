@@ -1,6 +1,6 @@
 """Write the masks of a COCO split once, as palette PNGs, where the reader looks for them: DATA_DIR/masks/SPLIT.
 
-Needs pycocotools (pip install 'cosa-hf[coco]'). Run again after an interruption: masks that are there stay.
+Needs pycocotools (pip install -e ".[coco]"). Run again after an interruption: masks that are there stay.
 
 Example:
     python scripts/convert_coco.py --data_dir coco --split val2014

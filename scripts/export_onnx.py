@@ -7,13 +7,14 @@ Example:
 import argparse
 from pathlib import Path
 
-from cosa_hf import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.export.onnx import OUTPUTS, export_onnx
+from cosa_hf.inference import load_model, require_cams
 
 
 def main(args: argparse.Namespace) -> None:
     try:
-        model = CoSAForWeaklySupervisedSegmentation.from_pretrained(args.model)
+        model, _ = load_model(args.model, "cpu")
+        require_cams(model)
         difference = export_onnx(model, args.target, args.int8)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error

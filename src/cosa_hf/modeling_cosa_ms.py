@@ -172,8 +172,8 @@ def _parts(config: CoSAMSConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
     try:
         import segmentation_models_pytorch as smp
     except ImportError:
-        raise ValueError(
-            f'architecture {config.architecture!r} needs segmentation_models_pytorch: pip install "cosa-hf[multistage]"'
+        raise ValueError(  # no extra named: beside weights, this file runs without the package
+            f"architecture {config.architecture!r} needs a package: pip install segmentation_models_pytorch"
         ) from None
     kinds = smp.MODEL_ARCHITECTURES_MAPPING
     if config.architecture not in kinds:

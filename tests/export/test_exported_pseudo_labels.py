@@ -172,9 +172,37 @@ def test_coco_json_has_what_pycocotools_wants(model, processor, dataset, tmp_pat
         assert annotation["iscrowd"] == 0
 
 
+def test_coco_json_tells_images_of_equal_names_apart(model, processor, columns, tmp_path):
+    """Two folders with a 1.jpg each, and no directory that they were read from."""
+    places = [tmp_path / "animals" / name for name in ("cat/1.jpg", "dog/1.jpg")]
+    for place, source in zip(places, columns["image"], strict=False):
+        place.parent.mkdir(parents=True)
+        place.write_bytes(Path(source).read_bytes())
+    rows = {"image": list(map(str, places)), "labels": [[0], [1]], "image_id": ["a", "b"]}
+    dataset = Dataset.from_dict(rows, features=tag_features(CLASSES))
+    export(model, processor, dataset, tmp_path / "out", format="coco-json")
+    content = json.loads((tmp_path / "out" / "annotations" / "instances_train.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["cat/1.jpg", "dog/1.jpg"]
+    # In a dataset with the bytes, nothing but the name is left of a path.
+    rows["image"] = [{"bytes": place.read_bytes(), "path": place.name} for place in places]
+    dataset = Dataset.from_dict(rows, features=tag_features(CLASSES))
+    with pytest.raises(ValueError, match=r"1\.jpg more than once among the images' files.*export png or parquet"):
+        export(model, processor, dataset, tmp_path / "other", format="coco-json")
+    assert not (tmp_path / "other").exists()
+
+
+def test_parquet_of_a_split_that_cannot_be_read_back_is_refused(model, processor, dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"`datasets` reads none of 'train\[:1\]': export the whole split, or another"):
+        export(model, processor, dataset, tmp_path / "out", format="parquet", split="train[:1]")
+    assert not (tmp_path / "out").exists()
+    export(model, processor, dataset, tmp_path / "out", format="parquet", split="train.clean_2")
+    assert len(load_dataset(str(tmp_path / "out"), split="train.clean_2", cache_dir=str(tmp_path / "cache"))) == 5
+    assert export(model, processor, dataset, tmp_path / "png", split="train[:1]") == 5
+
+
 def test_without_pycocotools_coco_json_says_what_to_install(model, processor, dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(ValueError, match=r"pip install .*cosa-hf\[coco\]"):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[coco\]"'):
         export(model, processor, dataset, tmp_path / "out", format="coco-json")
     assert not (tmp_path / "out").exists()
 
@@ -312,12 +340,32 @@ def test_what_a_killed_export_left_is_removed(model, processor, dataset, tmp_pat
 def test_an_unreadable_image_stops_no_other_shard(content, model, processor, dataset, columns, tmp_path):
     broken, good = Path(columns["image"][2]), Path(columns["image"][2]).read_bytes()
     broken.write_bytes(good[: len(good) // 2] if content is None else content)
-    with pytest.raises(ValueError, match=r"(?s)image 'pets/übung' .*2\.jpg.*run the same command again"):
+    with pytest.raises(ValueError, match=r"(?s)image 'pets/übung' .*2\.jpg.*replaced, the same command goes on"):
         export(model, processor, dataset, tmp_path / "out")
     assert {path.stem for path in (tmp_path / "out" / "SegmentationClassAug").iterdir()} >= {"plain", "long"}
     broken.write_bytes(good)
     assert export(model, processor, dataset, tmp_path / "out") == 2
     assert set(masks_in_png(tmp_path / "out")) == set(columns["image_id"])
+
+
+def test_every_unreadable_image_of_a_shard_is_named_once(model, processor, dataset, columns, tmp_path):
+    for number in (0, 1, 4):
+        Path(columns["image"][number]).write_bytes(b"no image")
+    with pytest.raises(ValueError, match="another export, which starts anew in another directory") as refused:
+        export(model, processor, dataset, tmp_path / "out", shard_size=3, batch_size=1)
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 4
+    for line, image_id in zip(lines, ("plain", "IMG 12%", "long"), strict=False):
+        assert f"image {image_id!r}" in line
+
+
+@pytest.mark.parametrize(
+    "record", ["", "{", "[]", "{}", '{"settings": 5, "complete": false}', '{"settings": {"source": "cam"}}']
+)
+def test_a_broken_record_is_named(record, model, processor, dataset, tmp_path):
+    (tmp_path / "export.json").write_text(record)
+    with pytest.raises(ValueError, match=r"export\.json is not as an export writes it .*: choose another directory"):
+        export(model, processor, dataset, tmp_path)
 
 
 @pytest.mark.parametrize(

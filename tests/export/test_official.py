@@ -150,6 +150,25 @@ def test_other_files_are_refused(tmp_path):
         from_official(tmp_path / "text.pth", "voc")
 
 
+def test_files_cut_short_are_named(tmp_path):
+    path = save(tmp_path, {"encoder.norm.bias": torch.zeros(64)})
+    whole = path.read_bytes()
+    torch.save({"model": {"encoder.norm.bias": torch.zeros(64)}}, path, _use_new_zipfile_serialization=False)
+    old = path.read_bytes()
+    for part in (b"", whole[: len(whole) // 2], old[:1], old[:18], old[:-1]):
+        (tmp_path / "part.pth").write_bytes(part)
+        with pytest.raises(ValueError, match=r"part\.pth is empty or cut short \(.+\): download or copy it again$"):
+            from_official(tmp_path / "part.pth", "voc", backbone="test_vit")
+
+
+def test_what_is_no_tensor_is_named(tmp_path):
+    path = save(tmp_path, change(state_dict(20), decoder__conv6__weight=5, classifier__weight=[0.5]))
+    with pytest.raises(
+        ValueError, match=r"weights\.pth has more than tensors .*: classifier.weight, decoder.conv6.weight"
+    ):
+        from_official(path, "voc", backbone="test_vit")
+
+
 def run_here(monkeypatch, *arguments):
     run_script(monkeypatch, "scripts/convert_checkpoint.py", *arguments)
 
@@ -163,6 +182,14 @@ def test_script_both_ways(tmp_path, monkeypatch, capsys):
     run_here(monkeypatch, tmp_path / "model", tmp_path / "new" / "back.pth", "--to_official")
     back = torch.load(tmp_path / "new" / "back.pth", weights_only=True)["model"]
     assert torch.equal(back["encoder.pos_embed"], weights["encoder.pos_embed"])
+
+
+def test_script_takes_no_network_without_cams(segmentation_only, tmp_path, monkeypatch):
+    with pytest.raises(
+        SystemExit, match=r"^error: a \w+ only segments and has no CAMs; give a model that CoSA trained$"
+    ):
+        run_here(monkeypatch, segmentation_only, tmp_path / "back.pth", "--to_official")
+    assert not (tmp_path / "back.pth").exists()
 
 
 def test_script_reports_in_one_line(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from in_process import run_script
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.export import onnx
 from cosa_hf.export.onnx import export_onnx
 
@@ -47,6 +47,7 @@ def test_script_with_8_bits(tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
     model = tiny("test_vit")
     model.save_pretrained(tmp_path / "model")
+    CoSAImageProcessor().save_pretrained(tmp_path / "model")
     run_script(monkeypatch, "scripts/export_onnx.py", tmp_path / "model", tmp_path / "small.onnx", "--int8")
     assert "pixel_values (B, 3, H, W), H and W multiples of 16 -> logits, cam_logits" in capsys.readouterr().out
     small = (tmp_path / "small.onnx").stat().st_size
@@ -61,9 +62,17 @@ def test_script_with_8_bits(tmp_path, monkeypatch, capsys):
 
 def test_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(ImportError, match=r"needs onnxscript: pip install 'cosa-hf\[onnx\]'"):
+    with pytest.raises(ImportError, match=r'needs onnxscript: pip install -e "\.\[onnx\]"'):
         export_onnx(tiny("test_vit"), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_script_takes_no_network_without_cams(segmentation_only, tmp_path, monkeypatch):
+    with pytest.raises(
+        SystemExit, match=r"^error: a \w+ only segments and has no CAMs; give a model that CoSA trained$"
+    ):
+        run_script(monkeypatch, "scripts/export_onnx.py", segmentation_only, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_a_wrong_file_is_not_handed_over(tmp_path, monkeypatch):

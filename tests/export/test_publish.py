@@ -135,6 +135,21 @@ def test_numbers_come_from_the_report(model, report, tmp_path):
     assert "tags given" in entry["notes"]
 
 
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [([224, 448], "Input 224 x 448, scales"), ([None, None], "Input as `preprocessor_config.json` resizes it, scales")],
+)
+def test_the_command_leaves_the_processor_its_size(size, said, model, report, tmp_path):
+    """--input_size makes squares: no other size, and none given by an edge, can be asked for."""
+    protocol = json.loads(report.read_text())["protocol"]
+    edit(report, protocol=protocol | {"input_size": size})
+    stage(model, tmp_path / "staged", "org/cats", report=report)
+    text = (tmp_path / "staged" / "README.md").read_text()
+    assert "--scales 1 0.5 --num_images 200 --no_flip" in text
+    assert said in text
+    assert "None" not in text
+
+
 def test_a_crf_is_named_wherever_its_numbers_are(model, report, tmp_path):
     protocol = json.loads(report.read_text())["protocol"]
     edit(report, protocol=protocol | {"seg": "tags unknown, CRF: argmax", "crf": {"backend": "torch"}})
@@ -157,6 +172,23 @@ def test_report_of_other_weights_is_refused(model, report, tmp_path):
     edit(report, weights_sha256=None)
     with pytest.raises(ValueError, match="has no weights_sha256"):
         stage(model, tmp_path / "staged", "org/cats", report=report)
+    assert not (tmp_path / "staged").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"report\.json is no whole JSON file \(.+\): write it again, or name another"),
+        ("[]", r"report\.json holds a list where a JSON object was expected: name another file"),
+        ("{digest}", r"report\.json lacks protocol, images, seg, seg_tags: write it again"),
+    ],
+    ids=["empty", "a list", "no scores"],
+)
+def test_a_broken_report_is_named(content, message, model, tmp_path):
+    file = tmp_path / "report.json"
+    file.write_text(content.replace("{digest}", json.dumps({"weights_sha256": weights_sha256(model)})))
+    with pytest.raises(ValueError, match=message):
+        stage(model, tmp_path / "staged", "org/cats", report=file)
     assert not (tmp_path / "staged").exists()
 
 
@@ -252,6 +284,15 @@ def test_half_a_model_is_refused(model, tmp_path):
     (broken / "config.json").write_bytes((model / "config.json").read_bytes())
     with pytest.raises(FileNotFoundError, match=r"lacks model.safetensors, preprocessor_config.json, config"):
         stage(broken, tmp_path / "staged", "org/cats")
+
+
+def test_weights_in_many_files_are_asked_for_in_one(model, tmp_path):
+    CoSAForWeaklySupervisedSegmentation.from_pretrained(model).save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    CoSAImageProcessor.from_pretrained(model).save_pretrained(tmp_path)
+    for refused in (lambda: stage(tmp_path, tmp_path / "staged", "org/cats"), lambda: weights_sha256(tmp_path)):
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors: .* in one file \(see its max_shard_size\)"):
+            refused()
 
 
 def test_nothing_is_mixed_into_a_directory(model, tmp_path):

@@ -116,7 +116,7 @@ def gradio_is(monkeypatch):
 
 def test_the_missing_extra_is_named_first(monkeypatch, tmp_path, gradio_is):
     gradio_is(False)
-    with pytest.raises(SystemExit, match=r"error: the page needs gradio: pip install 'cosa-hf\[app\]'"):
+    with pytest.raises(SystemExit, match=r'error: the page needs gradio: pip install -e "\.\[app\]"'):
         run_script(monkeypatch, "app.py", tmp_path / "nothing")
 
 

@@ -163,7 +163,7 @@ def render_mask(height: int, width: int, objects: list[tuple[int, dict[str, Any]
     try:
         from pycocotools import mask as rle
     except ImportError as error:
-        raise ImportError("masks of COCO need pycocotools: pip install 'cosa-hf[coco]'") from error
+        raise ImportError('masks of COCO need pycocotools: pip install -e ".[coco]"') from error
 
     ids = np.zeros((height, width), dtype=np.uint8)
     unsorted = [str(one.get("id")) for _, one in objects if not isinstance(one.get("area"), int | float)]

@@ -26,6 +26,8 @@ def weights_sha256(model: str | Path) -> str:
     try:
         path = cached_file(str(model), SAFE_WEIGHTS_NAME)
     except OSError as error:
-        raise FileNotFoundError(f"{model} has no {SAFE_WEIGHTS_NAME}: save it with save_pretrained") from error
+        raise FileNotFoundError(
+            f"{model} has no {SAFE_WEIGHTS_NAME}: save it with save_pretrained, in one file (see its max_shard_size)"
+        ) from error
     with open(str(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

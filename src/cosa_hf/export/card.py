@@ -164,7 +164,10 @@ def _evaluate_command(report: dict[str, Any]) -> str:
     if data is None or data.directory:
         words += ["--data_dir", data.directory if data else "DIR"]
     words += ["--split", protocol["split"], "--scales", *(f"{scale:g}" for scale in protocol["scales"])]
-    words += ["--input_size", str(protocol["input_size"][0]), "--num_images", str(report["images"])]
+    height, width = protocol["input_size"]
+    # The flag makes squares only: any other size is that of the processor itself, which has none for an edge alone.
+    words += ["--input_size", str(height)] if height and height == width else []
+    words += ["--num_images", str(report["images"])]
     words += [] if protocol["flip"] else ["--no_flip"]
     # Reports were once written without a word on CRFs, when there was none.
     return " ".join(words + (["--crf"] if protocol.get("crf") else []))

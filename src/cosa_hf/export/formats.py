@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
-from cosa_hf.data.tags import tag_features
+from cosa_hf.data.tags import list_some, tag_features
 from cosa_hf.evaluation.palette import to_palette_image
 from cosa_hf.files import whole_file
 
@@ -52,17 +54,24 @@ class Format:
         class_names: the C foreground classes.
         split: names the list, the parquet files or the json file.
         num_shards: of the whole export.
+        paths: of all images, as `datasets` stores them; None where it has the bytes alone.
         data_dir: what file names in COCO json are relative to.
 
     Raises:
-        ValueError: the format needs a library that is not installed.
+        ValueError: the format needs a library that is not installed, or cannot hold the split or the images' names.
     """
 
     def __init__(
-        self, output_dir: Path, class_names: list[str], split: str, num_shards: int, data_dir: Path | None = None
+        self,
+        output_dir: Path,
+        class_names: list[str],
+        split: str,
+        num_shards: int,
+        paths: Sequence[str | None] = (),
+        data_dir: str | Path | None = None,
     ):
         self.output_dir, self.class_names, self.split, self.num_shards = output_dir, class_names, split, num_shards
-        self.data_dir = data_dir
+        self.paths, self.data_dir = paths, data_dir
 
     def part(self, shard: int) -> Path:
         """The file whose presence says that the shard is done."""
@@ -144,6 +153,14 @@ class ParquetFormat(Format):
     and `confidence`, a grey PNG.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not re.fullmatch(r"\w+(\.\w+)*", self.split):
+            raise ValueError(
+                f"parquet files are named after their split, and `datasets` reads none of {self.split!r}: export the "
+                "whole split, or another format"
+            )
+
     def part(self, shard: int) -> Path:
         return self.output_dir / "data" / f"{self.split}-{shard:05d}-of-{self.num_shards:05d}.parquet"
 
@@ -175,7 +192,8 @@ class CocoFormat(Format):
 
     The annotations do not overlap and none is a crowd; they are segments of a class, not objects. An image's
     id is its place in the dataset from 1 on, its `name` the dataset's own id, its `file_name` relative to the
-    directory the dataset was read from. A category's id is the id in the masks.
+    directory the dataset was read from, or else to the one that all its images lie in. A category's id is the id
+    in the masks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -183,10 +201,18 @@ class CocoFormat(Format):
         try:
             from pycocotools import mask
         except ImportError:
-            raise ValueError(
-                'the format coco-json needs pycocotools: pip install "cosa-hf[coco]" or pip install pycocotools'
-            ) from None
+            raise ValueError('the format coco-json needs pycocotools: pip install -e ".[coco]"') from None
         self._rle = mask
+        files = [Path(path) for path in self.paths if path]
+        self._roots = [] if self.data_dir is None else [Path(self.data_dir).absolute()]
+        if folders := [file.parent for file in files if file.is_absolute()]:
+            self._roots.append(Path(os.path.commonpath(folders)))
+        twice = [name for name, count in Counter(map(self._file_name, files)).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"{list_some(twice)} more than once among the images' files, which COCO json knows them by: "
+                "export png or parquet"
+            )
 
     def prepare(self) -> None:
         super().prepare()
@@ -194,6 +220,8 @@ class CocoFormat(Format):
 
     def encode(self, label: PseudoLabel) -> Any:
         height, width = label.mask.shape
+        path = label.file["path"]
+        name = self._file_name(Path(path)) if path else label.image_id
         annotations = []
         for category in np.unique(label.mask[label.mask > 0]).tolist():
             code = self._rle.encode(np.asfortranarray(label.mask == category))
@@ -206,16 +234,12 @@ class CocoFormat(Format):
                     "iscrowd": 0,
                 }
             )
-        image = {"file_name": self._file_name(label), "name": label.image_id, "height": height, "width": width}
+        image = {"file_name": name, "name": label.image_id, "height": height, "width": width}
         return image | {"annotations": annotations}
 
-    def _file_name(self, label: PseudoLabel) -> str:
-        path = label.file["path"]
-        if not path:
-            return label.image_id
-        if self.data_dir is not None and Path(path).is_relative_to(self.data_dir.absolute()):
-            return Path(path).relative_to(self.data_dir.absolute()).as_posix()
-        return Path(path).name
+    def _file_name(self, file: Path) -> str:
+        root = next((root for root in self._roots if file.is_relative_to(root)), None)
+        return (file if root is None else file.relative_to(root)).as_posix()
 
     def finish(self) -> None:
         images: list[dict] = []

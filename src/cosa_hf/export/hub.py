@@ -57,7 +57,7 @@ def stage(
 
     Raises:
         FileNotFoundError: a file of the model, or a file or directory that was named, is missing.
-        ValueError: the report is of other weights, the recipe of another network, `folder` is not empty, or
+        ValueError: the report is of other weights or broken, the recipe of another network, `folder` is not empty, or
             transformers does not know the model.
     """
     model, folder = Path(model), Path(folder)
@@ -66,7 +66,8 @@ def stage(
     missing = [name for name in model_files if not (model / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{model} lacks {', '.join(missing)}: save model and processor there with save_pretrained"
+            f"{model} lacks {', '.join(missing)}: save model and processor there with save_pretrained, the weights in "
+            "one file (see its max_shard_size)"
         )
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a directory that holds nothing yet")
@@ -139,7 +140,7 @@ def publish(folder: str | Path, repo_id: str, private: bool = False) -> str:
 def _matching_report(path: Path, digest: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no report {path}: scripts/evaluate.py writes it")
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = _read_object(path)
     measured = report.get("weights_sha256")
     if measured != digest:
         found = f"those with SHA-256 {measured[:12]}..." if measured else "unknown weights: it has no weights_sha256"
@@ -147,7 +148,20 @@ def _matching_report(path: Path, digest: str) -> dict[str, Any]:
             f"{path} was measured on {found}; this model's are {digest[:12]}...: score it with scripts/evaluate.py, "
             "or publish without a report, and so without numbers"
         )
+    absent = [name for name in ("protocol", "images", *HEADLINES) if name not in report]
+    if absent:
+        raise ValueError(f"{path} lacks {', '.join(absent)}: write it again with scripts/evaluate.py")
     return report
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no whole JSON file ({error}): write it again, or name another") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} where a JSON object was expected: name another file")
+    return value
 
 
 def _recipe_and_run(path: Path, config: Any) -> tuple[RunRecipe, dict[str, Any] | None]:
@@ -155,7 +169,7 @@ def _recipe_and_run(path: Path, config: Any) -> tuple[RunRecipe, dict[str, Any] 
     recipe = read_recipe(path)
     check_network(recipe, config, path)
     file = path.with_name("run.json")
-    run = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    run = _read_object(file) if file.is_file() else None
     if taught := (run or {}).get("pseudo_labels"):
         taught["model"] = place_name(taught["model"]) or "MODEL"
     return recipe.portable(), run

@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data.coco import COCO_CLASSES
+from cosa_hf.data.tags import list_some
 from cosa_hf.data.voc import VOC_CLASSES, VOC_COEXISTENCE
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
@@ -48,8 +50,8 @@ def from_official(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unknown data set; the file holds more than tensors and plain settings, or no entry `model`; or a
-            tensor is missing, not expected or of another shape, by its name in the file.
+        ValueError: unknown data set; the file is cut short, holds more than tensors and plain settings, or no entry
+            `model` of tensors; or a tensor is missing, not expected or of another shape, by its name in the file.
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
@@ -122,9 +124,17 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path} is refused: it holds more than tensors and settings ({reason}): code that loading would run. "
             'Where you trust its source, save {"model": torch.load(..., weights_only=False)["model"]} and convert that.'
         ) from error
+    except (RuntimeError, EOFError, IndexError, struct.error) as error:  # torch has as many words for one thing
+        reason = str(error).partition("\n")[0] or "nothing to read"
+        raise ValueError(f"{path} is empty or cut short ({reason}): download or copy it again") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         found = sorted(map(str, checkpoint))[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"{path} has no entry 'model' with a state dict, as the authors' files do; found {found}")
+    others = [str(name) for name, value in checkpoint["model"].items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"{path} has more than tensors in its entry 'model': {list_some(others)}; take these out of it"
+        )
     return checkpoint["model"]
 
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from cosa_hf._version import __version__
-from cosa_hf.data.images import undecoded
+from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
 from cosa_hf.data.tags import list_some
 from cosa_hf.evaluation.maps import SCALES, ImageMaps, check_classes, label_names, predict_maps
 from cosa_hf.export.formats import FORMATS, Format, PseudoLabel
@@ -71,7 +71,8 @@ def export_pseudo_labels(
         class_threshold: label an image that has no tag by the classes whose probability reaches this; without
             it such images are refused.
         shard_size: images that are written, and lost when the process is killed, together.
-        data_dir: what the file names in COCO json are relative to.
+        data_dir: what the file names in COCO json are relative to; images outside of it are relative to the directory
+            that they all lie in.
         progress: show a bar on stderr, for the share of the main process.
 
     Returns:
@@ -79,8 +80,8 @@ def export_pseudo_labels(
 
     Raises:
         ValueError: a setting is out of range, a CAM is asked of a model without, the classes are not the model's,
-            an image has no tag, two have one id, an image cannot be read (the others are labelled first), or
-            `output_dir` has an export with other settings.
+            an image has no tag, two have one id, images cannot be read (all are named, and the shards
+            without one are labelled first), or `output_dir` has an export with other settings.
         FileExistsError: `output_dir` has files that no export wrote.
         OSError: the disk is full; the same call goes on when there is room.
 
@@ -122,7 +123,8 @@ def export_pseudo_labels(
     settings["dataset_sha256"] = _check_images(dataset, class_threshold)
     settings["weights_sha256"] = _weights_sha256(model)
     num_shards = -(-len(dataset) // shard_size)
-    files = FORMATS[format](output_dir, names[1:], split, num_shards, None if data_dir is None else Path(data_dir))
+    paths = dataset.flatten()["image.path"][:]
+    files = FORMATS[format](output_dir, names[1:], split, num_shards, paths, data_dir)
 
     complete = _check_directory(output_dir, settings)
     state.wait_for_everyone()  # nobody writes while another still looks
@@ -158,12 +160,13 @@ def export_pseudo_labels(
                     try:
                         _write_shard(files, shard, label(rows[shard]), bar)
                     except ValueError as error:
-                        unreadable.append(str(error))
+                        unreadable += _unreadable(dataset.select(rows[shard])) or [str(error)]
         unreadable = gather_object(unreadable)
         if unreadable:
             raise ValueError(
-                "\n".join(unreadable) + f"\nthe other shards of {output_dir} are done: mend what is named here and run "
-                "the same command again"
+                "\n".join(unreadable) + f"\nthe other shards of {output_dir} are done: once these files are replaced, "
+                "the same command goes on from there; images taken off the list make it another export, which starts "
+                "anew in another directory"
             )
         if state.is_main_process:
             files.finish()
@@ -184,6 +187,17 @@ def _pseudo_labels(maps: Iterator[ImageMaps], images: Dataset, settings: dict[st
             mask.cpu().numpy().astype(np.uint8),
             (255 * confidence).round().cpu().numpy().astype(np.uint8),
         )
+
+
+def _unreadable(images: Dataset) -> list[str]:
+    """What is wrong with every image that cannot be read: the model stopped at the first."""
+    found = []
+    for row in images:
+        try:
+            read_image(row)
+        except UnreadableImageError as error:
+            found.append(str(error))
+    return found
 
 
 def _write_shard(files: Format, shard: int, labels: Iterator[PseudoLabel], bar: tqdm) -> None:
@@ -243,8 +257,11 @@ def _check_directory(output_dir: Path, settings: dict[str, Any]) -> bool:
         if output_dir.exists() and any(not entry.name.startswith(".") for entry in output_dir.iterdir()):
             raise FileExistsError(f"{output_dir} is not empty and has no {RECORD}: choose another directory")
         return False
-    record = json.loads(path.read_text(encoding="utf-8"))
-    before = record["settings"]
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        before, complete = dict(record["settings"]), bool(record["complete"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not as an export writes it ({error!r}): choose another directory") from error
     other = [
         f"  {name}: {before.get(name)} there, {settings.get(name)} now"
         for name in before.keys() | settings
@@ -255,7 +272,7 @@ def _check_directory(output_dir: Path, settings: dict[str, Any]) -> bool:
             f"{output_dir} has an export with other settings; repeat them or choose another directory\n"
             + "\n".join(sorted(other))
         )
-    return record["complete"]
+    return complete
 
 
 def _write_record(output_dir: Path, settings: dict[str, Any], model: Any, complete: bool) -> None:
