@@ -7,6 +7,7 @@ import pytest
 
 import cosa_hf.configuration_cosa
 from cosa_hf import CoSAConfig
+from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 
 LABELS = {0: "background", 1: "cat", 2: "dog"}
 
@@ -32,6 +33,9 @@ def test_num_labels_alone_names_the_labels():
         ({"id2label": LABELS, "label2id": {"background": 0, "cat": 2, "dog": 1}}, "label2id"),
         ({"aux_layer": -1}, "aux_layer=-1"),
         ({"aux_layer": 2}, "aux_layer=2"),
+        ({"output_stride": 0}, "output_stride=0 must be 8, 16 or 32"),
+        ({"output_stride": 4}, "output_stride=4"),
+        ({"output_stride": 12}, "output_stride=12"),
         ({"cam_threshold": 0.0}, "cam_threshold=0.0"),
         ({"cam_threshold": 1.0}, "cam_threshold=1.0"),
         ({"id2label": LABELS, "coexistence_classes": ["cat", "train"]}, r"\['train'\]"),
@@ -85,6 +89,11 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="label2id"):
         config.save_pretrained(tmp_path / "changed")
     assert not (tmp_path / "changed").exists()
+
+
+def test_a_stride_that_no_encoder_has_is_named_for_the_other_networks_too():
+    with pytest.raises(ValueError, match="output_stride=5 must be 8, 16 or 32"):
+        CoSAMSConfig(output_stride=5)
 
 
 def test_saved_and_loaded_again(tmp_path):

@@ -556,6 +556,28 @@ def test_layer_before_the_first_is_refused(name, aux_layer):
         CoSABackbone(tiny_config(name, aux_layer))
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("levit_128s", "224x224"),
+        ("mixer_s32_224", "224x224"),
+        ("test_maxvit", "160x160"),
+        ("test_vit_relpos", "160x160"),
+    ],
+)
+def test_a_backbone_for_images_of_one_size_is_refused(name, size):
+    with pytest.raises(ValueError, match=f"'{name}' takes images of {size}, not of any size"), torch.device("meta"):
+        CoSABackbone(tiny_config(name, -2))
+
+
+def test_a_backbone_without_feature_maps_is_named():
+    with (
+        pytest.raises(ValueError, match="cannot return feature maps of backbone 'convmixer_768_32'"),
+        torch.device("meta"),
+    ):
+        CoSABackbone(tiny_config("convmixer_768_32", -2))
+
+
 def test_examples():
     results = doctest.testmod(cosa_hf.modeling_cosa)
     assert results.attempted

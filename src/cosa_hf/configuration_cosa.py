@@ -19,14 +19,15 @@ class SegmentationConfig(PreTrainedConfig):
         coexistence_classes: Names of the classes averaged into C-mIoU, those that rarely appear without some
             other object (train and rail, boat and water).
         semantic_loss_ignore_index: Id of the pixels a mask leaves out.
+        output_stride: What a convolutional encoder is dilated to, in pixels: 8, 16 or 32.
 
     Attributes:
         model_code: Where the model's class is defined, `module.Class`.
         code_files: All that its code consists of, down to what these files import of each other.
 
     Raises:
-        ValueError: for fewer than two labels, ids that are not 0..C, a label name used twice, or a coexistence
-            class that is not a foreground label.
+        ValueError: for fewer than two labels, ids that are not 0..C, a label name used twice, a coexistence
+            class that is not a foreground label, or another output stride than those.
     """
 
     model_code: ClassVar[str]
@@ -34,12 +35,15 @@ class SegmentationConfig(PreTrainedConfig):
 
     coexistence_classes: list[str] = field(default_factory=list)
     semantic_loss_ignore_index: int = 255
+    output_stride: int = 16
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.id2label is not None and self.label2id is None:
             self.label2id = {name: int(index) for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
         self._check_labels()
+        if self.output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride={self.output_stride} must be 8, 16 or 32.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -118,13 +122,13 @@ class CoSAConfig(SegmentationConfig):
     be tagged with are the labels 1..C in the same order. `label2id` follows from `id2label` when not given.
 
     Args:
-        backbone: Name of any timm model that offers `forward_intermediates`. The default is the paper's
-            (Sec. 4.1).
+        backbone: Name of any timm model that offers `forward_intermediates` and takes images of any size. The
+            default is the paper's (Sec. 4.1).
         aux_layer: Layer whose output is the auxiliary map F†, counted from the end: blocks of a ViT, stages
             of a hierarchical network (-1 would be the last one). -3 is the released ViT setting; a network
             with four stages wants -2, since F† should stay close to the end.
-        output_stride: Pixels per token for convolutional backbones, by dilation. Backbones that cannot change
-            their stride (every transformer) keep their own.
+        output_stride: Pixels per token for convolutional backbones, by dilation: 8, 16 or 32. Backbones that
+            cannot change their stride (every transformer) keep their own.
         decoder_channels: Width of the LargeFOV decoder.
         decoder_dilation: Dilation of its two 3x3 convolutions.
         cam_threshold: Foreground threshold ξ on normalised CAMs at inference, between 0 and 1.
@@ -151,7 +155,6 @@ class CoSAConfig(SegmentationConfig):
 
     backbone: str = "vit_base_patch16_224.orig_in21k_ft_in1k"
     aux_layer: int = -3
-    output_stride: int = 16
     decoder_channels: int = 512
     decoder_dilation: int = 5
     cam_threshold: float = 0.5

@@ -13,7 +13,8 @@ class CoSAMSConfig(SegmentationConfig):
     Args:
         architecture: "largefov", or an architecture of segmentation_models_pytorch as its `create_model` spells it.
         encoder: Name of a timm model with a pyramid of features.
-        output_stride: Pixels per position of the encoder's last map, by dilation, where encoder and architecture can.
+        output_stride: Pixels per position of the encoder's last map, by dilation, where encoder and architecture can:
+            8, 16 or 32.
         decoder_channels: Width of the decoder; its usual one when None.
         decoder_dilation: Of LargeFOV.
         coexistence_classes, semantic_loss_ignore_index: As in `SegmentationConfig`.
@@ -45,7 +46,6 @@ class CoSAMSConfig(SegmentationConfig):
 
     architecture: str = "deeplabv3plus"
     encoder: str = "resnet101.tv_in1k"
-    output_stride: int = 16
     decoder_channels: int | None = None
     decoder_dilation: int = 5
 

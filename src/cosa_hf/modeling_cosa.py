@@ -66,8 +66,8 @@ class CoSABackbone(nn.Module):
         num_features, aux_num_features: Channels D of F and D† of F†.
 
     Raises:
-        ValueError: if timm does not know the backbone, cannot return intermediate features of it, or if
-            `aux_layer` lies before its first layer.
+        ValueError: if timm does not know the backbone or cannot return intermediate features of it, if it does not
+            take images of any size, or if `aux_layer` lies before its first layer.
 
     Example:
 
@@ -122,13 +122,12 @@ class CoSABackbone(nn.Module):
         twin = copy.deepcopy(self.model, without_values).eval()
         with torch.device("meta"), torch.enable_grad():
             _, height, width = twin.pretrained_cfg["input_size"]
-            size = [-(-side // self.stride) * self.stride for side in (height, width)]
+            # Crops and scales have any size; at the one that it was made for, every backbone would pass.
+            size = [(side // self.stride + more) * self.stride for side, more in ((height, 2), (width, 3))]
             try:
                 features, aux_features = self._maps(twin, torch.empty(1, 3, *size))
-            except AssertionError as error:
-                raise ValueError(
-                    f"aux_layer={self.config.aux_layer} is no layer of {self.config.backbone!r}: {error}"
-                ) from error
+            except (AssertionError, RuntimeError) as error:
+                raise ValueError(self._refusal(twin, height, width)) from error
             (features.sum() + aux_features.sum()).backward()
         unused = []
         for name, child in twin.named_children():
@@ -136,6 +135,17 @@ class CoSABackbone(nn.Module):
             if parameters and all(parameter.grad is None for parameter in parameters):
                 unused.append(name)
         return features.shape[1], aux_features.shape[1], unused
+
+    def _refusal(self, twin: Any, height: int, width: int) -> str:
+        """What is wrong with a backbone that fails at another size, told by what it does at its own."""
+        name = self.config.backbone
+        try:
+            self._maps(twin, torch.empty(1, 3, height, width))
+        except AssertionError as own:
+            return f"aux_layer={self.config.aux_layer} is no layer of {name!r}: {own}"
+        except RuntimeError as own:
+            return f"timm cannot return feature maps of backbone {name!r}: {own}"
+        return f"backbone {name!r} takes images of {width}x{height}, not of any size: choose another"
 
     def _maps(self, model: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._is_pyramid:
@@ -424,6 +434,20 @@ def read_timm_weights(model: nn.Module, name: str, weights: str | os.PathLike) -
 
     Raises:
         ValueError: if the file lacks parameters of the model or has them in another shape.
+
+    Example:
+
+    ```python
+    >>> import tempfile, timm
+    >>> from cosa_hf.modeling_cosa import read_timm_weights
+
+    >>> with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+    ...     torch.save(timm.create_model("test_vit").half().state_dict(), file.name)
+    ...     state_dict = read_timm_weights(timm.create_model("test_vit", num_classes=0), "test_vit", file.name)
+    >>> state_dict["norm.weight"].dtype
+    torch.float16
+
+    ```
     """
     from timm.models import load_state_dict as read_state_dict
 
