@@ -15,6 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from .configuration_cosa_ms import CoSAMSConfig
 from .modeling_cosa import CoSALargeFOV, read_timm_weights
 
+#: Fields of the config that not every architecture follows, as segmentation_models_pytorch calls them.
+OPTIONS = {"output_stride": "encoder_output_stride", "decoder_channels": "decoder_channels"}
+
 STRIDE = 32  # every pyramid and decoder takes images whose sides are multiples of it
 
 
@@ -151,6 +154,36 @@ def load_pretrained(features: nn.Module, name: str, weights: str | None) -> None
         raise ValueError(f"the weights of {name} lack {', '.join(missing[:8])}")
 
 
+def options_of(architecture: str) -> list[str]:
+    """Which of `OPTIONS` an architecture can be made with.
+
+    Raises:
+        ValueError: there is no such architecture, or the library that has it is not installed.
+
+    Example:
+        >>> options_of("largefov")
+        ['output_stride', 'decoder_channels']
+    """
+    if architecture == "largefov":
+        return list(OPTIONS)
+    taken = inspect.signature(_smp_class(architecture).__init__).parameters
+    # A U-Net takes a width for each of its levels, which one number is not.
+    return [field for field, name in OPTIONS.items() if name in taken and isinstance(taken[name].default, int)]
+
+
+def _smp_class(architecture: str) -> Any:
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError:
+        raise ValueError(  # no extra named: beside weights, this file runs without the package
+            f"architecture {architecture!r} needs a package: pip install segmentation_models_pytorch"
+        ) from None
+    kinds = smp.MODEL_ARCHITECTURES_MAPPING
+    if architecture not in kinds:
+        raise ValueError(f"unknown architecture {architecture!r}; known: largefov, {', '.join(sorted(kinds))}")
+    return kinds[architecture]
+
+
 def _timm() -> Any:
     """timm, with `wide_resnet38_a1` among its models; not at import, which would take a second more."""
     import timm
@@ -169,25 +202,12 @@ def _parts(config: CoSAMSConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
         sized = copy.copy(config)
         sized.decoder_channels = config.decoder_channels or 512  # Sec. 4.1
         return encoder, LargeFOV(sized, encoder.feature_info.channels()[-1]), nn.Identity()
-    try:
-        import segmentation_models_pytorch as smp
-    except ImportError:
-        raise ValueError(  # no extra named: beside weights, this file runs without the package
-            f"architecture {config.architecture!r} needs a package: pip install segmentation_models_pytorch"
-        ) from None
-    kinds = smp.MODEL_ARCHITECTURES_MAPPING
-    if config.architecture not in kinds:
-        raise ValueError(f"unknown architecture {config.architecture!r}; known: largefov, {', '.join(sorted(kinds))}")
-    wanted = {
-        "encoder_output_stride": config.output_stride,
-        "decoder_channels": config.decoder_channels,
-        "upsampling": 1,  # whoever needs the logits at another size resizes them once
-    }
-    taken = inspect.signature(kinds[config.architecture].__init__).parameters
-    options = {name: value for name, value in wanted.items() if name in taken and value is not None}
-    network = kinds[config.architecture](
-        encoder_name=f"tu-{config.encoder}", encoder_weights=None, classes=config.num_labels, **options
-    )
+    make = _smp_class(config.architecture)
+    wanted = {OPTIONS[field]: getattr(config, field) for field in options_of(config.architecture)}
+    options = {name: value for name, value in wanted.items() if value is not None}
+    if "upsampling" in inspect.signature(make.__init__).parameters:
+        options["upsampling"] = 1  # whoever needs the logits at another size resizes them once
+    network = make(encoder_name=f"tu-{config.encoder}", encoder_weights=None, classes=config.num_labels, **options)
     return network.encoder, network.decoder, network.segmentation_head
 
 

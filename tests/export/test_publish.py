@@ -93,7 +93,8 @@ def network(tmp_path):
         directory = tmp_path / "network"
         recipe = MultistageRecipe(
             network=network, pseudo_labels="/home/someone/VOC2012-pseudo", data_dir="/home/someone/VOC2012",
-            decoder_channels=16, output_dir="/scratch/someone/net", eval_every=10, **{"pretrained": False} | fields,
+            output_dir="/scratch/someone/net", eval_every=10,
+            **{"pretrained": False, "decoder_channels": 16} | fields,
         )  # fmt: skip
         model, processor = build_network(recipe, NAMES)
         model.save_pretrained(directory / "model")
@@ -397,7 +398,7 @@ def test_a_network_from_a_directory_keeps_its_name_only(network, tmp_path):
     source = tmp_path / "segformer"
     SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8)).save_pretrained(source)
     SegformerImageProcessor().save_pretrained(source)
-    stage(network(str(source), pretrained=True), tmp_path / "staged", "org/net")
+    stage(network(str(source), pretrained=True, decoder_channels=None), tmp_path / "staged", "org/net")
     text = (tmp_path / "staged" / "README.md").read_text()
     assert "| network | `segformer`, encoder started from `segformer` |" in text
     assert ModelCard(text).data.base_model is None  # no name on the Hub
@@ -406,7 +407,7 @@ def test_a_network_from_a_directory_keeps_its_name_only(network, tmp_path):
 
 
 def test_the_card_of_a_set_of_masks_says_how_to_read_it(network, mask2former, tmp_path):
-    stage(network(mask2former, pretrained=True), tmp_path / "staged", "org/net")
+    stage(network(mask2former, pretrained=True, decoder_channels=None), tmp_path / "staged", "org/net")
     text = (tmp_path / "staged" / "README.md").read_text()
     assert '("photo.jpg", subtask="semantic")' in text
     assert "a set of masks and their classes, `masks_queries_logits` and `class_queries_logits`." in text

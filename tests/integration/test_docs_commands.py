@@ -24,14 +24,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: What bash is kept from running: it writes down what it was asked to run.
 PROGRAMS = ("python", "python3", ".venv/bin/pip", "accelerate", "torchrun", "pip", "make", "hf")
 #: Flags given last win. Sizes and lengths only, and nothing that would need a download.
-NETWORK = "--backbone test_vit --aux_layer -2 --pretrained false --resume false --label_scales 1.0 --ema_momentum 0.2"
+RANDOM = "--pretrained false --backbone_weights ''"
+NETWORK = f"--backbone test_vit --aux_layer -2 {RANDOM} --resume false --label_scales 1.0 --ema_momentum 0.2"
 SHORT = (
     "--max_steps 2 --lr_warmup_steps 1 --crop_size 48 --input_size 48 --batch_size 2 --gradient_accumulation_steps 1 "
     "--num_workers 0 --mixed_precision no --eval_every 0 --checkpoint_every 0 --tracker none"
 )
 CUT = {
     "train.py": f"{NETWORK} --warmup_steps 1 {SHORT}",
-    "train_multistage.py": f"--network largefov/test_resnet --pretrained false --decoder_channels 16 {SHORT}",
+    "train_multistage.py": f"--network largefov/test_resnet {RANDOM} --decoder_channels 16 {SHORT}",
     "convert_checkpoint.py": "--backbone test_vit",
     "evaluate.py": "--scales 1",
     "analyze.py": "--num_images 2",

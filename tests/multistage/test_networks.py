@@ -43,7 +43,7 @@ def test_every_kind_saves_loads_and_is_taken_by_the_pipeline(network, segformer,
     if network.startswith("smp/"):
         pytest.importorskip("segmentation_models_pytorch")
     torch.manual_seed(0)
-    options = {"decoder_channels": None} if "unet" in network else {}
+    options = {"decoder_channels": None} if network in ("smp/unet/test_resnet", "segformer") else {}
     wanted = recipe(segformer if network == "segformer" else network, **options)
     model, processor = build_network(wanted, NAMES, ["cat"])
     model.eval().save_pretrained(tmp_path)
@@ -115,7 +115,7 @@ def test_a_network_that_does_not_exist_is_named(network, message):
 
 
 def test_a_network_that_answers_with_a_set_of_masks_saves_and_loads(mask2former, tmp_path):
-    model, processor = build_network(recipe(mask2former, pretrained=True), NAMES, ["cat"])
+    model, processor = build_network(recipe(mask2former, pretrained=True, decoder_channels=None), NAMES, ["cat"])
     pretrained = Mask2FormerForUniversalSegmentation.from_pretrained(mask2former)
     for name, weights in pretrained.model.state_dict().items():
         torch.testing.assert_close(encoder_of(model).state_dict()[name], weights)
@@ -143,6 +143,56 @@ def test_an_architecture_that_does_not_exist_is_named():
     pytest.importorskip("segmentation_models_pytorch")
     with pytest.raises(ValueError, match=r"unknown architecture 'nonet'; known: largefov, deeplabv3, deeplabv3plus"):
         build_network(recipe("smp/nonet/test_resnet"), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("network", "fields"),
+    [
+        ("segformer", {"backbone_weights": "mit.pth", "pretrained": True}),
+        ("segformer", {"decoder_channels": 16}),
+        ("segformer", {"output_stride": 8}),
+        ("upernet/test_resnet", {"output_stride": 16}),
+        ("upernet-swin-b", {"output_stride": 8}),
+        ("smp/unet/test_resnet", {"output_stride": 8}),
+        ("smp/unet/test_resnet", {"decoder_channels": 16}),
+        ("smp/linknet/test_resnet", {"decoder_channels": 16}),
+    ],
+)
+def test_a_field_that_the_network_does_not_follow_is_named(network, fields, segformer):
+    if network.startswith("smp/"):
+        pytest.importorskip("segmentation_models_pytorch")
+    name, value = next(iter(fields.items()))
+    network = segformer if network == "segformer" else network
+    with pytest.raises(ValueError, match=rf"{name}={value!r} has no effect on network {network!r}"):
+        build_network(recipe(network, **{"decoder_channels": None} | fields), NAMES)
+
+
+@pytest.mark.parametrize("network", ["largefov/test_resnet", "smp/deeplabv3plus/test_resnet"])
+def test_the_stride_is_followed_where_it_can_be(network):
+    if network.startswith("smp/"):
+        pytest.importorskip("segmentation_models_pytorch")
+    for stride, sides in ((None, (4, 6)), (8, (8, 12))):
+        model, _ = build_network(recipe(network, output_stride=stride), NAMES)
+        with torch.no_grad():
+            last = model.eval().encoder(torch.zeros(1, 3, 64, 96))[-1]
+        assert last.shape[-2:] == sides
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"decoder_channels": 0}, "decoder_channels must be positive, got 0"),
+        ({"backbone_weights": "r101.pth"}, "backbone_weights r101.pth need pretrained: true"),
+    ],
+)
+def test_a_setting_that_would_pass_for_another_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        recipe("largefov/test_resnet", **fields)
+
+
+def test_a_stride_that_no_encoder_has_is_named():
+    with pytest.raises(ValueError, match="output_stride=5 must be 8, 16 or 32"):
+        build_network(recipe("largefov/test_resnet", output_stride=5), NAMES)
 
 
 @pytest.mark.slow

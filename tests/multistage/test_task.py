@@ -50,7 +50,10 @@ def test_it_learns_the_masks_it_is_given(tiny):
 
 
 def test_a_set_of_masks_learns_too(tiny, mask2former):
-    recipe = tiny(network=mask2former, pretrained=True, max_steps=30, log_every=10, eval_every=30, eval_images=2)
+    recipe = tiny(
+        network=mask2former, pretrained=True, decoder_channels=None, max_steps=30, log_every=10, eval_every=30,
+        eval_images=2,
+    )  # fmt: skip
     train_multistage(recipe)
     first, *_, last, evaluation = log_of(recipe)
     assert last["loss"] < 0.9 * first["loss"]
@@ -67,6 +70,57 @@ def test_a_resumed_run_equals_the_other(tiny, tmp_path, optimizer):
     expected = weights_of(whole)
     train_multistage(tiny(output_dir=str(tmp_path / "whole"), resume=True, **fields))
     assert_same_weights(expected, weights_of(whole))
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, MemoryError])
+@pytest.mark.parametrize(
+    ("network", "frozen"), [("smp/deeplabv3plus/test_resnet", True), ("largefov/test_resnet", False)]
+)
+def test_a_step_that_fails_leaves_no_trace_in_what_is_saved(tiny, tmp_path, monkeypatch, network, frozen, error):
+    if network.startswith("smp/"):
+        pytest.importorskip("segmentation_models_pytorch")
+    fields = {"network": network, "freeze_batch_norm": frozen}
+    whole = tiny(output_dir=str(tmp_path / "whole"), **fields)
+    train_multistage(whole)
+
+    losses, calls = MultistageTask.losses, []
+
+    def fail(self, *arguments):
+        calls.append(1)
+        if len(calls) < 3:
+            return losses(self, *arguments)
+        if error is MemoryError:
+            raise MemoryError("CUDA out of memory, say")
+        return {"loss": losses(self, *arguments)["loss"] * torch.nan}
+
+    cut = {"output_dir": str(tmp_path / "cut"), **fields}
+    with monkeypatch.context() as patch:
+        patch.setattr(MultistageTask, "losses", fail)
+        with pytest.raises(error):
+            train_multistage(tiny(**cut))
+    assert [path.stem for path in (tmp_path / "cut/checkpoints").iterdir()] == ["step-0000002"]
+    resumed = tiny(resume=True, **cut)
+    train_multistage(resumed)
+    assert_same_weights(weights_of(whole), weights_of(resumed))
+
+
+@pytest.mark.parametrize("network", ["smp/deeplabv3plus/test_resnet", "upernet/test_resnet"])
+def test_one_image_is_too_few_where_it_is_pooled_to_a_point(tiny, network):
+    if network.startswith("smp/"):
+        pytest.importorskip("segmentation_models_pytorch")
+    recipe = tiny(network=network, batch_size=1, images_per_step=1)
+    with pytest.raises(ValueError, match=f"batch_size must be 2 or more for network '{network}'"):
+        MultistageTask(recipe, loop.Accelerator(cpu=True))
+
+
+def test_one_image_is_enough_elsewhere_and_looking_draws_no_random_number(tiny):
+    states = []
+    for size in (1, 2):
+        torch.manual_seed(0)
+        task = MultistageTask(tiny(batch_size=size), loop.Accelerator(cpu=True))
+        states.append((torch.get_rng_state(), task.network.state_dict()))
+    assert torch.equal(states[0][0], states[1][0])
+    assert_same_weights(states[0][1], states[1][1])
 
 
 def test_accumulated_parts_equal_the_larger_batch(tiny, tmp_path):

@@ -44,6 +44,19 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
     Raises:
         FileNotFoundError: no such directory or dataset, or one of its files is missing.
         ValueError: the export is unfinished or in another format, or the dataset has no masks.
+
+    Example:
+        >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+        >>> from cosa_hf.data import SHAPES_CLASSES, load_shapes
+        >>> from cosa_hf.export import export_pseudo_labels
+        >>> config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
+        >>> model = CoSAForWeaklySupervisedSegmentation(config)
+        >>> processor = CoSAImageProcessor(size={"height": 32, "width": 32})
+        >>> settings = {"source": "cam_mean", "format": "png", "split": "train", "progress": False}
+        >>> _ = export_pseudo_labels(model, processor, load_shapes("train", 2), "labels", **settings)
+        >>> exported = load_pseudo_labels("labels")
+        >>> len(exported.dataset), exported.threshold
+        (2, 0.5)
     """
     root = Path(source)
     record: dict[str, Any] = {}
@@ -81,9 +94,18 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
 def check_masks(dataset: Dataset, rank: int = 0, processes: int = 1) -> None:
     """Open every mask once, before hours of training on wrong ones; shared among the processes.
 
+    Args:
+        dataset: with the columns image, labels, image_id and mask.
+        rank: of this process.
+        processes: how many there are.
+
     Raises:
         ValueError: masks that cannot be read, have another size than their image, ids beyond the classes, colours that
             are not those of their ids, or not one labelled pixel; names their files.
+
+    Example:
+        >>> from cosa_hf.data import load_shapes
+        >>> check_masks(load_shapes("train", num_images=2, masks=True))
     """
     num_classes = len(class_names(dataset))
     share = undecoded(dataset.select_columns(["image", "image_id", "mask"])).select(

@@ -19,7 +19,7 @@ from transformers import (
 from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.inference import auto_class
-from cosa_hf.modeling_cosa_ms import CoSAMSForSemanticSegmentation, load_pretrained
+from cosa_hf.modeling_cosa_ms import OPTIONS, CoSAMSForSemanticSegmentation, load_pretrained, options_of
 from cosa_hf.multistage.recipe import MultistageRecipe
 
 #: What the paper calls R101 and WR38, as encoder and decoder.
@@ -46,7 +46,13 @@ def build_network(
         coexistence_classes: whose mean is C-mIoU.
 
     Raises:
-        ValueError: no such network, or its weights cannot be had.
+        ValueError: no such network, its weights cannot be had, or the recipe sets a field that it does not follow.
+
+    Example:
+        >>> recipe = MultistageRecipe(pseudo_labels="labels", network="largefov/test_resnet", pretrained=False)
+        >>> model, processor = build_network(recipe, ["background", "cat", "dog"])
+        >>> model.config.num_labels, processor.size["height"]
+        (3, 448)
     """
     model, processor = _build(recipe, names)
     model.config.coexistence_classes = list(coexistence_classes)
@@ -79,6 +85,12 @@ def encoder_of(model: PreTrainedModel) -> nn.Module:
 
     Raises:
         ValueError: the model does not name one.
+
+    Example:
+        >>> recipe = MultistageRecipe(pseudo_labels="labels", network="upernet/test_resnet", pretrained=False)
+        >>> model, _ = build_network(recipe, ["background", "cat", "dog"])
+        >>> encoder_of(model) is model.backbone
+        True
     """
     encoder = model.base_model if model.base_model is not model else getattr(model, "backbone", None)
     if encoder is None:
@@ -87,13 +99,10 @@ def encoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def _cosa_ms(recipe: MultistageRecipe, architecture: str, encoder: str, labels: dict[str, Any]) -> PreTrainedModel:
-    config = CoSAMSConfig(
-        architecture=architecture,
-        encoder=encoder,
-        output_stride=recipe.output_stride,
-        decoder_channels=recipe.decoder_channels,
-        **labels,
-    )
+    followed = options_of(architecture)
+    _require_unset(recipe, [field for field in OPTIONS if field not in followed])
+    options = {field: value for field in followed if (value := getattr(recipe, field)) is not None}
+    config = CoSAMSConfig(architecture=architecture, encoder=encoder, **options, **labels)
     model = CoSAMSForSemanticSegmentation(config)
     if recipe.pretrained:
         model.load_encoder(recipe.backbone_weights)
@@ -101,6 +110,7 @@ def _cosa_ms(recipe: MultistageRecipe, architecture: str, encoder: str, labels: 
 
 
 def _upernet_swin(recipe: MultistageRecipe, labels: dict[str, Any]) -> PreTrainedModel:
+    _require_unset(recipe, ["output_stride"])
     stages = ["stage1", "stage2", "stage3", "stage4"]
     shape = SWIN_B_SHAPE | {"out_features": stages}
     config = UperNetConfig(backbone_config=SwinConfig(**shape), **_upernet_options(recipe), **labels)
@@ -123,6 +133,7 @@ def _upernet_swin(recipe: MultistageRecipe, labels: dict[str, Any]) -> PreTraine
 def _upernet_timm(recipe: MultistageRecipe, encoder: str, labels: dict[str, Any]) -> PreTrainedModel:
     import timm
 
+    _require_unset(recipe, ["output_stride"])
     if not timm.is_model(encoder):
         raise ValueError(f"network {recipe.network!r}: {encoder!r} is no model of timm {timm.__version__}")
     feature_info: Any = timm.create_model(encoder, features_only=True).feature_info
@@ -156,7 +167,16 @@ def _transformers_model(
             "smp/ARCHITECTURE/TIMM_MODEL, largefov/TIMM_MODEL and upernet/TIMM_MODEL; anything else must be a "
             f"transformers model for semantic segmentation on disk or within reach on the Hub\n{error}"
         ) from error
+    _require_unset(recipe, ["backbone_weights", "decoder_channels", "output_stride"])
     return model, processor
+
+
+def _require_unset(recipe: MultistageRecipe, fields: Sequence[str]) -> None:
+    for name in fields:
+        if getattr(recipe, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(recipe, name)!r} has no effect on network {recipe.network!r}: leave it out"
+            )
 
 
 def _normalisation(encoder: str) -> tuple[list[float], list[float]]:

@@ -52,7 +52,10 @@ class MultistageRecipe(RunRecipe):
         default=None, metadata={"help": "file of the encoder's weights (upernet-swin-b: directory), not the download"}
     )
     pretrained: bool = field(default=True, metadata={"help": "start from pretrained encoder weights"})
-    output_stride: int = field(default=16, metadata={"help": "stride of convolutional encoders, by dilation"})
+    output_stride: int | None = field(
+        default=None,
+        metadata={"help": "stride of a convolutional encoder, by dilation, where the network can; 16 without"},
+    )
     decoder_channels: int | None = field(default=None, metadata={"help": "width of the decoder; its usual one without"})
     freeze_batch_norm: bool = field(
         default=True, metadata={"help": "batch norm of the encoder keeps its pretrained statistics"}
@@ -65,3 +68,7 @@ class MultistageRecipe(RunRecipe):
             raise ValueError("pseudo_labels must name an export: scripts/export_pseudo_labels.py writes one")
         if min(self.label_scales) <= 0:
             raise ValueError(f"label_scales must all be positive, got {self.label_scales}")
+        if self.decoder_channels is not None and self.decoder_channels <= 0:
+            raise ValueError(f"decoder_channels must be positive, got {self.decoder_channels}")
+        if self.backbone_weights and not self.pretrained:
+            raise ValueError(f"backbone_weights {self.backbone_weights} need pretrained: true, or leave them out")

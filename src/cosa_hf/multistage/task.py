@@ -1,7 +1,9 @@
 """A network of CoSA-MS as a task of the training loop: cross-entropy against exported masks, and no more."""
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -44,6 +46,8 @@ class MultistageTask(Task):
         FileNotFoundError, ValueError: pseudo-labels or settings that cannot be trained on; the message names them.
     """
 
+    before_update: ClassVar[tuple[str, ...]] = ("running_statistics",)
+
     def __init__(self, recipe: MultistageRecipe, accelerator: Accelerator) -> None:
         super().__init__(recipe, accelerator)
         exported = load_pseudo_labels(str(recipe.pseudo_labels), recipe.train_split)
@@ -62,6 +66,8 @@ class MultistageTask(Task):
         names = ["background", *class_names(self.dataset)]
         coexistence = [name for name in COEXISTENCE_CLASSES.get(recipe.dataset, ()) if name in names]
         self.network, self.processor = build_network(recipe, names, coexistence)
+        if recipe.batch_size == 1:
+            self._try_one_image()
         nn.Module.to(self.network, memory_format=torch.channels_last)
         encoder = {id(parameter) for parameter in encoder_of(self.network).parameters()}
         trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
@@ -79,6 +85,18 @@ class MultistageTask(Task):
             scales=recipe.label_scales, batch_size=recipe.batch_size,
         )  # fmt: skip
         return load_pseudo_labels(str(directory))
+
+    def _try_one_image(self) -> None:
+        """Batch norm learns nothing from one value a channel, to which some decoders pool a single image."""
+        self.train(self.network)
+        side = self.recipe.crop_size
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                copy.deepcopy(self.network)(torch.zeros(1, 3, side, side))
+            except ValueError as error:
+                raise ValueError(
+                    f"batch_size must be 2 or more for network {self.recipe.network!r}, got 1: {error}"
+                ) from error
 
     def description(self) -> list[str]:
         recipe = self.recipe
@@ -104,12 +122,12 @@ class MultistageTask(Task):
     def train(self, network: nn.Module) -> None:
         super().train(network)
         if self.recipe.freeze_batch_norm:
-            for module in encoder_of(self.network).modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            for _, norm in _batch_norms(encoder_of(self.network)):
+                norm.eval()
 
     def states(self) -> dict[str, Any]:
-        return {"network": self.network}
+        # In this order: what is held of the statistics is loaded over those of the network.
+        return {"network": self.network, "running_statistics": RunningStatistics(self.network)}
 
     def outputs(self, network: nn.Module, part: dict[str, Any]) -> Any:
         return network(part["weak"])
@@ -136,6 +154,39 @@ class MultistageTask(Task):
 
     def recommendation(self) -> tuple[str, str]:
         return MODEL, "the weights after the last step"
+
+
+class RunningStatistics:
+    """Of the batch norm that a network trains: they change with the forward pass, before the weights do.
+
+    Example:
+        >>> network = nn.Sequential(nn.BatchNorm2d(1))
+        >>> state = RunningStatistics(network).state_dict()
+        >>> _ = network(torch.rand(2, 1, 4, 4))
+        >>> RunningStatistics(network).load_state_dict(state)
+        >>> network[0].running_mean
+        tensor([0.])
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            f"{path}.{name}": value.clone()  # the network's own are in the file already, and it takes none twice
+            for path, norm in _batch_norms(self.network)
+            if norm.training
+            for name, value in norm.named_buffers()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.network.load_state_dict(state, strict=False)
+
+
+def _batch_norms(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield path, module
 
 
 def confidence_weights(confidence: Tensor, mask: Tensor, threshold: float | None, mean: ProcessMean) -> Tensor:
