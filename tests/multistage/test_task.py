@@ -9,7 +9,7 @@ from transformers import AutoModelForSemanticSegmentation
 from cosa_hf.multistage.data import load_pseudo_labels
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.multistage.recipe import MultistageRecipe
-from cosa_hf.multistage.task import MultistageTask, confidence_weights, train_multistage
+from cosa_hf.multistage.task import MultistageTask, Weights, confidence_weights, train_multistage
 from cosa_hf.training import loop
 from cosa_hf.training.checkpoints import read_checkpoint
 
@@ -66,13 +66,15 @@ def test_a_resumed_run_equals_the_other(tiny, tmp_path, optimizer):
     whole = tiny(output_dir=str(tmp_path / "whole"), **fields)
     train_multistage(whole)
     (tmp_path / "whole/checkpoints/step-0000004.safetensors").unlink()
-    assert {"network", "optimizer"} <= set(read_checkpoint(tmp_path / "whole/checkpoints/step-0000002.safetensors"))
+    assert {"weights", "running_statistics", "optimizer"} <= set(
+        read_checkpoint(tmp_path / "whole/checkpoints/step-0000002.safetensors")
+    )
     expected = weights_of(whole)
     train_multistage(tiny(output_dir=str(tmp_path / "whole"), resume=True, **fields))
     assert_same_weights(expected, weights_of(whole))
 
 
-@pytest.mark.parametrize("error", [FloatingPointError, MemoryError])
+@pytest.mark.parametrize("error", ["FloatingPointError", "FloatingPointError of images", "MemoryError"])
 @pytest.mark.parametrize(
     ("network", "frozen"), [("smp/deeplabv3plus/test_resnet", True), ("largefov/test_resnet", False)]
 )
@@ -83,20 +85,23 @@ def test_a_step_that_fails_leaves_no_trace_in_what_is_saved(tiny, tmp_path, monk
     whole = tiny(output_dir=str(tmp_path / "whole"), **fields)
     train_multistage(whole)
 
-    losses, calls = MultistageTask.losses, []
+    outputs, calls = MultistageTask.outputs, []
 
-    def fail(self, *arguments):
+    def fail(self, model, part):
         calls.append(1)
-        if len(calls) < 3:
-            return losses(self, *arguments)
-        if error is MemoryError:
+        if len(calls) == 3 and error.endswith("images"):  # as where activations overflow
+            part["weak"] = part["weak"] * torch.nan
+        out = outputs(self, model, part)
+        if len(calls) == 3 and error == "MemoryError":
             raise MemoryError("CUDA out of memory, say")
-        return {"loss": losses(self, *arguments)["loss"] * torch.nan}
+        if len(calls) == 3:
+            out.logits = out.logits * torch.nan
+        return out
 
     cut = {"output_dir": str(tmp_path / "cut"), **fields}
     with monkeypatch.context() as patch:
-        patch.setattr(MultistageTask, "losses", fail)
-        with pytest.raises(error):
+        patch.setattr(MultistageTask, "outputs", fail)
+        with pytest.raises((FloatingPointError, MemoryError)):
             train_multistage(tiny(**cut))
     assert [path.stem for path in (tmp_path / "cut/checkpoints").iterdir()] == ["step-0000002"]
     resumed = tiny(resume=True, **cut)
@@ -218,3 +223,9 @@ def test_a_network_of_transformers_trains_too(tiny, tmp_path):
 def test_recipes_of_the_repository_are_valid(path):
     recipe = MultistageRecipe.named(path.stem, pseudo_labels="x")
     assert recipe.images_per_step == recipe.batch_size * recipe.gradient_accumulation_steps
+
+
+def test_weights_of_another_network_are_refused():
+    state = Weights(torch.nn.Linear(1, 1)).state_dict()
+    with pytest.raises(ValueError, match=r"of another network: it has weight, bias"):
+        Weights(torch.nn.Identity()).load_state_dict(state)

@@ -22,6 +22,7 @@ class MultistageRecipe(RunRecipe):
     """
 
     directory: ClassVar[Path] = RECIPES / "multistage"
+    in_checkpoint: ClassVar[tuple[str, ...]] = (*RunRecipe.in_checkpoint, "network", "decoder_channels", "optimizer")
     places: ClassVar[tuple[str, ...]] = (*RunRecipe.places, "pseudo_labels", "self_training", "network")
 
     pseudo_labels: str | None = field(

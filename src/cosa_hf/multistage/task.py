@@ -126,8 +126,7 @@ class MultistageTask(Task):
                 norm.eval()
 
     def states(self) -> dict[str, Any]:
-        # In this order: what is held of the statistics is loaded over those of the network.
-        return {"network": self.network, "running_statistics": RunningStatistics(self.network)}
+        return {"weights": Weights(self.network), "running_statistics": RunningStatistics(self.network)}
 
     def outputs(self, network: nn.Module, part: dict[str, Any]) -> Any:
         return network(part["weak"])
@@ -160,12 +159,8 @@ class RunningStatistics:
     """Of the batch norm that a network trains: they change with the forward pass, before the weights do.
 
     Example:
-        >>> network = nn.Sequential(nn.BatchNorm2d(1))
-        >>> state = RunningStatistics(network).state_dict()
-        >>> _ = network(torch.rand(2, 1, 4, 4))
-        >>> RunningStatistics(network).load_state_dict(state)
-        >>> network[0].running_mean
-        tensor([0.])
+        >>> list(RunningStatistics(nn.Sequential(nn.BatchNorm2d(1))).state_dict())
+        ['0.running_mean', '0.running_var', '0.num_batches_tracked']
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -173,7 +168,7 @@ class RunningStatistics:
 
     def state_dict(self) -> dict[str, Tensor]:
         return {
-            f"{path}.{name}": value.clone()  # the network's own are in the file already, and it takes none twice
+            f"{path}.{name}": value
             for path, norm in _batch_norms(self.network)
             if norm.training
             for name, value in norm.named_buffers()
@@ -181,6 +176,30 @@ class RunningStatistics:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.network.load_state_dict(state, strict=False)
+
+
+class Weights:
+    """All of a network but its `RunningStatistics`.
+
+    Raises:
+        ValueError: at loading, weights of another network.
+
+    Example:
+        >>> list(Weights(nn.Sequential(nn.BatchNorm2d(1))).state_dict())
+        ['0.weight', '0.bias']
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def state_dict(self) -> dict[str, Tensor]:
+        running = RunningStatistics(self.network).state_dict()
+        return {name: value for name, value in self.network.state_dict().items() if name not in running}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        foreign = self.network.load_state_dict(state, strict=False).unexpected_keys
+        if foreign:
+            raise ValueError(f"the checkpoint is of another network: it has {', '.join(foreign[:8])}")
 
 
 def _batch_norms(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

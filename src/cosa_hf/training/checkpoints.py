@@ -6,7 +6,7 @@ A checkpoint is written whole or not at all, checked when read, and nothing in i
 import json
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,15 +120,22 @@ class Checkpoints:
         """The step is to be kept: weights change from here on, and the next save is of what there is then."""
         self._held = None
 
+    def is_finite(self) -> bool:
+        """Whether all numbers that `save` would write are."""
+        return all(bool(tensor.isfinite().all()) for tensor in _tensors(self._packed()))
+
+    def _packed(self) -> dict[str, Any]:
+        held = self._held or {"random": self._random_state()}
+        return {name: _pack(part.state_dict()) for name, part in self.parts.items() if name not in held} | held
+
     def save(self, step: int) -> Path:
         """Write the state after `step` steps and remove what is older than the newest `keep`. For all processes.
 
         Raises:
             OSError: the file cannot be written; the message names the last one that is whole.
         """
-        held = self._held or {"random": self._random_state()}
-        packed = {name: _pack(part.state_dict()) for name, part in self.parts.items() if name not in held} | held
-        packed["random"] = {name: self._of_all_processes(state) for name, state in held["random"].items()}
+        packed = self._packed()
+        packed["random"] = {name: self._of_all_processes(state) for name, state in packed["random"].items()}
         final = self.directory / f"step-{step:07d}.safetensors"
         failure = None
         if self.accelerator.is_main_process:
@@ -220,6 +227,14 @@ def _pack(value: Any, copy: bool = False) -> Any:
     if isinstance(value, dict):
         return {"dict": [[key, _pack(item, copy)] for key, item in value.items()]}
     return {"list": [_pack(item, copy) for item in value]} if isinstance(value, list | tuple) else value
+
+
+def _tensors(packed: Any) -> Iterator[Tensor]:
+    if isinstance(packed, Tensor):
+        yield packed
+    elif isinstance(packed, dict | list):
+        for item in packed.values() if isinstance(packed, dict) else packed:
+            yield from _tensors(item)
 
 
 def _unpack(value: Any) -> Any:

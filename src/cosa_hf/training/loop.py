@@ -95,7 +95,7 @@ def train(recipe: RunRecipe, make_task: Callable[[Any, Accelerator], Task] = CoS
         return task.vitals() | {"lr": schedule.get_last_lr()[0]}
 
     task.train(model)
-    with Watch(accelerator, checkpoints, progress, task.network) as watch:
+    with Watch(accelerator, checkpoints, progress) as watch:
         for batch in watch.steps(loader):
             targets = task.targets(batch, progress.step, mean)
             parts = list(parts_of(batch, targets, recipe.batch_size))

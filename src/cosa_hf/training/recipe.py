@@ -208,7 +208,8 @@ class Recipe(RunRecipe):
     )  # fmt: skip
     may_be_infinite: ClassVar[tuple[str, ...]] = ("perplexity_epsilon",)
     in_checkpoint: ClassVar[tuple[str, ...]] = (
-        *RunRecipe.in_checkpoint, "threshold", "threshold_queue", "threshold_covariance",
+        *RunRecipe.in_checkpoint, "backbone", "aux_layer", "decoder_channels", "threshold", "threshold_queue",
+        "threshold_covariance",
     )  # fmt: skip
 
     # Data

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from cosa_hf.training.checkpoints import Checkpoints, Progress
 
@@ -19,22 +19,19 @@ from cosa_hf.training.checkpoints import Checkpoints, Progress
 class Watch:
     """Around the loop over steps: SIGTERM, images that cannot be had, a loss that is not finite, any other error.
 
-    Before the run ends, the state after the last whole step is saved, without what an unfinished step changed. Only
-    while the optimiser changes the weights there is none, until the step is `whole`. On several processes that takes
-    all of them, so an error of one alone saves nothing and leaves the run to its regular checkpoints; SIGTERM, the
-    loader and the loss are looked at together, once a step.
+    Before the run ends, the state after the last whole step is saved if it is finite, without what an unfinished step
+    changed. Only while the optimiser changes the weights there is none, until the step is `whole`. On several processes
+    that takes all of them, so an error of one alone saves nothing and leaves the run to its regular checkpoints;
+    SIGTERM, the loader and the loss are looked at together, once a step.
 
     Args:
         accelerator: of the run.
         checkpoints: where to save.
         progress: the step counter.
-        online: never saved once its weights are not finite.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, checkpoints: Checkpoints, progress: Progress, online: nn.Module
-    ) -> None:
-        self.accelerator, self.checkpoints, self.progress, self.online = accelerator, checkpoints, progress, online
+    def __init__(self, accelerator: Accelerator, checkpoints: Checkpoints, progress: Progress) -> None:
+        self.accelerator, self.checkpoints, self.progress = accelerator, checkpoints, progress
         self.terminated = False
         self._handlers: dict[int, Any] = {}
 
@@ -131,8 +128,8 @@ class Watch:
         """Save the last whole step, unless there is nothing new in it; failing must not hide what ended the run."""
         if self.progress.step in (0, self.checkpoints.saved_step):
             return
-        if not all(tensor.isfinite().all() for tensor in self.online.state_dict().values()):
-            self._say("the weights themselves are not finite any more: not saved")
+        if not self.checkpoints.is_finite():
+            self._say("weights or state are not finite themselves any more: not saved")
             return
         try:
             self._say(f"saved {self.checkpoints.save(self.progress.step)}")
