@@ -128,7 +128,8 @@ class Watch:
         """Save the last whole step, unless there is nothing new in it; failing must not hide what ended the run."""
         if self.progress.step in (0, self.checkpoints.saved_step):
             return
-        if not self.checkpoints.is_finite():
+        (broken,) = self._anywhere(not self.checkpoints.is_finite())
+        if broken:
             self._say("weights or state are not finite themselves any more: not saved")
             return
         try:
