@@ -282,6 +282,8 @@ def test_a_file_without_content(photos):
         ("tags.json", '{"a.jpg": ["cat"], "a.jpg": ["dog"]}', "tags.json cannot be read: the key 'a.jpg' occurs twice"),
         ("metadata.csv", "file_name,labels\na.jpg,cat,dog\n", "line 2 has more cells than the header: dog; put tags"),
         ("metadata.csv", "file_name,labels,\na.jpg,cat,dog\n", "line 2 has more cells than the header: dog; put tags"),
+        ("metadata.csv", "file_name,labels,labels\na.jpg,cat,dog\n", "metadata.csv has more than one column labels"),
+        ("metadata.csv", 'file_name,labels\na.jpg,"cat\nb.jpg,dog\n', "line 2 cannot be read: unexpected end of data"),
         ("metadata.csv", "file_name;labels\na.jpg;cat\n", "line 2: no file_name and no labels; found file_name;labels"),
         ("tags.json", "[]", "must be an object"),
         ("tags.json", "{", "tags.json cannot be read"),

@@ -238,11 +238,14 @@ def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_rows(table: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    # Strict: a quote that is never closed would swallow all lines after it.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = list(reader.fieldnames or [])
         while header and not header[-1].strip():  # a spreadsheet makes the header as wide as the widest row
             header.pop()
+        if repeated := sorted({name for name in header if name and header.count(name) > 1}):
+            raise ValueError(f"{table} has more than one column {', '.join(repeated)}: leave one of each")
         reader.fieldnames = header
         for row in reader:
             where = f"{table}, line {reader.line_num}"
@@ -254,7 +257,7 @@ def _csv_rows(table: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 )
             yield where, {key: value for key, value in row.items() if key}
     except csv.Error as error:
-        raise ValueError(f"{table}, line {reader.line_num} cannot be read: {error}") from error
+        raise ValueError(f"{table}, line {reader.line_num + 1} cannot be read: {error}") from error
 
 
 def _visible(directory: Path) -> dict[str, os.DirEntry]:
