@@ -570,6 +570,13 @@ def test_a_backbone_for_images_of_one_size_is_refused(name, size):
         CoSABackbone(tiny_config(name, -2))
 
 
+def test_a_backbone_whose_unused_norms_are_a_list_works():
+    model = CoSAForWeaklySupervisedSegmentation(tiny_config("efficientvim_m1", -2)).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 128, 192)).logits.shape[-2:] == (2, 3)
+    assert not any(name.startswith("backbone.model.norm") for name in model.state_dict())
+
+
 def test_a_backbone_without_feature_maps_is_named():
     with (
         pytest.raises(ValueError, match="cannot return feature maps of backbone 'convmixer_768_32'"),

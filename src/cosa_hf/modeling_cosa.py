@@ -99,7 +99,9 @@ class CoSABackbone(nn.Module):
         self.stride = int(self.model.feature_info[-1]["reduction"])
         self.num_features, self.aux_num_features, unused = self._probe()
         for name in unused:
-            setattr(self.model, name, nn.Identity())
+            parts = getattr(self.model, name)  # a list is gone through, whatever becomes of it
+            empty = nn.ModuleList(nn.Identity() for _ in parts) if isinstance(parts, nn.ModuleList) else nn.Identity()
+            setattr(self.model, name, empty)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not tensor.is_meta:
                 # timm has initialised itself; transformers must not do it over
