@@ -197,12 +197,23 @@ def _parts(config: CoSAMSConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
     timm = _timm()
     if not timm.is_model(config.encoder):
         raise ValueError(f"encoder={config.encoder!r} is no model of timm {timm.__version__}; see timm.list_models()")
-    if config.architecture == "largefov":
-        encoder = timm.create_model(config.encoder, features_only=True, output_stride=config.output_stride)
-        sized = copy.copy(config)
-        sized.decoder_channels = config.decoder_channels or 512  # Sec. 4.1
-        return encoder, LargeFOV(sized, encoder.feature_info.channels()[-1]), nn.Identity()
-    make = _smp_class(config.architecture)
+    architecture = None if config.architecture == "largefov" else _smp_class(config.architecture)
+    try:
+        return _smp_parts(config, architecture) if architecture else _large_fov_parts(config)
+    except (TypeError, ValueError) as error:  # an encoder that cannot be dilated, or has other levels
+        raise ValueError(
+            f"architecture {config.architecture!r} cannot be made with encoder {config.encoder!r}: {error}"
+        ) from error
+
+
+def _large_fov_parts(config: CoSAMSConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
+    encoder = _timm().create_model(config.encoder, features_only=True, output_stride=config.output_stride)
+    sized = copy.copy(config)
+    sized.decoder_channels = config.decoder_channels or 512  # Sec. 4.1
+    return encoder, LargeFOV(sized, encoder.feature_info.channels()[-1]), nn.Identity()
+
+
+def _smp_parts(config: CoSAMSConfig, make: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
     wanted = {OPTIONS[field]: getattr(config, field) for field in options_of(config.architecture)}
     options = {name: value for name, value in wanted.items() if value is not None}
     if "upsampling" in inspect.signature(make.__init__).parameters:

@@ -210,3 +210,10 @@ def test_the_papers_networks_at_512_pixels(network, millions, side):
         logits = model.eval()(torch.zeros(1, 3, 512, 512)).logits
     assert logits.shape == (1, 21, side, side)
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_an_encoder_that_cannot_be_dilated_is_named():
+    recipe = MultistageRecipe(pseudo_labels="labels", network="largefov/pvt_v2_b0", pretrained=False)
+    message = r"architecture 'largefov' cannot be made with encoder 'pvt_v2_b0': .*output_stride"
+    with pytest.raises(ValueError, match=message):
+        build_network(recipe, ["background", "cat"])
