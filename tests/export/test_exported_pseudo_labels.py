@@ -364,7 +364,7 @@ def test_every_unreadable_image_of_a_shard_is_named_once(model, processor, datas
 )
 def test_a_broken_record_is_named(record, model, processor, dataset, tmp_path):
     (tmp_path / "export.json").write_text(record)
-    with pytest.raises(ValueError, match=r"export\.json is not as an export writes it .*: choose another directory"):
+    with pytest.raises(ValueError, match=r"export\.json is not as an export writes it.*: take another directory"):
         export(model, processor, dataset, tmp_path)
 
 

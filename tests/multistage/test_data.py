@@ -94,3 +94,12 @@ def test_a_grey_mask_has_no_palette_to_doubt(png):
     directory, mask = png
     Image.fromarray(np.array(Image.open(mask))).convert("L").save(mask)
     check_masks(load_pseudo_labels(str(directory)).dataset)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"complete": true, "settings": {}}', '{"complete": 1, "settings": {"format": "png"}}']
+)
+def test_a_damaged_record_of_an_export_is_named(tmp_path, text):
+    (tmp_path / "export.json").write_text(text)
+    with pytest.raises(ValueError, match=r"export\.json is not as an export writes it"):
+        load_pseudo_labels(str(tmp_path))

@@ -257,11 +257,8 @@ def _check_directory(output_dir: Path, settings: dict[str, Any]) -> bool:
         if output_dir.exists() and any(not entry.name.startswith(".") for entry in output_dir.iterdir()):
             raise FileExistsError(f"{output_dir} is not empty and has no {RECORD}: choose another directory")
         return False
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        before, complete = dict(record["settings"]), bool(record["complete"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not as an export writes it ({error!r}): choose another directory") from error
+    record = read_record(output_dir)
+    before = record["settings"]
     other = [
         f"  {name}: {before.get(name)} there, {settings.get(name)} now"
         for name in before.keys() | settings
@@ -272,7 +269,24 @@ def _check_directory(output_dir: Path, settings: dict[str, Any]) -> bool:
             f"{output_dir} has an export with other settings; repeat them or choose another directory\n"
             + "\n".join(sorted(other))
         )
-    return complete
+    return record["complete"]
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """What the export in a directory says about itself: `settings`, `complete`, and what made it.
+
+    Raises:
+        ValueError: its file is damaged or of something else.
+    """
+    path = directory / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(record["complete"], bool) and isinstance(record["settings"]["format"], str)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not as an export writes it ({error!r}): take another directory") from error
+    if not whole:
+        raise ValueError(f"{path} is not as an export writes it: take another directory")
+    return record
 
 
 def _write_record(output_dir: Path, settings: dict[str, Any], model: Any, complete: bool) -> None:

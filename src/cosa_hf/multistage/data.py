@@ -1,6 +1,5 @@
 """Exported pseudo-labels in: found, checked, and said what their confidence means."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from datasets import Dataset
 from cosa_hf.data import class_names, load_voc, undecoded
 from cosa_hf.data.images import IGNORE_INDEX, UnreadableImageError, read_image, read_mask
 from cosa_hf.evaluation.palette import voc_palette
-from cosa_hf.export.pseudo_labels import RECORD
+from cosa_hf.export.pseudo_labels import RECORD, read_record
 
 SHOWN = 10  # of the masks that cannot be used, in an error
 
@@ -61,7 +60,7 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
     root = Path(source)
     record: dict[str, Any] = {}
     if (root / RECORD).is_file():
-        record = json.loads((root / RECORD).read_text(encoding="utf-8"))
+        record = read_record(root)
         if not record["complete"]:
             raise ValueError(f"{root / RECORD}: this export was interrupted; run the same export again, it goes on")
         if record["settings"]["format"] == "coco-json":
