@@ -22,6 +22,7 @@ class MultistageRecipe(RunRecipe):
     """
 
     directory: ClassVar[Path] = RECIPES / "multistage"
+    positive: ClassVar[tuple[str, ...]] = (*RunRecipe.positive, "decoder_channels", "label_scales")
     in_checkpoint: ClassVar[tuple[str, ...]] = (*RunRecipe.in_checkpoint, "network", "decoder_channels", "optimizer")
     places: ClassVar[tuple[str, ...]] = (*RunRecipe.places, "pseudo_labels", "self_training", "network")
 
@@ -49,10 +50,6 @@ class MultistageRecipe(RunRecipe):
             "largefov/TIMM_MODEL, upernet/TIMM_MODEL; or a transformers segmentation model on the Hub or on disk"
         },
     )
-    backbone_weights: str | None = field(
-        default=None, metadata={"help": "file of the encoder's weights (upernet-swin-b: directory), not the download"}
-    )
-    pretrained: bool = field(default=True, metadata={"help": "start from pretrained encoder weights"})
     output_stride: int | None = field(
         default=None,
         metadata={"help": "stride of a convolutional encoder, by dilation, where the network can; 16 without"},
@@ -67,9 +64,3 @@ class MultistageRecipe(RunRecipe):
         super().__post_init__()
         if not self.pseudo_labels:
             raise ValueError("pseudo_labels must name an export: scripts/export_pseudo_labels.py writes one")
-        if min(self.label_scales) <= 0:
-            raise ValueError(f"label_scales must all be positive, got {self.label_scales}")
-        if self.decoder_channels is not None and self.decoder_channels <= 0:
-            raise ValueError(f"decoder_channels must be positive, got {self.decoder_channels}")
-        if self.backbone_weights and not self.pretrained:
-            raise ValueError(f"backbone_weights {self.backbone_weights} need pretrained: true, or leave them out")

@@ -112,7 +112,8 @@ class Checkpoints:
         return self._held is not None
 
     def hold(self) -> None:
-        """Remember what the coming step changes before it changes the weights, so that `save` can leave that out."""
+        """Between two steps: remember what the next changes before it changes the weights, so that `save` can leave
+        that out."""
         self._held = {name: _pack(self.parts[name].state_dict(), copy=True) for name in self.before_update}
         self._held["random"] = self._random_state()
 

@@ -68,6 +68,13 @@ class RunRecipe(DatasetOptions):
     )
     num_workers: int = field(default=4, metadata={"help": "processes that read and augment images"})
 
+    # Network
+    backbone_weights: str | None = field(
+        default=None,
+        metadata={"help": "safetensors or pth file of the backbone, not the download (upernet-swin-b: a directory)"},
+    )
+    pretrained: bool = field(default=True, metadata={"help": "start from pretrained backbone weights"})
+
     # Schedule (Sec. 4.1)
     max_steps: int = field(default=20_000, metadata={"help": "optimiser steps in all"})
     learning_rate: float = field(default=6e-5, metadata={"help": "of the backbone"})
@@ -102,18 +109,21 @@ class RunRecipe(DatasetOptions):
             raise ValueError(f"lr_warmup_steps must lie below max_steps = {self.max_steps}, got {self.lr_warmup_steps}")
         if not 0 < self.scale_min <= self.scale_max:
             raise ValueError(f"scale_min..scale_max must be a positive range, got {self.scale_min}..{self.scale_max}")
+        if self.backbone_weights and not self.pretrained:
+            raise ValueError(f"backbone_weights {self.backbone_weights} need pretrained: true, or leave them out")
 
     def _require_number(self, name: str) -> None:
         """Neither NaN nor infinite nor of the wrong sign: such a run would end late, or learn the opposite."""
         value = getattr(self, name)
         for number in value if isinstance(value, list) else [value]:
-            allowed = number == math.inf and name in self.may_be_infinite
-            if isinstance(number, float) and not math.isfinite(number) and not allowed:
+            if not isinstance(number, int | float):
+                continue
+            if not math.isfinite(number) and not (number == math.inf and name in self.may_be_infinite):
                 raise ValueError(f"{name} must be finite, got {value}")
-        if name in self.positive and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-        if name in self.not_negative and value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+            if name in self.positive and number <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+            if name in self.not_negative and number < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> Self:
@@ -200,7 +210,7 @@ class Recipe(RunRecipe):
 
     positive: ClassVar[tuple[str, ...]] = (
         *RunRecipe.positive, "spl_temperature", "threshold_queue", "supervision_stride", "shuffle_buffer",
-        "decoder_channels", "decoder_dilation",
+        "decoder_channels", "decoder_dilation", "label_scales",
     )  # fmt: skip
     not_negative: ClassVar[tuple[str, ...]] = (
         *RunRecipe.not_negative, "cam2seg_weight", "aux_cam2seg_weight", "seg2cam_weight", "separation_weight",
@@ -226,10 +236,6 @@ class Recipe(RunRecipe):
     backbone: str = field(
         default="vit_base_patch16_224.orig_in21k_ft_in1k", metadata={"help": "any timm model by name"}
     )
-    backbone_weights: str | None = field(
-        default=None, metadata={"help": "safetensors or pth file of the backbone, instead of timm's download"}
-    )
-    pretrained: bool = field(default=True, metadata={"help": "start from pretrained backbone weights"})
     aux_layer: int = field(default=-3, metadata={"help": "layer of F†, counted from the end"})
     output_stride: int = field(default=16, metadata={"help": "stride of convolutional backbones, by dilation"})
     decoder_channels: int = field(default=512, metadata={"help": "width of LargeFOV"})
@@ -308,8 +314,6 @@ class Recipe(RunRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.label_scales) <= 0:
-            raise ValueError(f"label_scales must all be positive, got {self.label_scales}")
         if not 0 < self.perplexity_alpha <= MOST_ALPHA:
             raise ValueError(
                 f"perplexity_alpha must lie in (0, {MOST_ALPHA}], got {self.perplexity_alpha}: perplexity is positive"
@@ -318,8 +322,6 @@ class Recipe(RunRecipe):
             raise ValueError(
                 f"separation_temperature must be at least {LEAST_TEMPERATURE}, got {self.separation_temperature}"
             )
-        if self.backbone_weights and not self.pretrained:
-            raise ValueError(f"backbone_weights {self.backbone_weights} need pretrained: true, or leave them out")
         if not 0 <= self.warmup_steps <= self.max_steps:
             raise ValueError(f"warmup_steps must lie in [0, max_steps = {self.max_steps}], got {self.warmup_steps}")
         if self.streaming and (self.dataset != "hub" or self.reads_masks):

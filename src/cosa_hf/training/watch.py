@@ -60,6 +60,7 @@ class Watch:
             Exception: whatever kept the loader from its next batch.
         """
         batches = iter(loader)
+        self.checkpoints.hold()
         while True:
             batch, failure = None, None
             try:
@@ -80,7 +81,6 @@ class Watch:
                 raise failure or RuntimeError("another process has no images to go on with; its message says why")
             if batch is None:
                 return
-            self.checkpoints.hold()
             yield batch
 
     def whole(self) -> None:
