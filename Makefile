@@ -38,7 +38,7 @@ docs: setup
 DEMO := src/cosa_hf/demo
 demo-model: setup
 	rm -rf build/demo build/demo-card
-	$(BIN)/python scripts/compress.py $(MODEL) build/demo --decoder_channels 384 --dataset voc --data_dir $(VOC)
+	$(BIN)/python research/compress.py $(MODEL) build/demo --decoder_channels 384 --dataset voc --data_dir $(VOC)
 	$(BIN)/python scripts/evaluate.py build/demo --dataset voc --data_dir $(VOC) --split val_report \
 	    --report build/demo-report.json
 	$(BIN)/python scripts/push_to_hub.py build/demo --repo_id cosa-lite0-voc-1696 --report build/demo-report.json \

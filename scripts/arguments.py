@@ -11,9 +11,9 @@ from transformers import HfArgumentParser
 
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
 from cosa_hf.evaluation.maps import SCALES, check_classes, label_names
-from cosa_hf.training.recipe import RunRecipe
+from cosa_hf.training.config import RunConfig
 
-AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
+AnyRecipe = TypeVar("AnyRecipe", bound=RunConfig)
 
 
 def recipe_of(

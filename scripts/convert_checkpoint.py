@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from cosa_hf.configuration_cosa import CoSAConfig
-from cosa_hf.export.official import DATASETS, from_official, to_official
 from cosa_hf.inference import load_model, require_cams
+from cosa_hf.publishing.official import DATASETS, from_official, to_official
 
 
 def main(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from transformers import pipeline
 
 import cosa_hf  # noqa: F401  (registers the model with transformers)
 from cosa_hf.data import load_shapes
-from cosa_hf.training.recipe import Recipe
+from cosa_hf.training.config import TrainingConfig
 
 SCRIPTS = Path(__file__).resolve().parent
 
@@ -69,7 +69,7 @@ def recommended(run_dir: Path) -> Path:
 def main(output_dir: Path, recipe: str) -> None:
     started = time.perf_counter()
     # A warm-up as long as the run is classification and nothing else.
-    steps = Recipe.named(recipe).max_steps
+    steps = TrainingConfig.named(recipe).max_steps
     shutil.rmtree(output_dir, ignore_errors=True)
     model, report_path, panels = output_dir / "model", output_dir / "report.json", output_dir / "panels"
     on_unseen_images = ("--dataset", "shapes", "--split", "val")

@@ -13,8 +13,8 @@ from arguments import add_inference, add_model, check_output, dataset_of, datase
 
 from cosa_hf.data import DatasetOptions
 from cosa_hf.evaluation.crf import DenseCRF
-from cosa_hf.evaluation.panels import save_panels
-from cosa_hf.evaluation.protocols import evaluate_model, format_report
+from cosa_hf.evaluation.evaluate import evaluate_model, format_report
+from cosa_hf.evaluation.figures import save_panels
 from cosa_hf.evaluation.weights import weights_sha256
 from cosa_hf.inference import load_model
 

@@ -7,8 +7,8 @@ Example:
 import argparse
 from pathlib import Path
 
-from cosa_hf.export.onnx import OUTPUTS, export_onnx
 from cosa_hf.inference import load_model, require_cams
+from cosa_hf.publishing.onnx import OUTPUTS, export_onnx
 
 
 def main(args: argparse.Namespace) -> None:

@@ -19,8 +19,9 @@ from accelerate.utils import parse_flag_from_env
 from arguments import add_inference, add_model, dataset_of, dataset_parser, inference_of, positive
 
 from cosa_hf.data import DatasetOptions
-from cosa_hf.export import FORMATS, SOURCES, export_pseudo_labels
 from cosa_hf.inference import load_model
+from cosa_hf.pseudo_labels.export import SOURCES, export_pseudo_labels
+from cosa_hf.pseudo_labels.formats import FORMATS
 
 
 def main(args: argparse.Namespace, options: DatasetOptions) -> None:

@@ -20,9 +20,9 @@ from PIL import Image
 
 from cosa_hf import CoSAImageProcessor, CoSAOutput
 from cosa_hf.evaluation.crf import DenseCRF
+from cosa_hf.evaluation.figures import overlay
 from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image
-from cosa_hf.evaluation.panels import overlay
 from cosa_hf.image_processing_cosa import to_rgb
 from cosa_hf.inference import load_model, segmentation_logits
 

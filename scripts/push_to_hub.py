@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from cosa_hf.export.hub import publish, stage
+from cosa_hf.publishing.hub import publish, stage
 
 
 def main(args: argparse.Namespace) -> None:

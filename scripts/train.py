@@ -12,15 +12,15 @@ import sys
 
 from arguments import failure, recipe_of
 
+from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.loop import train
-from cosa_hf.training.recipe import Recipe
 
 
-def parse(arguments: list[str]) -> Recipe:
+def parse(arguments: list[str]) -> TrainingConfig:
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--recipe", default="shapes-tiny", help="a YAML file, or the name of one in recipes/")
     chosen, flags = chooser.parse_known_args(arguments)
-    return recipe_of(Recipe, vars(Recipe.named(chosen.recipe)), flags, chooser, __doc__)
+    return recipe_of(TrainingConfig, vars(TrainingConfig.named(chosen.recipe)), flags, chooser, __doc__)
 
 
 if __name__ == "__main__":

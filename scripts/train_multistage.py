@@ -13,20 +13,20 @@ import sys
 
 from arguments import failure, recipe_of
 
-from cosa_hf.multistage.recipe import MultistageRecipe
+from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.task import train_multistage
 
 
-def parse(arguments: list[str]) -> MultistageRecipe:
+def parse(arguments: list[str]) -> MultistageConfig:
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--recipe", help="a YAML file, or the name of one in recipes/multistage/")
     network = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     network.add_argument("--network", default="")
     chosen, flags = chooser.parse_known_args(arguments)
     wanted = network.parse_known_args(flags)[0].network
-    named = MultistageRecipe.directory / f"{wanted}.yaml"
-    values = MultistageRecipe.values_of(chosen.recipe or wanted) if chosen.recipe or named.is_file() else {}
-    return recipe_of(MultistageRecipe, values, flags, chooser, __doc__)
+    named = MultistageConfig.directory / f"{wanted}.yaml"
+    values = MultistageConfig.values_of(chosen.recipe or wanted) if chosen.recipe or named.is_file() else {}
+    return recipe_of(MultistageConfig, values, flags, chooser, __doc__)
 
 
 if __name__ == "__main__":

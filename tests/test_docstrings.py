@@ -23,4 +23,4 @@ def test_examples_run(name, tmp_path, monkeypatch):
 
 
 def test_the_walk_finds_the_package():
-    assert {"cosa_hf.inference", "cosa_hf.objective.separation", "cosa_hf.training.recipe"} <= set(MODULES)
+    assert {"cosa_hf.inference", "cosa_hf.objective.separation", "cosa_hf.training.config"} <= set(MODULES)

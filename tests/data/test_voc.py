@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosa_hf.data import VOC_CLASSES, VOC_COEXISTENCE, TrainingStream, Views, class_names, load_voc
+from cosa_hf.data import VOC_CLASSES, VOC_COEXISTENCE, TrainingDataset, Views, class_names, load_voc
 from cosa_hf.data.images import read_image, read_mask, undecoded
 
 REAL_VOC = Path(__file__).resolve().parents[2] / "../shared/data/VOC2012"
@@ -93,7 +93,7 @@ def test_masks_of_the_augmented_set_come_first(voc_dir):
 
 
 def test_masks_are_not_opened_unless_asked_for(voc_dir, opened):
-    stream = TrainingStream(load_voc(voc_dir, "train"), Views(32, (0.5,) * 3, (0.5,) * 3), length=3, seed=0)
+    stream = TrainingDataset(load_voc(voc_dir, "train"), Views(32, (0.5,) * 3, (0.5,) * 3), length=3, seed=0)
     assert all("mask" not in stream[p] for p in range(3))
     assert any("JPEGImages" in path for path in opened), "the recorder saw nothing"
     assert not [path for path in opened if "SegmentationClass" in path]

@@ -14,8 +14,8 @@ import torch
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
-from cosa_hf.export import export_pseudo_labels
-from cosa_hf.training.recipe import Recipe
+from cosa_hf.pseudo_labels.export import export_pseudo_labels
+from cosa_hf.training.config import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "model_cards").glob("*.md"))]
@@ -103,8 +103,8 @@ def test_commands_have_the_flags_that_the_pages_name(script):
     )
     assert run.returncode == 0, run.stderr
     flags = set(re.findall(r"--\w+", run.stdout))
-    if script == "scripts/ablate.py":
-        flags |= {f"--{field.name}" for field in dataclasses.fields(Recipe)}  # hands them to the training
+    if script == "research/ablate.py":
+        flags |= {f"--{field.name}" for field in dataclasses.fields(TrainingConfig)}  # hands them to the training
     assert {flag: page for flag, page in commands()[script].items() if flag not in flags} == {}
 
 

@@ -15,8 +15,8 @@ import torch
 from in_process import run_script
 
 from cosa_hf.data import SHAPES_CLASSES, VOC_CLASSES, load_shapes
-from cosa_hf.export.official import to_official
 from cosa_hf.inference import load_model
+from cosa_hf.publishing.official import to_official
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,8 +43,8 @@ CUT = {
 }
 #: Too long even so; the tests named here run them.
 ELSEWHERE = {
-    "scripts/ablate.py": "test_ablate.py",
-    "scripts/benchmark.py": "test_benchmark.py",
+    "research/ablate.py": "test_ablate.py",
+    "research/benchmark.py": "test_benchmark.py",
     "app.py": "test_app.py",
 }
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
-from cosa_hf.evaluation.protocols import evaluate_model, format_report
+from cosa_hf.evaluation.evaluate import evaluate_model, format_report
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
 VOC = Path(__file__).resolve().parents[3] / "shared" / "data" / "VOC2012"

@@ -1,4 +1,4 @@
-"""scripts/export_pseudo_labels.py and scripts/pseudo_label_quality.py as a user runs, kills and repeats them."""
+"""scripts/export_pseudo_labels.py and research/pseudo_label_quality.py as a user runs, kills and repeats them."""
 
 import json
 import os
@@ -159,14 +159,14 @@ def test_missing_model_is_one_clear_line(tmp_path, monkeypatch):
 def test_quality_is_not_measured_where_it_cannot_be_written(tmp_path, complaint):
     report = tmp_path / "file/quality.json"
     report.parent.touch()
-    command = ("scripts/pseudo_label_quality.py", "no-model-is-needed-to-see-that", "--dataset", "shapes")
+    command = ("research/pseudo_label_quality.py", "no-model-is-needed-to-see-that", "--dataset", "shapes")
     assert complaint(*command, "--split", "val", "--report", report).startswith(f"error: cannot write {report}: ")
 
 
 def test_quality_prints_a_table_and_writes_it_down(model_dir, voc_dir, tmp_path, monkeypatch, capsys):
     run_script(
         monkeypatch,
-        *("scripts/pseudo_label_quality.py", model_dir, "--dataset", "voc", "--data_dir", voc_dir, "--split", "val"),
+        *("research/pseudo_label_quality.py", model_dir, "--dataset", "voc", "--data_dir", voc_dir, "--split", "val"),
         *("--scales", "1", "--no_flip", "--thresholds", "0.3", "0.6", "--report", tmp_path / "new" / "quality.json"),
     )
     report = json.loads((tmp_path / "new" / "quality.json").read_text())

@@ -28,7 +28,7 @@ began = time.process_time()
 import cosa_hf
 seconds = time.process_time() - began
 assert "timm" not in sys.modules
-from cosa_hf.export.card import TEMPLATES
+from cosa_hf.publishing.card import TEMPLATES
 assert (TEMPLATES / "frame.md").is_file(), TEMPLATES
 print(cosa_hf.__file__, cosa_hf.__version__, seconds, sep="\\n")
 """
@@ -66,8 +66,8 @@ def test_wheel_from_the_source_archive_works_away_from_the_sources(tmp_path):
     modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "cosa_hf").rglob("*.py")}
     demo = {f"cosa_hf/demo/{path.name}" for path in (ROOT / "src" / "cosa_hf" / "demo").iterdir()}
     assert "cosa_hf/demo/model.safetensors" in demo
-    cards = {f"cosa_hf/export/cards/{path.name}" for path in (ROOT / "src/cosa_hf/export/cards").iterdir()}
-    assert {"cosa_hf/export/cards/frame.md", "cosa_hf/py.typed", *cards, *demo, *modules} <= names
+    cards = {f"cosa_hf/publishing/cards/{path.name}" for path in (ROOT / "src/cosa_hf/publishing/cards").iterdir()}
+    assert {"cosa_hf/publishing/cards/frame.md", "cosa_hf/py.typed", *cards, *demo, *modules} <= names
     assert not [name for name in names if name.startswith(("tests", "scripts"))]
 
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

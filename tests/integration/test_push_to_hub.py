@@ -17,14 +17,14 @@ from in_process import run_script
 from PIL import Image
 from transformers import pipeline
 
-import cosa_hf.export.hub
+import cosa_hf.publishing.hub
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.evaluation.weights import weights_sha256
-from cosa_hf.export.hub import publish, stage
+from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
-from cosa_hf.multistage.recipe import MultistageRecipe
-from cosa_hf.training.recipe import Recipe
+from cosa_hf.publishing.hub import publish, stage
+from cosa_hf.training.config import TrainingConfig
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 REPO = "org/cosa-tiny"
@@ -67,7 +67,7 @@ def run_dir(tmp_path_factory):
     config = CoSAConfig(backbone="test_vit", aux_layer=-2, decoder_channels=16, id2label=dict(enumerate(names)))
     CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory / "assignment")
     CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory / "assignment")
-    Recipe(
+    TrainingConfig(
         dataset="shapes", backbone="test_vit", pretrained=False, data_dir="/home/someone/data", output_dir="/tmp/mine"
     ).to_yaml(directory / "recipe.yaml")
     (directory / "run.json").write_text(json.dumps({"images": 7, "hardware": "1 x abacus", "seconds": 5400}))
@@ -81,7 +81,7 @@ def taught_dir(run_dir, tmp_path_factory):
     pytest.importorskip("segmentation_models_pytorch")
     directory = tmp_path_factory.mktemp("taught")
     torch.manual_seed(0)
-    recipe = MultistageRecipe(
+    recipe = MultistageConfig(
         network="smp/deeplabv3plus/test_resnet", pretrained=False, decoder_channels=16, input_size=64, dataset="shapes",
         pseudo_labels="/home/someone/labels",
     )  # fmt: skip
@@ -248,7 +248,7 @@ def test_a_reason_is_given_once(model_dir, monkeypatch):
     def out_of_reach(*arguments):
         raise OSError("no way to the Hub")
 
-    monkeypatch.setattr(cosa_hf.export.hub, "publish", out_of_reach)
+    monkeypatch.setattr(cosa_hf.publishing.hub, "publish", out_of_reach)
     said = f"error: no way to the Hub\nno commit was made; {REPO} is as it was"
     with pytest.raises(SystemExit, match=f"^{re.escape(said)}$"):
         run_script(monkeypatch, "scripts/push_to_hub.py", model_dir, "--repo_id", REPO)

@@ -3,8 +3,8 @@ import torch
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
-from cosa_hf.export import export_pseudo_labels
-from cosa_hf.multistage.recipe import MultistageRecipe
+from cosa_hf.multistage.config import MultistageConfig
+from cosa_hf.pseudo_labels.export import export_pseudo_labels
 from cosa_hf.training import loop
 
 
@@ -43,7 +43,7 @@ def tiny(tmp_path, export, monkeypatch):
 
     monkeypatch.setattr(loop, "load_dataset_by_name", load)
 
-    def make(**fields) -> MultistageRecipe:
+    def make(**fields) -> MultistageConfig:
         settings = {
             "pseudo_labels": str(export("parquet")),
             "network": "largefov/test_resnet",
@@ -64,6 +64,6 @@ def tiny(tmp_path, export, monkeypatch):
             "tracker": "none",
             "output_dir": str(tmp_path / "run"),
         }
-        return MultistageRecipe.from_mapping(settings | fields)
+        return MultistageConfig.from_mapping(settings | fields)
 
     return make

@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from cosa_hf.inference import load_model, segmentation_logits
+from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network, encoder_of
-from cosa_hf.multistage.recipe import MultistageRecipe
 
 NAMES = ["background", "cat", "dog"]
 
@@ -32,7 +32,7 @@ def segformer(tmp_path_factory):
 
 def recipe(network, **fields):
     settings = {"pretrained": False, "decoder_channels": 16, "input_size": 64} | fields
-    return MultistageRecipe(pseudo_labels="unused", network=network, **settings)
+    return MultistageConfig(pseudo_labels="unused", network=network, **settings)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_the_papers_networks_at_512_pixels(network, millions, side):
     if network.startswith("deeplab"):
         pytest.importorskip("segmentation_models_pytorch")
     names = [f"class {index}" for index in range(21)]
-    settings = MultistageRecipe.values_of(network) | {"pseudo_labels": "unused", "pretrained": False}
-    model, _ = build_network(MultistageRecipe.from_mapping(settings), names)
+    settings = MultistageConfig.values_of(network) | {"pseudo_labels": "unused", "pretrained": False}
+    model, _ = build_network(MultistageConfig.from_mapping(settings), names)
     with torch.no_grad():
         logits = model.eval()(torch.zeros(1, 3, 512, 512)).logits
     assert logits.shape == (1, 21, side, side)
@@ -213,7 +213,7 @@ def test_the_papers_networks_at_512_pixels(network, millions, side):
 
 
 def test_an_encoder_that_cannot_be_dilated_is_named():
-    recipe = MultistageRecipe(pseudo_labels="labels", network="largefov/pvt_v2_b0", pretrained=False)
+    recipe = MultistageConfig(pseudo_labels="labels", network="largefov/pvt_v2_b0", pretrained=False)
     message = r"architecture 'largefov' cannot be made with encoder 'pvt_v2_b0': .*output_stride"
     with pytest.raises(ValueError, match=message):
         build_network(recipe, ["background", "cat"])

@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation
 
-from cosa_hf.multistage.data import load_pseudo_labels
+from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
-from cosa_hf.multistage.recipe import MultistageRecipe
 from cosa_hf.multistage.task import MultistageTask, Weights, confidence_weights, train_multistage
+from cosa_hf.pseudo_labels.load import load_pseudo_labels
 from cosa_hf.training import loop
 from cosa_hf.training.checkpoints import read_checkpoint
 
@@ -39,7 +39,7 @@ def test_a_run_leaves_a_model_and_its_scores(tiny):
     assert len(list((Path(recipe.output_dir) / "panels/step-0000004").iterdir())) == 1
     summary = json.loads((Path(recipe.output_dir) / "run.json").read_text())
     assert summary["recommended"] == "model"
-    assert MultistageRecipe.from_yaml(Path(recipe.output_dir) / "recipe.yaml") == recipe
+    assert MultistageConfig.from_yaml(Path(recipe.output_dir) / "recipe.yaml") == recipe
 
 
 def test_it_learns_the_masks_it_is_given(tiny):
@@ -219,9 +219,9 @@ def test_a_network_of_transformers_trains_too(tiny, tmp_path):
     assert len(log_of(recipe)) == 4
 
 
-@pytest.mark.parametrize("path", sorted(MultistageRecipe.directory.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(MultistageConfig.directory.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_of_the_repository_are_valid(path):
-    recipe = MultistageRecipe.named(path.stem, pseudo_labels="x")
+    recipe = MultistageConfig.named(path.stem, pseudo_labels="x")
     assert recipe.images_per_step == recipe.batch_size * recipe.gradient_accumulation_steps
 
 

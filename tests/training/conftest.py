@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from cosa_hf.data import load_shapes
 from cosa_hf.training import cosa, loop
 from cosa_hf.training.checkpoints import read_checkpoint
-from cosa_hf.training.recipe import Recipe
+from cosa_hf.training.config import TrainingConfig
 
 TIMINGS = ("images_per_second", "memory_gb")
 
@@ -33,7 +33,7 @@ def few_shapes(monkeypatch):
 def tiny(tmp_path):
     """A recipe of seconds: a test-sized ViT from random weights, two images of 48 pixels a step."""
 
-    def make(**fields) -> Recipe:
+    def make(**fields) -> TrainingConfig:
         settings = {
             "dataset": "shapes",
             "backbone": "test_vit",
@@ -56,20 +56,20 @@ def tiny(tmp_path):
             "tracker": "none",
             "output_dir": str(tmp_path / "run"),
         }
-        return Recipe.from_mapping(settings | fields)
+        return TrainingConfig.from_mapping(settings | fields)
 
     return make
 
 
 @pytest.fixture
-def left() -> Callable[[Recipe], dict[str, Any]]:
+def left() -> Callable[[TrainingConfig], dict[str, Any]]:
     """What a finished run leaves that another may equal: weights, log without timings, its last checkpoint."""
 
     def without_clock(checkpoint: dict[str, Any]) -> dict[str, Any]:
         progress = [pair for pair in checkpoint["progress"]["dict"] if pair[0] != "seconds"]
         return checkpoint | {"progress": progress}
 
-    def read(recipe: Recipe) -> dict[str, Any]:
+    def read(recipe: TrainingConfig) -> dict[str, Any]:
         root = Path(recipe.output_dir)
         entries = [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()]
         checkpoints = sorted((root / "checkpoints").glob("step-*"))

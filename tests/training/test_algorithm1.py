@@ -51,7 +51,7 @@ def run(tiny, few_shapes, monkeypatch, request):
         threshold_decay=0.6, threshold_queue=2,
     )  # fmt: skip
     start, steps, thresholds = [], [], [(0.5, 0.5)]
-    build, assign, require_finite = cosa.build_model, cosa.assign, loop.Watch.require_finite
+    build, assign, require_finite = cosa.build_model, cosa.assign, loop.RunGuard.require_finite
 
     def build_in_float64(recipe, dataset):
         model = build(recipe, dataset).double()
@@ -75,7 +75,7 @@ def run(tiny, few_shapes, monkeypatch, request):
     monkeypatch.setattr(cosa, "build_model", build_in_float64)
     monkeypatch.setattr(loop, "_loader", lambda *_: DataLoader(draw_items(), batch_size=BATCH))
     monkeypatch.setattr(cosa, "assign", recorded_assign)
-    monkeypatch.setattr(loop.Watch, "require_finite", record_losses)
+    monkeypatch.setattr(loop.RunGuard, "require_finite", record_losses)
     loop.train(recipe)
     weights = {
         name: load_file(Path(recipe.output_dir) / name / "model.safetensors") for name in ("online", "assignment")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from cosa_hf.training.checkpoints import moments
+from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.loop import train
-from cosa_hf.training.recipe import Recipe
 
 
 @pytest.mark.usefixtures("few_shapes")
@@ -31,7 +31,7 @@ def test_snapshots_are_the_networks_of_their_step(tiny, tmp_path):
 
 
 def written_run(tmp_path, entries, snapshots=(10,)):
-    Recipe(max_steps=30, warmup_steps=0, lr_warmup_steps=0).to_yaml(tmp_path / "recipe.yaml")
+    TrainingConfig(max_steps=30, warmup_steps=0, lr_warmup_steps=0).to_yaml(tmp_path / "recipe.yaml")
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     for step in snapshots:

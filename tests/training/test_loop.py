@@ -16,14 +16,14 @@ from transformers import AutoModelForSemanticSegmentation
 from cosa_hf.data import VOC_CLASSES, load_shapes
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.training import cosa, loop
+from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.cosa import recommendation
 from cosa_hf.training.loop import train
-from cosa_hf.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
 
 
-def log_of(recipe: Recipe) -> list[dict]:
+def log_of(recipe: TrainingConfig) -> list[dict]:
     return [json.loads(line) for line in (Path(recipe.output_dir) / "log.jsonl").read_text().splitlines()]
 
 
@@ -36,11 +36,11 @@ MIXTURES = {
 }
 
 
-def weights_of(recipe: Recipe) -> dict[str, dict[str, torch.Tensor]]:
+def weights_of(recipe: TrainingConfig) -> dict[str, dict[str, torch.Tensor]]:
     return {name: load_file(Path(recipe.output_dir) / name / "model.safetensors") for name in ("online", "assignment")}
 
 
-def assert_same_weights(one: Recipe, other: Recipe) -> None:
+def assert_same_weights(one: TrainingConfig, other: TrainingConfig) -> None:
     for name, weights in weights_of(one).items():
         others = weights_of(other)[name]
         assert weights.keys() == others.keys()
@@ -60,7 +60,7 @@ def test_a_run_leaves_two_loadable_models_and_says_which_to_use(tiny, capsys):
     assert summary["recommended"] == "assignment"
     assert summary["hardware"].startswith("1 x ")
     assert summary["seconds"] >= 0
-    assert Recipe.from_yaml(recommended.parent / "recipe.yaml") == recipe
+    assert TrainingConfig.from_yaml(recommended.parent / "recipe.yaml") == recipe
 
 
 def test_warmup_is_classification_only_and_the_rest_is_everything(tiny):
@@ -289,7 +289,7 @@ def test_bf16_trains(tiny, any_precision):
 
 @pytest.mark.parametrize(("steps", "name"), [(20_000, "assignment"), (2_000, "online")])
 def test_the_recommendation_follows_from_the_schedule(steps, name):
-    recommended, reason = recommendation(Recipe(max_steps=steps, warmup_steps=0, ema_momentum=0.9994))
+    recommended, reason = recommendation(TrainingConfig(max_steps=steps, warmup_steps=0, ema_momentum=0.9994))
     assert recommended == name
     assert "1667" in reason
 

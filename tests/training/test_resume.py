@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.training import checkpoints, cosa, loop
 from cosa_hf.training.checkpoints import Checkpoints, Progress, moments, read_checkpoint
+from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.loop import train
-from cosa_hf.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
 
@@ -212,8 +212,8 @@ def test_a_run_that_goes_on_in_another_way_says_so_and_keeps_both_recipes(tiny, 
     said = "other settings from here on: max_steps 6 -> 8, guidance spl -> noise; those so far are in"
     assert said in capsys.readouterr().out
     run = Path(recipe.output_dir)
-    assert Recipe.from_yaml(run / "recipe-to-step-0000006.yaml") == recipe
-    assert Recipe.from_yaml(run / "recipe.yaml") == tiny(checkpoint_every=3, max_steps=8, guidance="noise")
+    assert TrainingConfig.from_yaml(run / "recipe-to-step-0000006.yaml") == recipe
+    assert TrainingConfig.from_yaml(run / "recipe.yaml") == tiny(checkpoint_every=3, max_steps=8, guidance="noise")
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_named(accelerator, tmp_path):

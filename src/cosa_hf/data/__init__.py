@@ -7,12 +7,12 @@ from typing import NamedTuple
 from datasets import Dataset
 
 from cosa_hf.data.coco import COCO_CLASSES, load_coco
+from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.folder import load_folder
 from cosa_hf.data.hub import load_hub, stream_hub
 from cosa_hf.data.images import read_image, read_mask, undecoded
 from cosa_hf.data.options import DatasetOptions
 from cosa_hf.data.shapes import SHAPES_CLASSES, SHAPES_COEXISTENCE, load_shapes
-from cosa_hf.data.stream import TrainingStream
 from cosa_hf.data.streaming import streaming_loader
 from cosa_hf.data.tags import class_names, multi_hot, tag_features, without_untagged
 from cosa_hf.data.views import Views
@@ -112,7 +112,7 @@ __all__ = [
     "VOC_CLASSES",
     "VOC_COEXISTENCE",
     "DatasetOptions",
-    "TrainingStream",
+    "TrainingDataset",
     "Views",
     "class_names",
     "load_coco",

@@ -9,8 +9,8 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler
 
+from cosa_hf.data.dataset import UNREADABLE_IN_A_ROW, Item, training_item
 from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
-from cosa_hf.data.stream import UNREADABLE_IN_A_ROW, Item, training_item
 from cosa_hf.data.tags import class_names
 from cosa_hf.data.views import Views
 
@@ -28,7 +28,7 @@ def streaming_loader(
     process: tuple[int, int] = (0, 1),
     **loader_options: Any,
 ) -> DataLoader:
-    """Batches of the items that `TrainingStream` makes, from a stream instead of a dataset on disk.
+    """Batches of the items that `TrainingDataset` makes, from a stream instead of a dataset on disk.
 
     The process itself reads the rows, undecoded, and shares them out to the loader's workers, which decode and
     augment. So the order depends on (seed, process, shuffle_buffer) and the dataset alone, not on the number of

@@ -44,7 +44,7 @@ class Views:
     adds exactly one operation of Tab. 10 (Tab. 9). Blur and photometry see the image's own pixels only, never the
     padding.
 
-    All randomness comes from torch's global generator: seed it, or use `TrainingStream`.
+    All randomness comes from torch's global generator: seed it, or use `TrainingDataset`.
 
     Args:
         crop_size: side of the square crop in pixels (paper: 448).

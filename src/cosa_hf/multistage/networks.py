@@ -20,7 +20,7 @@ from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.inference import auto_class
 from cosa_hf.modeling_cosa_ms import OPTIONS, CoSAMSForSemanticSegmentation, load_pretrained, options_of
-from cosa_hf.multistage.recipe import MultistageRecipe
+from cosa_hf.multistage.config import MultistageConfig
 
 #: What the paper calls R101 and WR38, as encoder and decoder.
 PAPER = {"deeplabv3plus-r101": "smp/deeplabv3plus/resnet101.tv_in1k", "largefov-wr38": "largefov/wide_resnet38_a1"}
@@ -36,7 +36,7 @@ SWIN_B_SHAPE: dict[str, Any] = {
 
 
 def build_network(
-    recipe: MultistageRecipe, names: list[str], coexistence_classes: Sequence[str] = ()
+    recipe: MultistageConfig, names: list[str], coexistence_classes: Sequence[str] = ()
 ) -> tuple[PreTrainedModel, Any]:
     """The network of a recipe with pretrained encoder and fresh decoder, and its processor.
 
@@ -49,7 +49,7 @@ def build_network(
         ValueError: no such network, its weights cannot be had, or the recipe sets a field that it does not follow.
 
     Example:
-        >>> recipe = MultistageRecipe(pseudo_labels="labels", network="largefov/test_resnet", pretrained=False)
+        >>> recipe = MultistageConfig(pseudo_labels="labels", network="largefov/test_resnet", pretrained=False)
         >>> model, processor = build_network(recipe, ["background", "cat", "dog"])
         >>> model.config.num_labels, processor.size["height"]
         (3, 448)
@@ -59,7 +59,7 @@ def build_network(
     return model, processor
 
 
-def _build(recipe: MultistageRecipe, names: list[str]) -> tuple[PreTrainedModel, Any]:
+def _build(recipe: MultistageConfig, names: list[str]) -> tuple[PreTrainedModel, Any]:
     labels: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
@@ -87,7 +87,7 @@ def encoder_of(model: PreTrainedModel) -> nn.Module:
         ValueError: the model does not name one.
 
     Example:
-        >>> recipe = MultistageRecipe(pseudo_labels="labels", network="upernet/test_resnet", pretrained=False)
+        >>> recipe = MultistageConfig(pseudo_labels="labels", network="upernet/test_resnet", pretrained=False)
         >>> model, _ = build_network(recipe, ["background", "cat", "dog"])
         >>> encoder_of(model) is model.backbone
         True
@@ -98,7 +98,7 @@ def encoder_of(model: PreTrainedModel) -> nn.Module:
     return encoder
 
 
-def _cosa_ms(recipe: MultistageRecipe, architecture: str, encoder: str, labels: dict[str, Any]) -> PreTrainedModel:
+def _cosa_ms(recipe: MultistageConfig, architecture: str, encoder: str, labels: dict[str, Any]) -> PreTrainedModel:
     followed = options_of(architecture)
     _require_unset(recipe, [field for field in OPTIONS if field not in followed])
     options = {field: value for field in followed if (value := getattr(recipe, field)) is not None}
@@ -109,7 +109,7 @@ def _cosa_ms(recipe: MultistageRecipe, architecture: str, encoder: str, labels: 
     return model
 
 
-def _upernet_swin(recipe: MultistageRecipe, labels: dict[str, Any]) -> PreTrainedModel:
+def _upernet_swin(recipe: MultistageConfig, labels: dict[str, Any]) -> PreTrainedModel:
     _require_unset(recipe, ["output_stride"])
     stages = ["stage1", "stage2", "stage3", "stage4"]
     shape = SWIN_B_SHAPE | {"out_features": stages}
@@ -130,7 +130,7 @@ def _upernet_swin(recipe: MultistageRecipe, labels: dict[str, Any]) -> PreTraine
     return model
 
 
-def _upernet_timm(recipe: MultistageRecipe, encoder: str, labels: dict[str, Any]) -> PreTrainedModel:
+def _upernet_timm(recipe: MultistageConfig, encoder: str, labels: dict[str, Any]) -> PreTrainedModel:
     import timm
 
     _require_unset(recipe, ["output_stride"])
@@ -145,14 +145,14 @@ def _upernet_timm(recipe: MultistageRecipe, encoder: str, labels: dict[str, Any]
     return model
 
 
-def _upernet_options(recipe: MultistageRecipe) -> dict[str, Any]:
+def _upernet_options(recipe: MultistageConfig) -> dict[str, Any]:
     # The loss here knows weights and several processes, the model's own does not, and it alone reaches that head.
     options: dict[str, Any] = {"use_auxiliary_head": False}
     return options | ({} if recipe.decoder_channels is None else {"hidden_size": recipe.decoder_channels})
 
 
 def _transformers_model(
-    recipe: MultistageRecipe, labels: dict[str, Any], size: dict[str, int]
+    recipe: MultistageConfig, labels: dict[str, Any], size: dict[str, int]
 ) -> tuple[PreTrainedModel, Any]:
     try:
         config = AutoConfig.from_pretrained(recipe.network, **labels)
@@ -171,7 +171,7 @@ def _transformers_model(
     return model, processor
 
 
-def _require_unset(recipe: MultistageRecipe, fields: Sequence[str]) -> None:
+def _require_unset(recipe: MultistageConfig, fields: Sequence[str]) -> None:
     for name in fields:
         if getattr(recipe, name) is not None:
             raise ValueError(

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from cosa_hf.data import COEXISTENCE_CLASSES, class_names
 from cosa_hf.data.images import IGNORE_INDEX
-from cosa_hf.export.pseudo_labels import export_pseudo_labels
 from cosa_hf.inference import load_model, segmentation_logits
-from cosa_hf.multistage.data import Exported, check_masks, load_pseudo_labels
+from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network, encoder_of
-from cosa_hf.multistage.recipe import MultistageRecipe
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.reliability import ProcessMean, perplexity, reliability_weights
 from cosa_hf.objective.swapping import cam2seg_loss
+from cosa_hf.pseudo_labels.export import export_pseudo_labels
+from cosa_hf.pseudo_labels.load import Exported, check_masks, load_pseudo_labels
 from cosa_hf.training.loop import train
 from cosa_hf.training.task import Task
 
@@ -28,7 +28,7 @@ MODEL = "model"
 MOMENTUM = 0.9
 
 
-def train_multistage(recipe: MultistageRecipe) -> Path:
+def train_multistage(recipe: MultistageConfig) -> Path:
     """Train a network of CoSA-MS on pseudo-labels (Tab. 2); returns the directory of the model.
 
     Everything else is as in `training.loop.train`, which does the work: what the run leaves, how it resumes, what it
@@ -48,7 +48,7 @@ class MultistageTask(Task):
 
     before_update: ClassVar[tuple[str, ...]] = ("running_statistics",)
 
-    def __init__(self, recipe: MultistageRecipe, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: MultistageConfig, accelerator: Accelerator) -> None:
         super().__init__(recipe, accelerator)
         exported = load_pseudo_labels(str(recipe.pseudo_labels), recipe.train_split)
         if recipe.self_training:

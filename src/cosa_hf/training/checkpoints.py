@@ -21,7 +21,7 @@ from torch import Tensor
 from cosa_hf.files import remove_unfinished, whole_file
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.training.recipe import Recipe
+from cosa_hf.training.config import TrainingConfig
 
 
 class Stateful(Protocol):
@@ -345,7 +345,7 @@ def moments(output_dir: Path) -> list[Moment]:
     """
     if not (output_dir / "run.json").is_file():
         raise FileNotFoundError(f"{output_dir} is no finished run: it has no run.json")
-    last = Recipe.from_yaml(output_dir / "recipe.yaml").max_steps
+    last = TrainingConfig.from_yaml(output_dir / "recipe.yaml").max_steps
     places = snapshots(output_dir) | {last: output_dir}
     entries = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = {entry["step"]: (entry["xi"], entry["aux_xi"]) for entry in entries if "xi" in entry}

@@ -20,7 +20,7 @@ from cosa_hf.objective.reliability import ProcessMean
 from cosa_hf.objective.supervised import supervised_loss
 from cosa_hf.training.accumulation import counting
 from cosa_hf.training.checkpoints import save_networks
-from cosa_hf.training.recipe import Recipe
+from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.task import Task
 from cosa_hf.training.telemetry import label_statistics, mixture_values
 
@@ -36,7 +36,7 @@ class CoSATask(Task):
     before_update: ClassVar[tuple[str, ...]] = ("threshold", "aux_threshold")
     shown: ClassVar[tuple[str, ...]] = ("loss", "cls", "xi")
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: TrainingConfig, accelerator: Accelerator) -> None:
         super().__init__(recipe, accelerator)
         self.dataset, self.dropped = _training_data(recipe)
         self.reads = {"masks": recipe.reads_masks}
@@ -166,11 +166,11 @@ class CoSATask(Task):
         return recommendation(self.recipe)
 
 
-def recommendation(recipe: Recipe) -> tuple[str, str]:
+def recommendation(recipe: TrainingConfig) -> tuple[str, str]:
     """Which of the two networks to use, and why: decided by the schedule alone, so that no score chooses it.
 
     Example:
-        >>> recommendation(Recipe())[0]
+        >>> recommendation(TrainingConfig())[0]
         'assignment'
     """
     window = 1 / (1 - recipe.ema_momentum)
@@ -182,7 +182,7 @@ def recommendation(recipe: Recipe) -> tuple[str, str]:
     return "online", f"{recipe.max_steps} steps are too few for an average over about {window:.0f}"
 
 
-def _training_data(recipe: Recipe) -> tuple[Dataset | IterableDataset, list[str]]:
+def _training_data(recipe: TrainingConfig) -> tuple[Dataset | IterableDataset, list[str]]:
     """Tagged images, with masks only where the recipe reads them; and the ids of those without a tag, left out.
 
     A stream leaves them out as it meets them, and the list fills up then.
@@ -195,7 +195,7 @@ def _training_data(recipe: Recipe) -> tuple[Dataset | IterableDataset, list[str]
     return without_untagged(dataset)
 
 
-def build_model(recipe: Recipe, dataset: Dataset | IterableDataset) -> CoSAForWeaklySupervisedSegmentation:
+def build_model(recipe: TrainingConfig, dataset: Dataset | IterableDataset) -> CoSAForWeaklySupervisedSegmentation:
     """The network that the recipe asks for, with the classes of the dataset."""
     names = ["background", *class_names(dataset)]
     config = CoSAConfig(
@@ -217,7 +217,7 @@ def build_model(recipe: Recipe, dataset: Dataset | IterableDataset) -> CoSAForWe
     return model
 
 
-def _objective(recipe: Recipe) -> CoSAObjective:
+def _objective(recipe: TrainingConfig) -> CoSAObjective:
     return CoSAObjective(
         cam2seg_weight=recipe.cam2seg_weight,
         aux_cam2seg_weight=recipe.aux_cam2seg_weight,

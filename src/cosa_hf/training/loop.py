@@ -18,23 +18,23 @@ from torch.utils.data import DataLoader
 from transformers import get_polynomial_decay_schedule_with_warmup
 
 from cosa_hf.data import class_names, load_dataset_by_name, streaming_loader
-from cosa_hf.data.stream import TrainingStream
+from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.tags import list_some
 from cosa_hf.data.views import Views
+from cosa_hf.evaluation.evaluate import evaluate_model
+from cosa_hf.evaluation.figures import save_panels
 from cosa_hf.evaluation.maps import label_names
-from cosa_hf.evaluation.panels import save_panels
-from cosa_hf.evaluation.protocols import evaluate_model
 from cosa_hf.training.accumulation import mean_over_parts, parts_of
 from cosa_hf.training.checkpoints import Checkpoints, Progress, snapshot_directory
+from cosa_hf.training.config import RunConfig
 from cosa_hf.training.cosa import CoSATask
-from cosa_hf.training.recipe import RunRecipe
+from cosa_hf.training.guard import RunGuard
 from cosa_hf.training.resume import require_unused, resume
 from cosa_hf.training.task import Task
 from cosa_hf.training.telemetry import Telemetry
-from cosa_hf.training.watch import Watch
 
 
-def train(recipe: RunRecipe, make_task: Callable[[Any, Accelerator], Task] = CoSATask) -> Path:
+def train(recipe: RunConfig, make_task: Callable[[Any, Accelerator], Task] = CoSATask) -> Path:
     """Train CoSA from tags, or another task, as the recipe says; returns the directory of the recommended model.
 
     Leaves in `recipe.output_dir`: `recipe.yaml`, `log.jsonl`, `run.json` (what was dropped, what is recommended and
@@ -95,7 +95,7 @@ def train(recipe: RunRecipe, make_task: Callable[[Any, Accelerator], Task] = CoS
         return task.vitals() | {"lr": schedule.get_last_lr()[0]}
 
     task.train(model)
-    with Watch(accelerator, checkpoints, progress) as watch:
+    with RunGuard(accelerator, checkpoints, progress) as watch:
         for batch in watch.steps(loader):
             targets = task.targets(batch, progress.step, mean)
             parts = list(parts_of(batch, targets, recipe.batch_size))
@@ -150,7 +150,7 @@ def train(recipe: RunRecipe, make_task: Callable[[Any, Accelerator], Task] = CoS
     return output_dir / name
 
 
-def _accelerator(recipe: RunRecipe) -> Accelerator:
+def _accelerator(recipe: RunConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
         # The loader hands out whole steps, so its end is no reason to cut one short.
@@ -208,7 +208,7 @@ def _loader(task: Task) -> DataLoader:
         )  # fmt: skip
         # It gives this process its own rows already; Accelerate is left to move them to the device.
         return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
-    stream = TrainingStream(
+    stream = TrainingDataset(
         dataset,
         views,
         length=items * accelerator.num_processes,

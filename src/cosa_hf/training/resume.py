@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cosa_hf.training.checkpoints import Checkpoints, Progress, snapshots
-from cosa_hf.training.recipe import RunRecipe
+from cosa_hf.training.config import RunConfig
 
 
 def require_unused(output_dir: Path, checkpoints: Checkpoints) -> None:
@@ -19,7 +19,7 @@ def require_unused(output_dir: Path, checkpoints: Checkpoints) -> None:
         raise ValueError(f"{found[-1]} is of an earlier run: --resume it, remove it, or choose another output_dir")
 
 
-def resume(recipe: RunRecipe, checkpoints: Checkpoints, progress: Progress, accelerator: Accelerator) -> None:
+def resume(recipe: RunConfig, checkpoints: Checkpoints, progress: Progress, accelerator: Accelerator) -> None:
     """Go on from the newest checkpoint, and say which settings are others from here on.
 
     The recipe of the run so far is kept then, as `recipe-to-step-N.yaml`: with the new one it repeats the run.
@@ -43,7 +43,7 @@ def resume(recipe: RunRecipe, checkpoints: Checkpoints, progress: Progress, acce
             earlier.to_yaml(kept)
 
 
-def _require_same(recipe: RunRecipe, earlier: RunRecipe) -> None:
+def _require_same(recipe: RunConfig, earlier: RunConfig) -> None:
     for name in recipe.in_checkpoint:
         held, asked = getattr(earlier, name), getattr(recipe, name)
         if asked != held:
@@ -53,7 +53,7 @@ def _require_same(recipe: RunRecipe, earlier: RunRecipe) -> None:
             )
 
 
-def _changes(recipe: RunRecipe, earlier: RunRecipe) -> list[str]:
+def _changes(recipe: RunConfig, earlier: RunConfig) -> list[str]:
     names = [spec.name for spec in dataclasses.fields(recipe) if spec.name not in ("resume", "output_dir")]
     pairs = [(name, getattr(earlier, name), getattr(recipe, name)) for name in names]
     return [f"{name} {before} -> {now}" for name, before, now in pairs if before != now]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.reliability import ProcessMean
-from cosa_hf.training.recipe import RunRecipe
+from cosa_hf.training.config import RunConfig
 
 
 class Task(ABC):
@@ -24,7 +24,7 @@ class Task(ABC):
         processor: what is saved beside it.
         dataset: the images to train on.
         dropped: ids of images that were left out of it.
-        reads: what of a row is opened beside image and tags, as arguments of `TrainingStream`.
+        reads: what of a row is opened beside image and tags, as arguments of `TrainingDataset`.
         before_update: names of those `states` that a step changes before it changes the weights.
         shown: log entries in the progress bar.
     """
@@ -37,7 +37,7 @@ class Task(ABC):
     before_update: ClassVar[tuple[str, ...]] = ()
     shown: ClassVar[tuple[str, ...]] = ("loss",)
 
-    def __init__(self, recipe: RunRecipe, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: RunConfig, accelerator: Accelerator) -> None:
         self.recipe: Any = recipe
         self.accelerator = accelerator
 

@@ -18,7 +18,7 @@ from cosa_hf.files import whole_file
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels
 from cosa_hf.objective.reliability import perplexity
-from cosa_hf.training.recipe import RunRecipe
+from cosa_hf.training.config import RunConfig
 
 
 class Telemetry:
@@ -35,7 +35,7 @@ class Telemetry:
     """
 
     def __init__(
-        self, accelerator: Accelerator, recipe: RunRecipe, images_per_step: int, shown: Sequence[str] = ("loss",)
+        self, accelerator: Accelerator, recipe: RunConfig, images_per_step: int, shown: Sequence[str] = ("loss",)
     ) -> None:
         self.accelerator, self.recipe, self.images_per_step = accelerator, recipe, images_per_step
         self.shown = shown

@@ -1,0 +1,1 @@
+"""Pseudo-labels as files: written by a trained model, read by whatever learns from them."""

@@ -1,0 +1,1 @@
+"""Models out: the Hub and its cards, ONNX, the layout of the authors' code."""

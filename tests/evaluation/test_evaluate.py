@@ -1,0 +1,341 @@
+"""Protocols against a slow reference, on a model whose maps are written by hand."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from cosa_hf import CoSAConfig, CoSAImageProcessor, CoSAOutput
+from cosa_hf.data.tags import tag_features
+from cosa_hf.evaluation.crf import DenseCRF
+from cosa_hf.evaluation.evaluate import PROTOCOLS, evaluate_model, format_report, predict_dataset
+
+NAMES = ["boat", "bird", "train"]
+GRID = (3, 4)
+PLAIN = {"scales": (1.0,), "flip": False, "progress": False}
+
+
+class TableModel(torch.nn.Module):
+    """Answers image number n (its constant red value) with the n-th maps; remembers the batches it saw."""
+
+    def __init__(self, seg, cam, aux_cam):
+        super().__init__()
+        self.tables = [torch.as_tensor(table, dtype=torch.float32) for table in (seg, cam, aux_cam)]
+        self.config = CoSAConfig(
+            id2label=dict(enumerate(["background", *NAMES])), coexistence_classes=["boat", "train"]
+        )
+        self.backbone = SimpleNamespace(stride=1)
+        self.anchor = torch.nn.Parameter(torch.zeros(()))
+        self.seen, self.modes = [], []
+
+    def forward(self, pixel_values):
+        numbers = pixel_values[:, 0, 0, 0].round().long()
+        self.seen.append(tuple(pixel_values.shape))
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        seg, cam, aux_cam = (table[numbers] for table in self.tables)
+        return CoSAOutput(
+            logits=seg,
+            cls_logits=cam.amax((2, 3)),
+            cam_logits=cam,
+            aux_cls_logits=None,
+            aux_cam_logits=aux_cam,
+        )
+
+
+def processor():
+    return CoSAImageProcessor(size={"height": GRID[0], "width": GRID[1]}, do_rescale=False, do_normalize=False)
+
+
+def make_dataset(masks, tags):
+    images = [Image.new("RGB", (mask.shape[1], mask.shape[0]), (number, 0, 0)) for number, mask in enumerate(masks)]
+    columns = {
+        "image": images,
+        "labels": tags,
+        "image_id": [f"image-{number}" for number in range(len(masks))],
+        "mask": [Image.fromarray(np.asarray(mask, dtype=np.uint8)) for mask in masks],
+    }
+    return Dataset.from_dict(columns, features=tag_features(NAMES, masks=True))
+
+
+@pytest.fixture
+def case():
+    """Five images of five sizes, random maps, an image without a tag, ignored pixels, masks that use 0..3."""
+    generator = np.random.default_rng(0)
+    sizes = [(5, 7), (9, 4), (3, 4), (6, 6), (12, 8)]
+    masks = [generator.choice([0, 0, 1, 2, 3, 255], size=size) for size in sizes]
+    tags = [[0], [1, 2], [], [0, 1, 2], [2]]
+    maps = [generator.normal(size=(5, channels, *GRID)) for channels in (4, 3, 3)]
+    return TableModel(*maps), make_dataset(masks, tags), (masks, tags, maps)
+
+
+def upsample(plane, size):
+    """Bilinear, half-pixel centres, edges repeated; one pixel at a time."""
+    height, width = plane.shape
+    result = np.zeros(size)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            v = min(max((y + 0.5) * height / size[0] - 0.5, 0), height - 1)
+            u = min(max((x + 0.5) * width / size[1] - 0.5, 0), width - 1)
+            top, left = int(v), int(u)
+            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+            upper = (1 - u + left) * plane[top, left] + (u - left) * plane[top, right]
+            lower = (1 - u + left) * plane[bottom, left] + (u - left) * plane[bottom, right]
+            result[y, x] = (1 - v + top) * upper + (v - top) * lower
+    return result
+
+
+def normalize(cam, tags):
+    result = np.zeros_like(cam)
+    for tag in tags:
+        positive = np.maximum(cam[tag], 0)
+        low, high = positive.min(), positive.max()
+        result[tag] = (positive - low) / (high - low)
+    return result
+
+
+def reference_masks(seg, cam, aux_cam, tags, size, threshold):
+    scores = np.stack([upsample(plane, size) for plane in seg])
+    allowed = np.stack([scores[k] if k == 0 or k - 1 in tags else np.full(size, -1e5) for k in range(len(scores))])
+    cam, aux_cam = normalize(cam, tags), normalize(aux_cam, tags)
+
+    def from_cam(maps):
+        maps = np.stack([upsample(plane, size) for plane in maps])
+        return np.where(maps.max(0) >= threshold, maps.argmax(0) + 1, 0)
+
+    return {
+        "seg": scores.argmax(0),
+        "seg_tags": allowed.argmax(0),
+        "cam": from_cam(cam),
+        "cam_aux": from_cam(aux_cam),
+        "cam_mean": from_cam((cam + aux_cam) / 2),
+    }
+
+
+def reference_ious(predictions, truths):
+    ious = []
+    for index in range(4):
+        intersection = union = 0
+        for prediction, truth in zip(predictions, truths, strict=True):
+            for p, t in zip(prediction.ravel(), truth.ravel(), strict=True):
+                if t != 255:
+                    intersection += p == index and t == index
+                    union += p == index or t == index
+        ious.append(100 * intersection / union if union else None)
+    return ious
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("threshold", [0.45, 0.3])  # 0.5 is what halfway between 0 and 1 rounds around
+def test_scores_equal_the_slow_reference(case, batch_size, threshold):
+    model, dataset, (masks, tags, maps) = case
+    report = evaluate_model(model, processor(), dataset, **PLAIN, batch_size=batch_size, cam_threshold=threshold)
+    expected = [reference_masks(*(table[n] for table in maps), tags[n], masks[n].shape, threshold) for n in range(5)]
+    for protocol in PROTOCOLS:
+        ious = reference_ious([one[protocol] for one in expected], masks)
+        assert list(report[protocol]["per_class"].values()) == pytest.approx(ious), protocol
+        assert report[protocol]["miou"] == pytest.approx(np.mean(ious))
+        assert report[protocol]["coexistence_miou"] == pytest.approx((ious[1] + ious[3]) / 2)
+    assert report["images"] == 5
+    assert report["untagged"] == ["image-2"]
+    assert report["protocol"]["cam_threshold"] == threshold
+
+
+def test_predictions_are_the_images_own_size_and_in_order(case):
+    model, dataset, (masks, tags, maps) = case
+    settings = {"scales": (1.0,), "flip": False, "batch_size": 2, "cam_threshold": 0.45}
+    predictions = list(predict_dataset(model, processor(), dataset, **settings))
+    assert [one.image_id for one in predictions] == dataset["image_id"][:]
+    for n, one in enumerate(predictions):
+        np.testing.assert_array_equal(one.truth.numpy(), masks[n])
+        assert (one.image.height, one.image.width) == masks[n].shape
+        expected = reference_masks(*(table[n] for table in maps), tags[n], masks[n].shape, 0.45)
+        for protocol in PROTOCOLS:
+            np.testing.assert_array_equal(one.masks[protocol].numpy(), expected[protocol])
+        cam = np.stack([upsample(plane, masks[n].shape) for plane in normalize(maps[1][n], tags[n])])
+        np.testing.assert_allclose(one.cam.numpy(), cam, atol=1e-5)
+
+
+def test_by_hand_what_tags_change():
+    """Truth: boat left, background right. The model says bird left; boat is its second choice."""
+    seg = np.zeros((1, 4, *GRID))
+    seg[0, 2, :, :2], seg[0, 1, :, :2], seg[0, 0, :, 2:] = 3, 2, 1
+    cam, aux_cam = np.zeros((1, 3, *GRID)), np.zeros((1, 3, *GRID))
+    cam[0, 1] = 9  # bird is not among the tags: its CAM must not count
+    cam[0, 0, :, :3] = 1  # one column too many
+    aux_cam[0, 0, :, :1] = 1  # one column too few
+    truth = np.zeros(GRID, dtype=int)
+    truth[:, :2] = 1
+    truth[0, 3] = 255
+    report = evaluate_model(TableModel(seg, cam, aux_cam), processor(), make_dataset([truth], [[0]]), **PLAIN)
+
+    def scores(protocol):
+        return [report[protocol]["per_class"][name] for name in ("background", *NAMES)]
+
+    # 11 counted pixels: 6 boat, 5 background.
+    assert scores("seg") == [100.0, 0.0, 0.0, None]
+    assert report["seg"]["miou"] == pytest.approx(100 / 3)
+    assert report["seg"]["coexistence_miou"] == 0.0
+    assert scores("seg_tags") == [100.0, 100.0, None, None]
+    assert report["seg_tags"]["miou"] == 100.0
+    assert scores("cam") == pytest.approx([100 * 2 / 5, 100 * 6 / 9, None, None])
+    assert scores("cam_aux") == pytest.approx([100 * 5 / 8, 100 * 3 / 6, None, None])
+    assert report["protocol"]["cam_threshold"] == 0.5  # the config's
+    # The mean is 1, 0.5, 0.5, 0 from left to right: all three columns reach 0.5.
+    assert scores("cam_mean") == scores("cam")
+
+
+def test_image_without_tags_is_background_where_tags_are_given():
+    maps = [np.random.default_rng(1).normal(size=(1, channels, *GRID)) + 5 for channels in (4, 3, 3)]
+    dataset = make_dataset([np.ones((6, 8), dtype=int)], [[]])
+    (prediction,) = predict_dataset(TableModel(*maps), processor(), dataset, scales=(1.0,), flip=False)
+    assert prediction.masks["seg"].any()
+    for protocol in ("seg_tags", "cam", "cam_aux", "cam_mean"):
+        assert not prediction.masks[protocol].any()
+
+
+def test_scales_and_flip_reach_the_model(case):
+    model, dataset, _ = case
+    evaluate_model(model, processor(), dataset, scales=(1.0, 2.0), flip=True, batch_size=3, progress=False)
+    assert model.seen == [(6, 3, 3, 4), (6, 3, 6, 8), (4, 3, 3, 4), (4, 3, 6, 8)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_runs_in_eval_mode_without_gradients_and_gets_its_mode_back(case, training):
+    model, dataset, _ = case
+    model.train(training)
+    evaluate_model(model, processor(), dataset, **PLAIN)
+    assert set(model.modes) == {(False, False)}
+    assert model.training is training
+
+
+def test_mode_comes_back_when_the_iteration_is_left_early(case):
+    model, dataset, _ = case
+    model.train()
+    predictions = predict_dataset(model, processor(), dataset, batch_size=1)
+    next(predictions)
+    assert not model.training
+    predictions.close()
+    assert model.training
+
+
+def test_report_is_plain_json_and_says_how_it_was_made(case):
+    model, dataset, _ = case
+    report = evaluate_model(model, processor(), dataset, **PLAIN, dataset_name="toy", split="val")
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    protocol = report["protocol"]
+    assert protocol["seg"].startswith("tags unknown")
+    assert protocol["seg_tags"].startswith("tags given")
+    assert (protocol["scales"], protocol["flip"]) == ([1.0], False)
+    assert protocol["input_size"] == list(GRID)
+    assert (protocol["dataset"], protocol["split"], protocol["ignore_index"]) == ("toy", "val", 255)
+
+
+def test_the_ignored_id_is_the_models(case):
+    model, dataset, (masks, tags, _) = case
+    report = evaluate_model(model, processor(), dataset, **PLAIN)
+    model.config.semantic_loss_ignore_index = 100
+    renamed = make_dataset([np.where(mask == 255, 100, mask) for mask in masks], tags)
+    other = evaluate_model(model, processor(), renamed, **PLAIN)
+    assert other["protocol"]["ignore_index"] == 100
+    assert all(other[protocol] == report[protocol] for protocol in PROTOCOLS)
+
+
+def test_crf_refines_the_segmentations_within_their_classes_and_is_named(case):
+    model, dataset, (_, tags, _) = case
+    crf = DenseCRF(backend="torch")
+    plain, refined = (
+        list(predict_dataset(model, processor(), dataset, scales=(1.0,), flip=False, crf=each)) for each in (None, crf)
+    )
+    for protocol in PROTOCOLS:
+        changed = any((a.masks[protocol] != b.masks[protocol]).any() for a, b in zip(plain, refined, strict=True))
+        assert changed is (protocol in ("seg", "seg_tags")), protocol
+    for prediction, allowed in zip(refined, tags, strict=True):
+        assert set(prediction.masks["seg_tags"].unique().tolist()) <= {0, *(tag + 1 for tag in allowed)}
+
+    assert evaluate_model(model, processor(), dataset, **PLAIN)["protocol"]["crf"] is None
+    report = evaluate_model(model, processor(), dataset, **PLAIN, crf=crf)
+    assert report["protocol"]["crf"]["backend"] == "torch"
+    assert report["protocol"]["crf"]["bilateral_sigma_xy"] == 67
+    assert report["protocol"]["seg_tags"].startswith("tags given, CRF: ")
+    assert report["protocol"]["cam"] == PROTOCOLS["cam"]
+    assert "seg, seg_tags: after a CRF (torch)" in format_report(report)
+
+
+def test_classes_in_another_order_are_refused_and_both_lists_shown(case):
+    model, dataset, _ = case
+    model.config = CoSAConfig(id2label=dict(enumerate(["background", "bird", "boat", "train"])))
+    with pytest.raises(ValueError, match=r"(?s)\['boat', 'bird', 'train'\].*\['bird', 'boat', 'train'\]"):
+        evaluate_model(model, processor(), dataset, **PLAIN)
+
+
+def test_datasets_that_cannot_be_scored_are_refused(case):
+    model, dataset, _ = case
+    with pytest.raises(ValueError, match="masks=True"):
+        evaluate_model(model, processor(), dataset.remove_columns("mask"), **PLAIN)
+    with pytest.raises(ValueError, match="empty"):
+        evaluate_model(model, processor(), dataset.select([]), **PLAIN)
+
+
+def test_table_shows_every_class_under_every_protocol(case):
+    model, dataset, _ = case
+    report = evaluate_model(model, processor(), dataset, **PLAIN)
+    lines = format_report(report).splitlines()
+    assert lines[0].split()[-5:] == list(PROTOCOLS)
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:7]}
+    assert list(rows) == ["background", *NAMES, "mIoU", "C-mIoU"]
+    for name in ("background", *NAMES):
+        assert rows[name] == [f"{report[protocol]['per_class'][name]:.1f}" for protocol in PROTOCOLS]
+    assert rows["mIoU"] == [f"{report[protocol]['miou']:.1f}" for protocol in PROTOCOLS]
+    assert "image-2" in lines[-1]
+    assert len({len(line) for line in lines[:7]}) == 1
+
+
+def test_two_processes_score_every_image_once(tmp_path):
+    """Five images for two processes: the shares are uneven, the reports equal and those of one process."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(
+            """
+            import json, sys
+            from accelerate import Accelerator
+            from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+            from cosa_hf.data import SHAPES_CLASSES, load_shapes
+            from cosa_hf.evaluation.evaluate import evaluate_model
+            import torch
+
+            accelerator = Accelerator(cpu=True)
+            torch.manual_seed(0)
+            names = dict(enumerate(["background", *SHAPES_CLASSES]))
+            config = CoSAConfig(backbone="test_vit", id2label=names)
+            model = CoSAForWeaklySupervisedSegmentation(config)
+            processor = CoSAImageProcessor(size={"height": 64, "width": 64})
+            dataset = load_shapes("val", num_images=5, masks=True)
+            settings = dict(scales=(1.0,), batch_size=2, progress=False)
+            alone = evaluate_model(model, processor, dataset, **settings)
+            seen = []
+            model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+            shared = evaluate_model(
+                accelerator.prepare(model), processor, dataset, **settings, accelerator=accelerator
+            )
+            assert accelerator.num_processes == 2
+            assert shared == alone, (shared, alone)
+            with open(f"{sys.argv[1]}/rank-{accelerator.process_index}.json", "w") as file:
+                json.dump({"report": shared, "copies": sum(seen)}, file)
+            accelerator.end_training()
+            """
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, program, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["report"] == second["report"]
+    assert first["report"]["images"] == 5
+    assert (first["copies"], second["copies"]) == (6, 4)  # three and two images, each with its mirror image

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from pets import CLASSES
+from PIL import Image
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.data.tags import tag_features
+from cosa_hf.multistage.config import MultistageConfig
+from cosa_hf.multistage.networks import build_network
+
+SIZES = {"plain": (40, 30), "IMG 12%": (31, 44), "pets/übung": (24, 24), "turned": (50, 20), "long": (20_000, 20)}
+
+
+@pytest.fixture(scope="session")
+def model():
+    torch.manual_seed(0)
+    config = CoSAConfig(
+        backbone="test_vit", decoder_channels=16, id2label=dict(enumerate(["background", *CLASSES])), cam_threshold=0.4
+    )
+    return CoSAForWeaklySupervisedSegmentation(config).eval()
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return CoSAImageProcessor(size={"height": 64, "width": 64})
+
+
+@pytest.fixture(params=["cosa-ms", "segformer"])
+def segmentation_only(request, tmp_path):
+    """A directory with a tiny network of another kind than CoSA, untrained."""
+    if request.param == "cosa-ms":
+        recipe = MultistageConfig(
+            network="largefov/test_resnet", pseudo_labels="labels", pretrained=False, decoder_channels=16
+        )
+        network, processor = build_network(recipe, ["background", *CLASSES])
+    else:
+        small = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+        network = SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8))
+        processor = SegformerImageProcessor()
+    network.save_pretrained(tmp_path / "network")
+    processor.save_pretrained(tmp_path / "network")
+    return tmp_path / "network"
+
+
+@pytest.fixture
+def columns(tmp_path):
+    """Five images in files: a blank, a slash, an umlaut in their ids; one lies on its side; one is 1,000 times as wide
+    as it is high."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    paths = []
+    for number, (width, height) in enumerate(SIZES.values()):
+        colours = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if list(SIZES)[number] == "turned" else 1  # 6: show turned by a quarter
+        image.save(folder / f"{number}.jpg", exif=exif)
+        paths.append(str(folder / f"{number}.jpg"))
+    return {"image": paths, "labels": [[0], [1, 2], [0, 1, 2], [2], [1]], "image_id": list(SIZES)}
+
+
+@pytest.fixture
+def dataset(columns):
+    return Dataset.from_dict(columns, features=tag_features(CLASSES))

@@ -1,0 +1,83 @@
+"""ONNX files against torch, at batches and sizes other than those of the export."""
+
+import numpy as np
+import pytest
+import torch
+from in_process import run_script
+
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.publishing import onnx
+from cosa_hf.publishing.onnx import export_onnx
+
+
+def tiny(backbone, **options):
+    torch.manual_seed(0)
+    config = CoSAConfig(backbone=backbone, aux_layer=-2, decoder_channels=16, decoder_dilation=1, num_labels=4)
+    return CoSAForWeaklySupervisedSegmentation(config).eval()
+
+
+def session_of(path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet", "tf_efficientnet_lite0"])
+def test_same_maps_at_any_batch_and_size(backbone, tmp_path):
+    pytest.importorskip("onnxscript")
+    model = tiny(backbone)
+    path = tmp_path / "new" / "model.onnx"
+    assert export_onnx(model, path) < 1e-4
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    session = session_of(path)
+    stride = model.backbone.stride
+    # One of them is the ViT's own size, where timm does not resample the position embedding.
+    for batch, rows, columns in ((1, 3, 7), (4, 10, 10), (2, 6, 4), (1, 1, 1)):
+        images = torch.rand(batch, 3, rows * stride, columns * stride)
+        logits, cam_logits = session.run(["logits", "cam_logits"], {"pixel_values": images.numpy()})
+        with torch.no_grad():
+            expected = model(images)
+        assert logits.shape == (batch, 4, rows, columns)
+        for found, wanted in ((logits, expected.logits), (cam_logits, expected.cam_logits)):
+            assert np.abs(found - wanted.numpy()).max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.slow
+def test_script_with_8_bits(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxscript")
+    model = tiny("test_vit")
+    model.save_pretrained(tmp_path / "model")
+    CoSAImageProcessor().save_pretrained(tmp_path / "model")
+    run_script(monkeypatch, "scripts/export_onnx.py", tmp_path / "model", tmp_path / "small.onnx", "--int8")
+    assert "pixel_values (B, 3, H, W), H and W multiples of 16 -> logits, cam_logits" in capsys.readouterr().out
+    small = (tmp_path / "small.onnx").stat().st_size
+    # Of a network this small, the graph itself is half of the file.
+    assert small < 0.75 * (tmp_path / "model" / "model.safetensors").stat().st_size
+    images = torch.rand(2, 3, 64, 96)
+    logits = session_of(tmp_path / "small.onnx").run(["logits"], {"pixel_values": images.numpy()})[0]
+    with torch.no_grad():
+        expected = model(images).logits.numpy()
+    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.95
+
+
+def test_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(ImportError, match=r'needs onnxscript: pip install -e "\.\[onnx\]"'):
+        export_onnx(tiny("test_vit"), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_script_takes_no_network_without_cams(segmentation_only, tmp_path, monkeypatch):
+    with pytest.raises(
+        SystemExit, match=r"^error: a \w+ only segments and has no CAMs; give a model that CoSA trained$"
+    ):
+        run_script(monkeypatch, "scripts/export_onnx.py", segmentation_only, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_wrong_file_is_not_handed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx.torch.onnx, "export", lambda network, example, path, **options: path.touch())
+    monkeypatch.setattr(onnx, "_difference", lambda path, images, expected: 1e-3)
+    with pytest.raises(RuntimeError, match=r"differ by 1.0e-03 of the largest output, above 1e-04"):
+        export_onnx(tiny("test_vit"), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,124 @@
+"""research/benchmark.py as a user runs it, and the straight version that it compares the package with."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from speed import measure, straight
+from speed.report import exponent, median_step
+from speed.stopwatch import Stopwatch
+
+from cosa_hf.assignment.network import assign
+from cosa_hf.assignment.threshold import DynamicThreshold
+from cosa_hf.objective.overall import CoSAObjective
+from cosa_hf.training import cosa
+from cosa_hf.training.config import TrainingConfig
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
+TINY = {"backbone": "test_vit", "aux_layer": -2, "crop_size": 64, "input_size": 64, "batch_size": 2}
+
+
+def benchmark(*arguments):
+    command = [sys.executable, SCRIPT, *arguments]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ, timeout=600)
+
+
+def test_tables_and_json(tmp_path):
+    fields = [f"{name}={value}" for name, value in TINY.items()]
+    variants = ["--variants", "fp32", "straight", "--steps", "1"]
+    run = benchmark("--set", *fields, *variants, "--evaluation", "--output_dir", tmp_path)
+    assert run.returncode == 0, run.stderr
+    table, results = (tmp_path / "benchmark.md").read_text(), json.loads((tmp_path / "benchmark.json").read_text())
+    assert table.strip() in run.stdout
+    for row in ("AN forward", "threshold", "CAM2Seg (two)", "ON backward", "EMA", "as fast as straight"):
+        assert f"\n| {row} |" in table
+    assert len(results["fp32"]["steps"]) == len(results["straight"]["steps"]) == 1
+    assert results["fp32"]["memory"] > 1e8
+    assert results["evaluation"]["seconds"]["single scale"] > 0
+
+
+def test_a_change_without_a_value_is_refused(tmp_path):
+    run = benchmark("--set", "batch_size", "--output_dir", tmp_path)
+    assert run.returncode == 2
+    assert "'batch_size' is no FIELD=VALUE" in run.stderr
+
+
+def test_parts_are_the_step(monkeypatch):
+    """Every part of a step is found in the loop, each moment is in one of them, and little is left over."""
+    watches = []
+    monkeypatch.setattr(measure, "Stopwatch", lambda *arguments: watches.append(Stopwatch(*arguments)) or watches[-1])
+    changes = TINY | {"label_scales": [1.0, 0.5], "crop_size": 128}
+    steps = measure.measure("package", "voc-lite0", changes, steps=2, classes=5, cpu_time=False)["steps"]
+    assert len(steps) == 2
+    for step in steps:
+        assert set(measure.PARTS) <= set(step)
+        assert step["rest"] < 0.3 * sum(step.values())
+        assert all(seconds >= 0 for seconds in step.values())
+
+
+def test_a_part_within_a_part_is_not_counted_twice():
+    watch = Stopwatch(torch.device("cpu"))
+    now = iter(range(100))
+    watch.clock = lambda: float(next(now))
+    watch.begin()
+    with watch.part("outer"), watch.part("inner"):
+        pass
+    watch.end()
+    assert watch.steps == [{"rest": 2.0, "outer": 2.0, "inner": 1.0}]
+
+
+def test_flops_are_those_of_the_network():
+    found = measure.measure("floor", "voc-vit-b", {}, steps=1, classes=20, cpu_time=False)
+    tokens, width = 784 + 1, 768  # of a ViT-B at 448 pixels, with its class token
+    encoder = 12 * (24 * tokens * width**2 + 4 * tokens**2 * width) + 2 * 784 * 768 * width
+    decoder = 2 * 784 * 9 * (768 * 512 + 512 * 512)
+    assert found["flops"]["ON forward"] == pytest.approx(2 * (encoder + decoder), rel=0.01)
+
+
+def test_the_straight_version_computes_the_same_losses(monkeypatch):
+    recipe = TrainingConfig.named("voc-lite0", **TINY, pretrained=False, label_scales=[1.0, 0.5, 1.5], dataset="folder")
+    dataset = measure.tagged_photos(5, 2)
+    torch.manual_seed(0)
+    online = cosa.build_model(recipe, dataset)
+    with torch.no_grad():  # fresh heads say next to nothing
+        for head in (online.classifier, online.aux_classifier, online.decoder.conv8):
+            head.weight.mul_(20)
+    monkeypatch.setattr(cosa, "build_model", lambda *_: online)
+    valid = torch.ones(2, 64, 64, dtype=torch.bool)
+    valid[0, :, 40:] = False
+    labels = torch.tensor([[1.0, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
+    weak, strong = torch.randn(2, 2, 3, 64, 64)
+    batch = {"weak": weak, "strong": strong, "labels": labels, "valid": valid}
+
+    thresholds = [DynamicThreshold(decay=recipe.threshold_decay) for _ in range(2)]
+    targets = assign(online, weak, labels, valid, thresholds, scales=recipe.label_scales)
+    colors = strong * 255 * torch.tensor(online.backbone.data_config["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = CoSAObjective(dense_energy_weight=0.05)(online(strong), labels, valid, targets, images=colors)
+
+        straight.write_attention_out(online)
+        fixed = [straight.SklearnThreshold(threshold.value, 1.0) for threshold in thresholds]
+        found = straight.step_losses(online, online.eval(), batch, fixed, recipe, Stopwatch(torch.device("cpu")))
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=1e-4
+    )
+    assert all(value != 0 for value in expected.values())
+
+
+def test_sklearn_finds_about_the_same_threshold():
+    torch.manual_seed(0)
+    values = torch.cat([0.25 + 0.08 * torch.randn(3000), 0.7 + 0.1 * torch.randn(2000)]).clamp(0.06, 1)
+    own, other = DynamicThreshold(decay=0.0), straight.SklearnThreshold(0.5, 0.0)
+    own.update(values)
+    other.update(values)
+    assert own.value == pytest.approx(other.value, abs=0.005)
+
+
+def test_exponent_and_median():
+    assert exponent([1, 2, 4], [5, 20, 80]) == pytest.approx(2)
+    # Data is made beside the step, so it does not count.
+    assert median_step([{"a": 1.0, "data": 9.0}, {"a": 2.0}, {"a": 3.0}]) == {"a": 2.0}
