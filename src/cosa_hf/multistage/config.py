@@ -32,9 +32,9 @@ class MultistageConfig(RunConfig):
             "help": "directory of an export (png or parquet), of a VOC layout with masks, or a dataset on the Hub"
         },
     )
-    train_split: str | None = field(default=None, metadata={"help": "split of it; an export's own without"})
+    train_split: str | None = field(default=None, metadata={"help": "split of it; default: the export's own"})
     confidence_weighting: bool = field(
-        default=False, metadata={"help": "weigh pixels by the export's confidence (parquet only); false: the paper"}
+        default=False, metadata={"help": "weigh pixels by the export's confidence (parquet only); false, as in the paper: all alike"}
     )
     self_training: str | None = field(
         default=None,
@@ -52,9 +52,9 @@ class MultistageConfig(RunConfig):
     )
     output_stride: int | None = field(
         default=None,
-        metadata={"help": "stride of a convolutional encoder, by dilation, where the network can; 16 without"},
+        metadata={"help": "stride of a convolutional encoder, by dilation, where the network can; default: 16"},
     )
-    decoder_channels: int | None = field(default=None, metadata={"help": "width of the decoder; its usual one without"})
+    decoder_channels: int | None = field(default=None, metadata={"help": "width of the decoder; default: its usual one"})
     freeze_batch_norm: bool = field(
         default=True, metadata={"help": "batch norm of the encoder keeps its pretrained statistics"}
     )
@@ -63,4 +63,9 @@ class MultistageConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.pseudo_labels:
-            raise ValueError("pseudo_labels must name an export: scripts/export_pseudo_labels.py writes one")
+            raise ValueError("pseudo_labels must name an export: `cosa-hf label` writes one")
+        if self.snapshot_every:
+            raise ValueError(
+                f"snapshot_every={self.snapshot_every} has no effect on the networks of CoSA-MS: their checkpoints are "
+                "models that load by themselves, kept with checkpoint_every and keep_checkpoints"
+            )
