@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import platform
 import signal
 import sys
 import threading
@@ -15,11 +14,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, parse_flag_from_env
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from cosa_hf.data import COEXISTENCE_CLASSES, class_names, load_dataset_by_name
+from cosa_hf.data import COEXISTENCE_CLASSES, class_names
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.views import Views
 from cosa_hf.evaluation.evaluate import evaluate
@@ -29,6 +27,7 @@ from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.labels import collate, labels_to_learn, weighted_loss
 from cosa_hf.multistage.networks import build_network, encoder_of
 from cosa_hf.pseudo_labels.load import Exported
+from cosa_hf.training.setup import evaluation_data, hardware
 
 MODEL = "model"
 MOMENTUM = 0.9
@@ -47,6 +46,7 @@ def train_multistage(config: MultistageConfig) -> Path:
         SystemExit: after SIGTERM, once a checkpoint is saved.
     """
     output_dir, checkpoint, arguments = Path(config.output_dir), _checkpoint(config), _arguments(config)
+    terminate = signal.getsignal(signal.SIGTERM)
     set_seed(config.seed)
     exported = labels_to_learn(config, arguments.device, arguments.process_index, arguments.world_size)
     trainer = MultistageTrainer(config, arguments, exported)
@@ -55,19 +55,16 @@ def train_multistage(config: MultistageConfig) -> Path:
         dataclasses.replace(config, resume=False).to_yaml(output_dir / "recipe.yaml")
         (output_dir / "run.json").unlink(missing_ok=True)  # it says that a run is done
     _announce(config, trainer)
-    terminate = signal.getsignal(signal.SIGTERM)
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except Exception as error:
-        saved = _checkpoints(output_dir)
-        where = f"go on from {saved[max(saved)]} with --resume" if saved else "there is no checkpoint to go on from"
-        error.add_note(f"the run ended after {trainer.state.global_step} whole steps; {where}")
+        error.add_note(_ended(trainer))
         raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)
     if trainer.state.global_step < config.max_steps:
-        print(f"SIGTERM: stopped after step {trainer.state.global_step}; --resume goes on from there", file=sys.stderr)
+        print(f"SIGTERM: {_ended(trainer)}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
     return trainer.finish(exported)
 
@@ -103,7 +100,7 @@ class MultistageTrainer(Trainer):
                 masks=True,
                 confidence=config.confidence_weighting,
             ),
-            eval_dataset=_evaluation_data(config, names) if config.eval_every else None,
+            eval_dataset=evaluation_data(config, names[1:]),
             processing_class=processor,
             compute_loss_func=weighted_loss,
             optimizers=(_optimizer(config, network), None),
@@ -164,7 +161,7 @@ class MultistageTrainer(Trainer):
                 "reason": "the weights after the last step",
                 "images": len(exported.dataset),
                 "unreadable_replaced": unreadable,
-                "hardware": _hardware(self.args),
+                "hardware": hardware(self.accelerator),
                 "seconds": round(self.state.log_history[-1]["seconds"]),
                 "pseudo_labels": exported.record or None,
             }
@@ -228,13 +225,6 @@ def _optimizer(config: MultistageConfig, network: PreTrainedModel) -> torch.opti
     return torch.optim.AdamW(groups, fused=config.mixed_precision != "fp16", **options)  # fused hides skipped steps
 
 
-def _evaluation_data(config: MultistageConfig, names: list[str]) -> Dataset:
-    """The first `eval_images` of the evaluation split, with masks."""
-    options = dataclasses.replace(config, classes=names[1:])
-    dataset = load_dataset_by_name(config.dataset, config.data_dir, config.eval_split, masks=True, options=options)
-    return dataset.select(range(min(config.eval_images, len(dataset))))
-
-
 def _checkpoints(output_dir: Path) -> dict[int, Path]:
     """Those that are complete, by step: their state is written last."""
     found = (path.parent for path in output_dir.glob("checkpoint-[0-9]*/trainer_state.json"))
@@ -265,6 +255,12 @@ def _checkpoint(config: MultistageConfig) -> Path | None:
     return found[max(found)]
 
 
+def _ended(trainer: Trainer) -> str:
+    saved = _checkpoints(Path(trainer.args.output_dir))
+    where = f"go on from {saved[max(saved)]} with --resume" if saved else "there is no checkpoint to go on from"
+    return f"the run ended after {trainer.state.global_step} whole steps; {where}"
+
+
 def _images_per_step(arguments: TrainingArguments) -> int:
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
@@ -282,15 +278,6 @@ def _announce(config: MultistageConfig, trainer: MultistageTrainer) -> None:
             f"the schedule is made for {config.images_per_step} images a step, this run takes {per_step}: batch_size x "
             "gradient_accumulation_steps x processes. Change one of them, or images_per_step if it is meant"
         )
-
-
-def _hardware(arguments: TrainingArguments) -> str:
-    """What the run ran on, as a model card says it."""
-    device = arguments.device
-    if device.type == "cuda":
-        return f"{arguments.world_size} x {torch.cuda.get_device_name(device)}"
-    threads = torch.get_num_threads()
-    return f"{arguments.world_size} x {platform.machine()} {device.type} with {threads} threads"
 
 
 __all__ = ["MODEL", "MultistageTrainer", "train_multistage"]
