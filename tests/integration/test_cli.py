@@ -20,7 +20,7 @@ def test_help_has_a_line_for_each_command(capsys):
         assert re.search(rf"^  {name} +{re.escape(purpose)}$", shown, re.MULTILINE)
     assert max(map(len, shown.splitlines())) <= 120
     modules = {path.stem for path in (ROOT / "src/cosa_hf/commands").glob("*.py")}
-    assert modules - {"__init__", "arguments"} == set(COMMANDS)
+    assert modules - {"__init__", "arguments", "inputs"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,1 +1,1 @@
-"""The commands of `cosa-hf`, a module each: its docstring is what `--help` begins with, its `main` takes the arguments."""
+"""The commands of `cosa-hf`, a module each: `--help` begins with its docstring, `main` takes the arguments."""

@@ -1,6 +1,6 @@
 """Open a page to try a model on (extra `app`).
 
-    cosa-hf app runs/demo/model
+cosa-hf app runs/demo/model
 """
 
 from collections.abc import Sequence

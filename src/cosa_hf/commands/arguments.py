@@ -1,28 +1,35 @@
-"""Arguments that several commands have: one name, one meaning."""
+"""Parsers of commands: their help, and configurations from recipes and flags."""
 
 import argparse
+import copy
 import dataclasses
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from datasets import ClassLabel, Dataset, load_dataset
 from transformers import HfArgumentParser
-
-from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, class_names, load_dataset_by_name
-from cosa_hf.evaluation.crf import DenseCRF
-from cosa_hf.inference import SCALES, Segmenter, check_classes
 
 AnyConfig = TypeVar("AnyConfig")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a description, and tells every default but None and False."""
+    """Keeps the line breaks of a description, tells every default but None and False, and names an option once."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if not action.help or not action.option_strings or action.default in (None, False, argparse.SUPPRESS):
+        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if not action.help or not action.option_strings or silent:
             return action.help
         return f"{action.help} (default: %(default)s)"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
+        return super()._format_action_invocation(shown)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        # Of a field that is true by default HfArgumentParser makes --field and --no_field, with the same help.
+        if list(action.option_strings[:1]) != [f"--no_{action.dest}"]:
+            super().add_argument(action)
 
 
 def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -61,6 +68,7 @@ def parse_config(
     parser = HfArgumentParser(
         [_flags_of(part) for part in getattr(kind, "parts", ()) or (kind,)],
         prog=chooser.prog,
+        usage=f"{chooser.prog} [--recipe RECIPE] [--FIELD VALUE ...]",
         parents=[chooser],
         description=description,
         formatter_class=HelpFormatter,
@@ -82,78 +90,6 @@ def _flags_of(part: type) -> type:
     group = getattr(part, "_argument_group_name", None)
     namespace = {"_argument_group_name": group} if group else {}
     return dataclasses.make_dataclass(part.__name__, fields, namespace=namespace, kw_only=True)
-
-
-def dataset_parser(name: str, description: str | None) -> HfArgumentParser:
-    """The parser of a command that reads a dataset: --dataset, --data_dir and the options of its readers."""
-    parser = HfArgumentParser(
-        DatasetOptions,
-        prog=f"cosa-hf {name}",
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--dataset", required=True, choices=sorted(COEXISTENCE_CLASSES), help="which dataset's layout to read"
-    )
-    parser.add_argument("--data_dir", help="directory of the dataset (voc: VOC2012); not for shapes and hub")
-    return parser
-
-
-def parse_dataset_args(
-    parser: HfArgumentParser, arguments: Sequence[str]
-) -> tuple[argparse.Namespace, DatasetOptions]:
-    """What a `dataset_parser` finds."""
-    options, args = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
-    return args, options
-
-
-def dataset_of(args: argparse.Namespace, options: DatasetOptions, names: list[str], masks: bool = False) -> Dataset:
-    """The split that was asked for, with a model's classes (`names`, without background) where no option names them."""
-
-    def load(classes: list[str] | None) -> Dataset:
-        named = dataclasses.replace(options, classes=classes)
-        return load_dataset_by_name(args.dataset, args.data_dir, args.split, masks=masks, options=named)
-
-    try:
-        return load(options.classes or names)
-    except ValueError:
-        # The reader complains of classes that were passed, and here the user passed none.
-        if args.dataset == "hub" and not options.classes and _lists_classes(options, args.split):
-            check_classes(class_names(load(None)), names)
-        raise
-
-
-def _lists_classes(options: DatasetOptions, split: str) -> bool:
-    """Whether the type of a dataset's label column has the classes; text takes those it is given."""
-    features = load_dataset(options.dataset_name, options.dataset_config, split=split).features
-    feature = features.get(options.label_column)
-    return isinstance(getattr(feature, "feature", feature), ClassLabel)
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
-
-
-def add_inference(parser: argparse.ArgumentParser) -> None:
-    """How images go through the model: --scales, --no_flip, --batch_size."""
-    parser.add_argument(
-        "--scales", type=float, nargs="+", default=list(SCALES), help="relative input sizes whose outputs are fused"
-    )
-    parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
-    parser.add_argument("--batch_size", type=positive, default=8, help="images per forward pass")
-
-
-def segmenter_of(args: argparse.Namespace, device: Any, **options: Any) -> Segmenter:
-    """The model, used as `add_inference` was told."""
-    return Segmenter.from_pretrained(
-        args.model, device=device, scales=args.scales, flip=not args.no_flip, batch_size=args.batch_size, **options
-    )
-
-
-def crf_of(args: argparse.Namespace) -> DenseCRF | None:
-    """What --crf asks for."""
-    return DenseCRF() if args.crf else None
 
 
 def positive(text: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from cosa_hf.commands.arguments import dataset_parser, parse_dataset_args
+from cosa_hf.commands.inputs import dataset_parser, parse_dataset_args
 from cosa_hf.data import DatasetOptions, class_names, load_dataset_by_name
 from cosa_hf.data.check import check_splits, format_findings
 from cosa_hf.data.folder import unnamed_pictures

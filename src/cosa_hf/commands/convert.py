@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     masks = kinds.add_parser(
         "coco-masks",
-        description="The masks of a COCO split as palette PNGs in DATA_DIR/masks/SPLIT, where the reader looks for them.\n"
+        description="The masks of a COCO split as palette PNGs in DATA_DIR/masks/SPLIT, where the reader looks.\n"
         "Needs pycocotools (pip install 'cosa-hf[coco]'). Run again after an interruption: masks that are there stay.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,

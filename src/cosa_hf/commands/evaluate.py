@@ -1,7 +1,7 @@
 """Score a model on a dataset with masks: segmentation with and without tags, CAM, auxiliary CAM, per class.
 
-    cosa-hf evaluate runs/voc/assignment --dataset voc --data_dir VOC2012 --split val --report report.json
-    accelerate launch -m cosa_hf.cli evaluate runs/voc/assignment ...        the images shared among all GPUs
+cosa-hf evaluate runs/voc/assignment --dataset voc --data_dir VOC2012 --split val --report report.json
+accelerate launch -m cosa_hf.cli evaluate runs/voc/assignment ...        the images shared among all GPUs
 """
 
 import argparse
@@ -11,14 +11,14 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from cosa_hf.commands.arguments import (
+from cosa_hf.commands.arguments import positive
+from cosa_hf.commands.inputs import (
     add_inference,
     add_model,
     crf_of,
     dataset_of,
     dataset_parser,
     parse_dataset_args,
-    positive,
     segmenter_of,
 )
 from cosa_hf.data import DatasetOptions
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
         check_output(args.panels, directory=True)
     accelerator = Accelerator()
     segmenter = segmenter_of(args, accelerator.device, size=args.input_size, crf=crf_of(args))
-    dataset = dataset_of(args, options, segmenter.names[1:], masks=True)
+    dataset = dataset_of(args, options, segmenter, masks=True)
     if args.num_images is not None:
         dataset = dataset.select(range(min(args.num_images, len(dataset))))
     report = evaluate(segmenter, dataset, dataset_name=args.dataset, split=args.split, accelerator=accelerator)

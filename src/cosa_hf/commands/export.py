@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from cosa_hf.commands.arguments import add_model, command_parser
+from cosa_hf.commands.arguments import command_parser
+from cosa_hf.commands.inputs import add_model
 from cosa_hf.files import check_output
 from cosa_hf.inference import load_model, require_cams
 from cosa_hf.publishing.official import to_official

@@ -18,13 +18,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from cosa_hf.commands.arguments import (
+from cosa_hf.commands.arguments import positive
+from cosa_hf.commands.inputs import (
     add_inference,
     add_model,
     dataset_of,
     dataset_parser,
     parse_dataset_args,
-    positive,
     segmenter_of,
 )
 from cosa_hf.data import DatasetOptions
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))
     datasets.disable_progress_bars()  # its bar for every parquet file would hide ours
     segmenter = segmenter_of(args, state.device)
-    dataset = dataset_of(args, options, segmenter.names[1:])
+    dataset = dataset_of(args, options, segmenter)
     start = time.perf_counter()
     labelled = export_pseudo_labels(
         segmenter,

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cosa_hf.commands.arguments import add_model, command_parser, crf_of
+from cosa_hf.commands.arguments import command_parser
+from cosa_hf.commands.inputs import add_model, crf_of
 from cosa_hf.data.palette import to_palette_image
 from cosa_hf.evaluation.figures import overlay
 from cosa_hf.files import check_output

@@ -4,7 +4,7 @@
     cosa-hf train --recipe folder-lite0 --data_dir photos                    your own: docs/own-data.md
     accelerate launch -m cosa_hf.cli train --recipe voc-vit-b --data_dir VOCdevkit/VOC2012        on several GPUs
 
-A recipe is a YAML file, or the name of one that comes with the package; every field of it is also a flag, and flags win.
+A recipe is a YAML file, or the name of one that comes with the package; every field is also a flag, and flags win.
 """
 
 from collections.abc import Sequence

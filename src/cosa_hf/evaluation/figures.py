@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import PreTrainedModel
 
 from cosa_hf.data.images import IGNORE_INDEX
+from cosa_hf.data.palette import to_palette_image, voc_palette
 from cosa_hf.evaluation.evaluate import predict_dataset
 from cosa_hf.evaluation.maps import label_names
-from cosa_hf.data.palette import to_palette_image, voc_palette
 
 __all__ = ["comparison", "heat", "overlay", "panel", "save_panels"]
 
