@@ -21,9 +21,9 @@ from cosa_hf.data import class_names, load_dataset_by_name, streaming_loader
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.tags import list_some
 from cosa_hf.data.views import Views
-from cosa_hf.evaluation.evaluate import evaluate_model
-from cosa_hf.evaluation.figures import save_panels
-from cosa_hf.evaluation.maps import label_names
+from cosa_hf.evaluation.evaluate import evaluate
+from cosa_hf.evaluation.figures import save_visualizations
+from cosa_hf.inference import Segmenter, label_names
 from cosa_hf.training.accumulation import mean_over_parts, parts_of
 from cosa_hf.training.checkpoints import Checkpoints, Progress, snapshot_directory
 from cosa_hf.training.config import RunConfig
@@ -228,13 +228,13 @@ def _evaluation_data(task: Task) -> Dataset:
 
 def _evaluate(task: Task, dataset: Dataset, step: int) -> dict[str, float]:
     """mIoU at one scale, a glance and not the protocol; and panels. The run goes on as if nobody had looked."""
-    recipe, network, processor, accelerator = task.recipe, task.evaluated, task.processor, task.accelerator
-    glance: dict[str, Any] = {"scales": (1.0,), "flip": False}
+    recipe, accelerator = task.recipe, task.accelerator
+    segmenter = Segmenter(task.evaluated, task.processor)
     with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):
-        report = evaluate_model(network, processor, dataset, **glance, progress=False, accelerator=accelerator)
+        report = evaluate(segmenter, dataset, progress=False, accelerator=accelerator)
         if accelerator.is_main_process:
             shown = dataset.select(range(min(recipe.eval_panels, len(dataset))))
-            save_panels(network, processor, shown, Path(recipe.output_dir) / "panels" / f"step-{step:07d}", **glance)
+            save_visualizations(segmenter, shown, Path(recipe.output_dir) / "panels" / f"step-{step:07d}")
     return {f"eval/{part}": report[part]["miou"] for part in ("seg", "seg_tags", "cam", "cam_aux") if part in report}
 
 
