@@ -20,8 +20,8 @@ import numpy as np
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
+from cosa_hf.data.palette import to_palette_image
 from cosa_hf.data.tags import list_some, tag_features
-from cosa_hf.evaluation.palette import to_palette_image
 from cosa_hf.files import whole_file
 
 __all__ = ["FORMATS", "CocoFormat", "Format", "ParquetFormat", "PngFormat", "PseudoLabel"]
@@ -201,7 +201,7 @@ class CocoFormat(Format):
         try:
             from pycocotools import mask
         except ImportError:
-            raise ValueError('the format coco-json needs pycocotools: pip install -e ".[coco]"') from None
+            raise ValueError('the format coco-json needs pycocotools: pip install "cosa-hf[coco]"') from None
         self._rle = mask
         files = [Path(path) for path in self.paths if path]
         self._roots = [] if self.data_dir is None else [Path(self.data_dir).absolute()]
