@@ -1,8 +1,8 @@
 """Draw the masks that several models predict for the same images: a row for each image, a column for each model.
 
-    python research/compare.py base=runs/base/assignment CoSA=runs/cosa/assignment --dataset shapes --output compare.png
-    python research/compare.py MODEL ... --dataset voc --data_dir VOC2012 --source cam --output compare.png
-    python research/compare.py MODEL ... --dataset folder --data_dir photos --split train --no_truth --output compare.png
+    python research/compare.py base=runs/base/assignment CoSA=runs/cosa/assignment --dataset shapes --output masks.png
+    python research/compare.py MODEL ... --dataset voc --data_dir VOC2012 --source cam --output masks.png
+    python research/compare.py MODEL ... --dataset folder --data_dir photos --split train --no_truth --output masks.png
 
 The images are spread evenly over the split.
 """

@@ -50,9 +50,9 @@ def narrow_decoder(
 ) -> CoSAForWeaklySupervisedSegmentation:
     """A copy of `model` whose decoder has fewer channels, chosen and fitted so that its logits change least.
 
-    In each hidden layer those channels are kept that explain the others best (pivoted Cholesky of their second moments).
-    The others are replaced by their least-squares fit from the kept ones, folded into the next layer's weights. No label
-    is used and nothing is trained. CAMs and image-level logits do not pass the decoder and stay exactly as they are.
+    In each hidden layer those channels are kept that explain the others best (pivoted Cholesky of second moments). The
+    others are replaced by their least-squares fit from the kept ones, folded into the next layer's weights. No label is
+    used and nothing is trained. CAMs and image-level logits do not pass the decoder and stay exactly as they are.
 
     Args:
         model: in eval mode; it is left as it was.

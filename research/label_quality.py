@@ -137,7 +137,7 @@ def format_quality(report: dict[str, Any]) -> str:
 
 
 def _confusion(count: torch.Tensor, position: int) -> torch.Tensor:
-    """(K, K), rows the ground truth: pixels that reach the threshold by their strongest class, the others background."""
+    """(K, K), rows the ground truth: pixels that reach the threshold have their strongest class, others background."""
     confusion = count[position + 1 :].sum(0)
     confusion[:, 0] += count[: position + 1].sum((0, 2))
     return confusion

@@ -139,7 +139,8 @@ def describe(recipes: dict[str, TrainingConfig], base: TrainingConfig) -> dict[s
     """How each row differs: the first from the recipe as it was given, the others from the first.
 
     Example:
-        >>> describe({"CoSA": TrainingConfig(), "without SA": TrainingConfig(swapping_assignments=False)}, TrainingConfig())
+        >>> recipe = TrainingConfig()
+        >>> describe({"CoSA": recipe, "without SA": TrainingConfig(swapping_assignments=False)}, recipe)
         {'CoSA': 'the recipe', 'without SA': 'swapping_assignments True -> False'}
     """
     texts: dict[str, str] = {}

@@ -2,7 +2,8 @@
 
 Accelerate does not offer fp16 on CPUs, where it is several times as slow as fp32; torch has both halves of it.
 
-    python research/benchmarks/fp16_on_cpu.py --recipe shapes-tiny --max_steps 650 --warmup_steps 225 --output_dir runs/fp16
+    python research/benchmarks/fp16_on_cpu.py --recipe shapes-tiny --max_steps 650 --warmup_steps 225 \\
+        --output_dir runs/fp16
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python research/benchmarks/separation_memory.py --tokens 1024 4096 16384
 
-Every size runs in a process of its own, since the peak memory of a process never falls. Linux only: elsewhere the unit of
-`ru_maxrss` differs.
+Every size runs in a process of its own, since the peak memory of a process never falls. Linux only: elsewhere the unit
+of `ru_maxrss` differs.
 """
 
 import argparse
