@@ -138,15 +138,28 @@ class CoSAImageProcessor(PilBackend):
                 f"{len(target_sizes)} target sizes for {len(logits)} images: give one (height, width) each."
             )
         return [
-            _upsampled_argmax(image_logits, (int(height), int(width)))
+            upsampled_argmax(image_logits, (int(height), int(width)))[0]
             for image_logits, (height, width) in zip(logits, target_sizes, strict=True)
         ]
 
 
-def _upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """`(K, h, w)` to the `(height, width)` ids of the largest upsampled logit.
+def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The largest upsampled logit at every pixel: its label id and its value, `(height, width)` each.
 
     One label at a time: all of them at once would take 4 GB for a phone's photo and COCO's 81 labels.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from cosa_hf.image_processing_cosa import upsampled_argmax
+
+    >>> ids, highest = upsampled_argmax(torch.eye(2).reshape(2, 1, 2), (1, 4))
+    >>> ids.tolist(), highest.tolist()
+    ([[0, 0, 1, 1]], [[1.0, 0.75, 0.75, 1.0]])
+
+    ```
     """
     best = torch.full(size, -torch.inf, device=logits.device)
     ids = torch.zeros(size, dtype=torch.int64, device=logits.device)
@@ -154,7 +167,7 @@ def _upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tens
         scores = F.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
         ids[scores > best] = label
         best = torch.maximum(best, scores)
-    return ids
+    return ids, best
 
 
 __all__ = ["CoSAImageProcessor"]

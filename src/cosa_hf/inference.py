@@ -1,12 +1,18 @@
-"""A saved model, and its forward pass over scales and flips, fused: what labels, evaluation and export share."""
+"""From images to logits, CAMs and masks: the one path of prediction, evaluation, label export and the app."""
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -18,8 +24,18 @@ from transformers import (
     PreTrainedModel,
 )
 
+from cosa_hf.data.images import UnreadableImageError, read_image, read_mask, undecoded
+from cosa_hf.data.tags import class_names, multi_hot, parse_tags, tag_ids
+from cosa_hf.image_processing_cosa import to_rgb, upsampled_argmax
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.precision import at_least_float32
+from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, normalize_cams
+
+#: Relative input sizes of the paper's evaluation (Sec. 4.1), each with its mirror image.
+SCALES = (1.0, 0.5, 1.5, 0.75, 1.25)
+
+#: Refines a segmentation: logits (K, H, W) at the size of an RGB image, and that image, to probabilities (K, H, W).
+CRF = Callable[[Tensor, Image.Image], Tensor]
 
 #: Networks whose answer is a set of masks with classes. Others of their auto class want more than images, or images of
 #: one size alone.
@@ -133,9 +149,10 @@ def forward_multiscale(
         >>> fused.cam_logits.shape, fused.seg_logits.shape
         (torch.Size([2, 3, 4, 4]), torch.Size([2, 4, 4, 4]))
     """
-    if not scales or min(scales) <= 0:
-        raise ValueError(f"scales must be positive numbers, at least one, got {tuple(scales)}")
+    _check_scales(scales)
     cams_too = has_cams(model)
+    if not (cams_too or flip) and tuple(scales) == (1.0,):
+        return MultiScaleOutput(at_least_float32(segmentation_logits(model(pixel_values))))  # at the network's own size
     stride = model.backbone.stride if cams_too else 32  # every common encoder takes multiples of 32
     batch, _, *size = pixel_values.shape
 
@@ -186,6 +203,11 @@ def forward_multiscale(
     return MultiScaleOutput(segmentation, scores, fused_cams(cams), fused_cams(aux_cams))
 
 
+def _check_scales(scales: Sequence[float]) -> None:
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales must be positive numbers, at least one, got {list(scales)}")
+
+
 def load_model(
     name: str, device: torch.device | str, **processor_settings: Any
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -227,3 +249,338 @@ def load_model(
             f"preprocessor_config.json of the run it comes from\n{error}"
         ) from error
     return model.eval().to(device), processor
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """One image and what a network says of it, on the network's own grid of h x w.
+
+    Attributes:
+        image_id: the dataset's id of the image, or the stem of its file's name.
+        image: RGB, H x W.
+        labels: (C,) multi-hot tags that filter the maps; all zero where they are unknown.
+        seg_logits: S, (K, h, w), of all classes.
+        cls_logits: Z, (C,); None, like the CAMs, of a network that only segments.
+        cam: (C, h, w) normalised CAM of the last layer in [0, 1]; classes without a tag are zero.
+        aux_cam: the same of the auxiliary layer.
+        ground_truth: (H, W) int64 ids; None where there is none.
+        cam_threshold: xi of the model, from where on a CAM is foreground.
+        crf: refines the segmentation, not the CAMs.
+
+    Example:
+        >>> cam = torch.tensor([0.0, 0.0, 0.8, 0.4]).reshape(2, 1, 2)
+        >>> tags, image = torch.tensor([0.0, 1.0]), Image.new("RGB", (4, 1))
+        >>> one = Segmentation("a", image, tags, torch.zeros(3, 1, 2), cam=cam, aux_cam=cam)
+        >>> ids, confidence = one.label("cam", threshold=0.6)
+        >>> ids.tolist(), [round(value, 2) for value in confidence[0].tolist()]
+        ([[2, 2, 0, 0]], [0.8, 0.7, 0.5, 0.4])
+    """
+
+    image_id: str
+    image: Image.Image
+    labels: Tensor
+    seg_logits: Tensor
+    cls_logits: Any = None
+    cam: Any = None
+    aux_cam: Any = None
+    ground_truth: Tensor | None = None
+    cam_threshold: float = 0.5
+    crf: CRF | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """(H, W) int64 ids: those of `seg_tags` where there are tags, those of `seg` where there are none."""
+        return self._segment("seg_tags" if self.labels.any() else "seg")[0]
+
+    def label(self, source: str, threshold: float | None = None) -> tuple[Tensor, Tensor]:
+        """Every pixel's class, at the size of the image: maps are upsampled bilinearly, then decided on.
+
+        Args:
+            source: "cam", "cam_aux" or "cam_mean" for CAM pseudo-labels (Eq. 3); "seg_tags" or "seg" for the
+                argmax of S over background and tags, or over all classes.
+            threshold: xi, default: `cam_threshold`; a segmentation does not use it.
+
+        Returns:
+            (H, W) int64 ids and (H, W) float32 confidences in [0, 1]: nu, the strongest CAM, on whichever side of
+            the threshold it is; the probability of the class in a segmentation.
+
+        Raises:
+            ValueError: unknown source, or a CAM of a network that only segments.
+        """
+        if source in ("seg", "seg_tags"):
+            ids, highest = self._segment(source)
+            if self.crf is not None:
+                return ids, highest
+            planes = self.seg_logits[self._possible(source)]
+            return ids, 1 / sum((self.upsample(plane[None])[0] - highest).exp() for plane in planes)
+        cams = {"cam": [self.cam], "cam_aux": [self.aux_cam], "cam_mean": [self.cam, self.aux_cam]}.get(source)
+        if cams is None or self.cam is None:
+            raise ValueError(
+                f"no {source!r}: sources are seg, seg_tags and, of a network with CAMs, cam, cam_aux, cam_mean"
+            )
+        ids = self._possible(source)
+        if len(ids) == 1:
+            nothing = torch.zeros(self.image.height, self.image.width, device=ids.device)
+            return nothing.long(), nothing
+        mean = sum(self.upsample(each[ids[1:] - 1]) for each in cams) / len(cams)
+        winner = cam_pseudo_labels(mean[None], self.cam_threshold if threshold is None else threshold)[0]
+        return ids[winner], mean.amax(0)
+
+    def upsample(self, maps: Tensor) -> Tensor:
+        """Maps (N, h, w) at the size of the image, (N, H, W)."""
+        size = (self.image.height, self.image.width)
+        return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+    def _possible(self, source: str) -> Tensor:
+        """The ids that pixels may get."""
+        ids = torch.arange(len(self.seg_logits), device=self.labels.device)
+        return ids if source == "seg" else ids[F.pad(self.labels.bool(), (1, 0), value=True)]
+
+    def _segment(self, source: str) -> tuple[Tensor, Tensor]:
+        """Ids, and their probabilities after a CRF or their logits without one."""
+        ids = self._possible(source)
+        logits = self.seg_logits[ids]  # dropping classes, rather than setting -inf, keeps nan out of the interpolation
+        if self.crf is None:
+            winner, highest = upsampled_argmax(logits, (self.image.height, self.image.width))
+        else:
+            highest, winner = self.crf(self.upsample(logits), self.image).max(0)
+        return ids[winner], highest
+
+
+class _Input(NamedTuple):
+    image_id: str
+    image: Image.Image
+    labels: Tensor
+    ground_truth: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Segmenter:
+    """A network and how images go through it; by default as in `pipeline("image-segmentation")`, with the same mask.
+
+    Args:
+        model: CoSA, or any network that segments, on the device to run on. It runs in eval mode and gets its mode back.
+        processor: the model's; images of any size become inputs of its size.
+        scales: relative input sizes whose outputs are fused (Sec. 3.3). `SCALES` and `flip` are the paper's evaluation.
+        flip: also fuse the outputs for the mirrored images.
+        batch_size: images per forward pass; changes speed and memory only.
+        crf: refines segmentations, such as `evaluation.crf.DenseCRF()`.
+
+    Raises:
+        ValueError: no scale, or one that is not positive; a batch size below 1.
+
+    Example:
+        >>> from cosa_hf import demo_model
+        >>> segmenter = Segmenter.from_pretrained(demo_model(), device="cpu", size=64)
+        >>> photo = Image.new("RGB", (80, 60), "gray")
+        >>> segmenter(photo).mask.shape
+        torch.Size([60, 80])
+        >>> cats, unknown = segmenter([photo, photo], tags=[["cat"], None])
+        >>> set(cats.mask.unique().tolist()) <= {0, segmenter.names.index("cat")}
+        True
+    """
+
+    model: Any
+    processor: Any
+    scales: Sequence[float] = (1.0,)
+    flip: bool = False
+    batch_size: int = 8
+    crf: CRF | None = None
+
+    def __post_init__(self) -> None:
+        _check_scales(self.scales)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        size: int | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        batch_size: int = 8,
+        crf: CRF | None = None,
+    ) -> "Segmenter":
+        """A saved model as a segmenter.
+
+        Args:
+            name: a directory of a saved model, or its name on the Hub.
+            device: default: an accelerator if there is one.
+            size: side of the square that images are resized to, in pixels; default: the processor's own.
+            scales: and the others, as above.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_model`; or as above.
+        """
+        device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        settings = {} if size is None else {"size": {"height": size, "width": size}}
+        return cls(*load_model(str(name), device, **settings), scales, flip, batch_size, crf)
+
+    @property
+    def names(self) -> list[str]:
+        """The K label names in the order of their ids, background first."""
+        return label_names(self.model.config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How images become maps, as reports and exports record it."""
+        crf: Any = self.crf
+        return {
+            "scales": list(self.scales),
+            "flip": self.flip,
+            "input_size": [self.processor.size["height"], self.processor.size["width"]],
+            "crf": crf and (asdict(crf) if is_dataclass(crf) else {"backend": getattr(crf, "__name__", repr(crf))}),
+        }
+
+    @overload
+    def __call__(self, images: "str | Path | Image.Image", tags: Any = None) -> Segmentation: ...
+    @overload
+    def __call__(self, images: Sequence[Any], tags: Any = None) -> list[Segmentation]: ...
+    def __call__(self, images: Any, tags: Any = None) -> Segmentation | list[Segmentation]:
+        """Segment an image, or a list of them in batches.
+
+        Args:
+            images: a path or a PIL image, of any mode and size, or a list of such. EXIF orientation is applied,
+                transparency laid over white, 16 bits scaled to 8.
+            tags: the names of the classes in the image; None where they are unknown. A list of these for a list.
+
+        Raises:
+            ValueError: an image cannot be read (an `UnreadableImageError`), a tag is not a class of the model, or there
+                are not as many tags as images.
+        """
+        if not isinstance(images, (list, tuple)):
+            return self([images], [tags])[0]
+        given = [None] * len(images) if tags is None else tags
+        if len(given) != len(images):
+            raise ValueError(f"{len(given)} lists of tags for {len(images)} images: give one each, None for unknown")
+        image_ids = [
+            Path(image).stem if isinstance(image, (str, Path)) else f"image {n}" for n, image in enumerate(images)
+        ]
+        labels = tag_ids([parse_tags(each) for each in given], self.names[1:], image_ids)
+
+        def read(index: int) -> _Input:
+            return _Input(image_ids[index], _open(images[index]), multi_hot(labels[index], len(self.names) - 1))
+
+        return list(self._run(len(images), read))
+
+    def predict(self, dataset: Dataset, class_threshold: float | None = None) -> Iterator[Segmentation]:
+        """Segment every image of a dataset, in order.
+
+        Args:
+            dataset: with the columns image, labels and image_id; a column mask is read where there is one.
+            class_threshold: give an image without a tag the classes whose probability, sigmoid(Z), reaches this;
+                None leaves it without.
+
+        Raises:
+            ValueError: the dataset's classes are not the model's, or an image or mask cannot be read or they do not
+                fit each other.
+        """
+        config = self.model.config
+        check_classes(dataset, config)
+        if class_threshold is not None:
+            require_cams(self.model)
+        rows, num_classes = undecoded(dataset), config.num_labels - 1
+
+        def read(index: int) -> _Input:
+            row = rows[index]
+            image, ground_truth = read_image(row), None
+            if "mask" in row:
+                mask = read_mask(row, image.size, num_classes, ignore_index(config))
+                ground_truth = torch.from_numpy(np.array(mask)).long()
+            return _Input(row["image_id"], image, multi_hot(row["labels"], num_classes), ground_truth)
+
+        yield from self._run(len(rows), read, class_threshold)
+
+    def _run(
+        self, count: int, read: Callable[[int], _Input], class_threshold: float | None = None
+    ) -> Iterator[Segmentation]:
+        with _eval_mode(self.model):
+            for start in range(0, count, self.batch_size):
+                inputs = [read(index) for index in range(start, min(start + self.batch_size, count))]
+                # One at a time: processors that keep the aspect ratio would pad images to the largest of a batch.
+                pixels = [self.processor(each.image, return_tensors="pt")["pixel_values"] for each in inputs]
+                for _, same_size in itertools.groupby(zip(inputs, pixels, strict=True), lambda pair: pair[1].shape):
+                    members, values = zip(*same_size, strict=True)
+                    yield from self._forward(members, torch.cat(values), class_threshold)
+
+    @torch.inference_mode()
+    def _forward(
+        self, inputs: Sequence[_Input], pixel_values: Tensor, class_threshold: float | None
+    ) -> list[Segmentation]:
+        weight = next(self.model.parameters())
+        fused = forward_multiscale(self.model, pixel_values.to(weight), self.scales, self.flip)
+        labels = torch.stack([each.labels for each in inputs]).to(weight.device)
+        if class_threshold is not None:
+            predicted = (fused.cls_logits.sigmoid() >= class_threshold).to(labels.dtype)
+            labels = torch.where(labels.any(dim=1, keepdim=True), labels, predicted)
+        nothing = [None] * len(inputs)
+        cams, aux_cams = (
+            nothing if maps is None else normalize_cams(maps, labels)
+            for maps in (fused.cam_logits, fused.aux_cam_logits)
+        )
+        scores = nothing if fused.cls_logits is None else fused.cls_logits
+        threshold = getattr(self.model.config, "cam_threshold", 0.5)
+        return [
+            Segmentation(each.image_id, each.image, *maps, each.ground_truth, threshold, self.crf)
+            for each, *maps in zip(inputs, labels, fused.seg_logits, scores, cams, aux_cams, strict=True)
+        ]
+
+
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:  # not model.train(): a part of it may have been in eval mode
+            module.training = True
+
+
+def _open(image: Any) -> Image.Image:
+    try:
+        if isinstance(image, Image.Image):
+            return to_rgb(image)
+        with Image.open(image) as file:
+            return to_rgb(file)
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError ...
+        raise UnreadableImageError(f"cannot read {image}: {error}") from error
+
+
+def label_names(config: Any) -> list[str]:
+    """The K label names of a model's config in the order of their ids, background first.
+
+    Example:
+        >>> from cosa_hf import CoSAConfig
+        >>> label_names(CoSAConfig(id2label={1: "cat", 0: "background"}))
+        ['background', 'cat']
+    """
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
+def ignore_index(config: Any) -> int:
+    """The id that a model's config leaves out of masks; 255, as is usual, where it names none.
+
+    Example:
+        >>> from cosa_hf import CoSAConfig
+        >>> ignore_index(CoSAConfig())
+        255
+    """
+    return getattr(config, "semantic_loss_ignore_index", 255)
+
+
+def check_classes(dataset: Dataset, config: Any) -> None:
+    """Refuse a dataset whose classes are not the model's, in the same order.
+
+    Raises:
+        ValueError: shows both lists.
+    """
+    known = label_names(config)[1:]
+    found = class_names(dataset)
+    if known != found:
+        raise ValueError(
+            f"the dataset's classes are not the model's, in order:\n  dataset: {found}\n  model:    {known}"
+        )

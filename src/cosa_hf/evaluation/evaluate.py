@@ -5,23 +5,23 @@ tags does not get that help. Every report therefore carries both, by name: `seg_
 (tags unknown).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
-from PIL import Image
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from sklearn.metrics import average_precision_score
+from torch import Tensor
 
-from cosa_hf.evaluation.crf import DenseCRF
-from cosa_hf.evaluation.maps import SCALES, ignore_index, label_names, predict_maps
+from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.metrics import SegmentationMetric
-from cosa_hf.inference import has_cams
+from cosa_hf.inference import Segmenter, has_cams, ignore_index
+from cosa_hf.progress import progress as progress_bar
 
-__all__ = ["PROTOCOLS", "ImagePrediction", "evaluate_model", "format_report", "predict_dataset", "protocols_of"]
+__all__ = ["PROTOCOLS", "evaluate", "format_report", "protocols_of"]
 
 #: What each column of a report predicts from, in the order of the table.
 PROTOCOLS = {
@@ -38,91 +38,26 @@ def protocols_of(model: Any) -> dict[str, str]:
     return {name: text for name, text in PROTOCOLS.items() if name.startswith("seg") or has_cams(model)}
 
 
-@dataclass
-class ImagePrediction:
-    """One scored image, everything at its own resolution.
-
-    Attributes:
-        image_id: the dataset's id of the image.
-        image: RGB, H x W.
-        truth: (H, W) int64 ids, 255 = ignore.
-        cam: (C, H, W) float32 normalised CAM of the last layer in [0, 1]; classes without a tag are zero. None, like
-            the other, of a network that only segments.
-        aux_cam: the same of the auxiliary layer.
-        masks: {protocol: (H, W) int64 ids} for every key of `protocols_of` the model.
-    """
-
-    image_id: str
-    image: Image.Image
-    truth: torch.Tensor
-    cam: Any
-    aux_cam: Any
-    masks: dict[str, torch.Tensor]
-
-
-def predict_dataset(
-    model: PreTrainedModel,
-    processor: Any,
+def evaluate(
+    segmenter: Segmenter,
     dataset: Dataset,
-    scales: Sequence[float] = SCALES,
-    flip: bool = True,
-    batch_size: int = 8,
+    *,
     cam_threshold: float | None = None,
-    crf: DenseCRF | None = None,
-) -> Iterator[ImagePrediction]:
-    """Predict every image of `dataset` in order, under every protocol that the model allows.
-
-    Args:
-        model: and `processor`, `scales`, `flip`, `batch_size`: as in `predict_maps`.
-        dataset: with the columns image, labels, image_id and mask.
-        cam_threshold: CAM values from here on are foreground; the model's own `cam_threshold` when None.
-        crf: refines `seg` and `seg_tags`, each over the classes that it leaves; the CAMs stay as they are.
-
-    Yields:
-        An `ImagePrediction` per image.
-
-    Raises:
-        ValueError: the dataset has no masks; or as `predict_maps`.
-
-    Source: paper Sec. 4.1 (threshold).
-    """
-    _check_masks(dataset)
-    protocols, threshold = protocols_of(model), _threshold(model, cam_threshold)
-    for maps in predict_maps(model, processor, dataset, scales, flip, batch_size):
-        assert maps.truth is not None  # the dataset has masks
-        yield ImagePrediction(
-            maps.image_id,
-            maps.image,
-            maps.truth,
-            None if maps.cam is None else maps.upsample(maps.cam),
-            None if maps.aux_cam is None else maps.upsample(maps.aux_cam),
-            {protocol: maps.label(protocol, threshold, crf)[0] for protocol in protocols},
-        )
-
-
-def evaluate_model(
-    model: PreTrainedModel,
-    processor: Any,
-    dataset: Dataset,
-    scales: Sequence[float] = SCALES,
-    flip: bool = True,
-    batch_size: int = 8,
-    cam_threshold: float | None = None,
-    crf: DenseCRF | None = None,
     progress: bool = True,
     dataset_name: str | None = None,
     split: str | None = None,
     accelerator: Accelerator | None = None,
 ) -> dict[str, Any]:
-    """Score segmentation (tags unknown, tags given), CAM, auxiliary CAM and their mean against masks.
+    """Score segmentation (tags unknown, tags given), CAM, auxiliary CAM, their mean and the classification.
 
-    Masks are compared at each image's own resolution, pixels with id 255 are ignored, and every image counts
-    exactly once towards one confusion matrix per protocol, whatever the batch size and the number of
-    processes.
+    Masks are compared at each image's own resolution, pixels with the ignored id are left out, and every image counts
+    exactly once towards one confusion matrix per protocol, whatever the batch size and the number of processes.
 
     Args:
-        model: wrapped by the accelerator or not.
-        dataset: and all up to `crf`: as in `predict_dataset`.
+        segmenter: its CRF, if any, refines `seg` and `seg_tags`, each over the classes that it leaves. The paper's
+            numbers are of `scales=SCALES, flip=True`.
+        dataset: with the columns image, labels, image_id and mask.
+        cam_threshold: CAM values from here on are foreground; default: the model's own `cam_threshold`.
         progress: show a bar on stderr.
         dataset_name: written into the report, as is `split`.
         split: which part of it.
@@ -130,31 +65,49 @@ def evaluate_model(
 
     Returns:
         JSON-serialisable: for each key of `protocols_of` the model a dict of `miou`, `per_class` and `coexistence_miou`
-        (percent; None where nothing could be counted), plus `images` (how many), `untagged` (ids of images
-        without a tag, for which the tags-given protocols can only answer background) and `protocol` (how all
-        of it was measured).
+        (percent; None where nothing could be counted), plus `cls_map`, the mean over classes of the average precision
+        of the class logits over images with tags (percent; None without such logits), `cls_ap`, the same per class,
+        `images` (how many), `untagged` (ids of images without a tag, for which the tags-given protocols can only answer
+        background), `weights_sha256` and `protocol` (how all of it was measured).
 
     Raises:
-        ValueError: the dataset is empty; or as `predict_dataset`.
+        ValueError: the dataset is empty, has no masks or other classes than the model, or a file cannot be read.
 
-    Source: paper Tab. 1-2 (CAM and segmentation), Tab. 4b (C-mIoU).
+    Source: paper Tab. 1-2 (CAM and segmentation), Tab. 4b (C-mIoU), Fig. 1a (classification), Sec. 4.1 (threshold).
+
+    Example:
+        >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+        >>> from cosa_hf.data import SHAPES_CLASSES, load_shapes
+        >>> config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
+        >>> model = CoSAForWeaklySupervisedSegmentation(config)
+        >>> segmenter = Segmenter(model, CoSAImageProcessor(size={"height": 32, "width": 32}))
+        >>> report = evaluate(segmenter, load_shapes("val", 2, masks=True), progress=False)
+        >>> report["images"], 0 <= report["seg_tags"]["miou"] <= 100
+        (2, True)
     """
-    if accelerator is not None:
-        # Not through DistributedDataParallel: its forward synchronises buffers and hangs on uneven shares.
-        model = accelerator.unwrap_model(model)
-    config = model.config
     if len(dataset) == 0:
         raise ValueError("the dataset is empty: nothing to score")
-    _check_masks(dataset)
+    if "mask" not in dataset.column_names:
+        raise ValueError(
+            f"evaluation needs a mask column (load with masks=True), the dataset has {dataset.column_names}"
+        )
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    if accelerator is not None:
+        # Not through DistributedDataParallel: its forward synchronises buffers and hangs on uneven shares.
+        segmenter = dataclasses.replace(segmenter, model=accelerator.unwrap_model(segmenter.model))
     share = dataset.select(range(rank, len(dataset), processes))
-    names, ignored, protocols = label_names(config), ignore_index(config), protocols_of(model)
+    config, names, protocols = segmenter.model.config, segmenter.names, protocols_of(segmenter.model)
     coexistence_classes = list(getattr(config, "coexistence_classes", ()))
-    metrics = {protocol: SegmentationMetric(names, ignore_index=ignored) for protocol in protocols}
-    predictions = predict_dataset(model, processor, share, scales, flip, batch_size, cam_threshold, crf)
-    for prediction in tqdm(predictions, "evaluate", total=len(share), unit="image", disable=not progress or rank > 0):
+    if cam_threshold is None:
+        cam_threshold = getattr(config, "cam_threshold", None)
+    metrics = {protocol: SegmentationMetric(names, ignore_index=ignore_index(config)) for protocol in protocols}
+    classified: list[tuple[Tensor, Tensor]] = []
+    segmentations = segmenter.predict(share)
+    for one in progress_bar(segmentations, "evaluate", len(share), unit="image", disable=not progress or rank > 0):
         for protocol, metric in metrics.items():
-            metric.add(prediction=prediction.masks[protocol], reference=prediction.truth)
+            metric.add(prediction=one.label(protocol, cam_threshold)[0], reference=one.ground_truth)
+        if one.cls_logits is not None and one.labels.any():
+            classified.append((one.labels.cpu(), one.cls_logits.cpu()))
     report: dict[str, Any] = {}
     for protocol, metric in metrics.items():
         if accelerator is not None:
@@ -162,33 +115,52 @@ def evaluate_model(
             metric.confusion_matrix = accelerator.reduce(counts, reduction="sum")
         coexistence = metric.coexistence(coexistence_classes)
         report[protocol] = {**metric.compute(), "coexistence_miou": coexistence}
+    report["cls_map"], report["cls_ap"] = _average_precision(
+        gather_object(classified) if accelerator else classified, names[1:]
+    )
     report["images"] = len(dataset)
     report["untagged"] = [
         row["image_id"] for row in dataset.select_columns(["image_id", "labels"]) if not row["labels"]
     ]
+    report["weights_sha256"] = weights_sha256(segmenter.model)
     report["protocol"] = {
         **protocols,
-        **{column: PROTOCOLS[column].replace(":", ", CRF:", 1) for column in ("seg", "seg_tags") if crf is not None},
-        "crf": None if crf is None else asdict(crf),
-        "scales": list(scales),
-        "flip": flip,
-        "input_size": [processor.size["height"], processor.size["width"]],
-        "cam_threshold": _threshold(model, cam_threshold) if has_cams(model) else None,
-        "ignore_index": ignored,
+        **segmenter.settings,
+        "cam_threshold": cam_threshold,
+        "ignore_index": ignore_index(config),
         "coexistence_classes": coexistence_classes,
         "dataset": dataset_name,
         "split": split,
         "model": config.name_or_path or None,
     }
+    if segmenter.crf is not None:
+        for column in ("seg", "seg_tags"):
+            report["protocol"][column] = PROTOCOLS[column].replace(":", ", CRF:", 1)
     return report
 
 
+def _average_precision(
+    classified: Sequence[tuple[Tensor, Tensor]], names: Sequence[str]
+) -> tuple[float | None, dict[str, float | None] | None]:
+    """Percent: the mean over the classes that occur, and each class's; labels and logits are (C,) of each image."""
+    if not classified:
+        return None, None
+    labels, scores = (torch.stack(each).double().numpy() for each in zip(*classified, strict=True))
+    precision = {
+        name: 100 * float(average_precision_score(there, score)) if there.any() else None
+        for name, there, score in zip(names, labels.T, scores.T, strict=True)
+    }
+    known = [value for value in precision.values() if value is not None]
+    return sum(known) / len(known), precision
+
+
 def format_report(report: dict[str, Any]) -> str:
-    """The report of `evaluate_model` as a table: classes as rows, protocols as columns, percent.
+    """The report of `evaluate` as a table: classes as rows, protocols as columns, percent.
 
     Example:
         >>> column = {"miou": 75.0, "per_class": {"background": 75.0, "cat": None}, "coexistence_miou": None}
         >>> report = dict.fromkeys(PROTOCOLS, column) | {"images": 1, "untagged": [], "protocol": {"crf": None}}
+        >>> report["cls_map"] = 87.5
         >>> print(format_report(report))  # doctest: +NORMALIZE_WHITESPACE
         IoU (%), 1 images    seg  seg_tags   cam  cam_aux  cam_mean
         background          75.0      75.0  75.0     75.0      75.0
@@ -196,6 +168,7 @@ def format_report(report: dict[str, Any]) -> str:
         mIoU                75.0      75.0  75.0     75.0      75.0
         C-mIoU                 -         -     -        -         -
         seg: tags unknown; seg_tags, cam, cam_aux, cam_mean: tags given; -: nothing to count
+        classification: mean average precision 87.5
     """
     columns = [protocol for protocol in PROTOCOLS if protocol in report]
     rows = [[name, *(report[column]["per_class"][name] for column in columns)] for name in report["seg"]["per_class"]]
@@ -212,19 +185,10 @@ def format_report(report: dict[str, Any]) -> str:
     for name, *values in rows:
         lines.append(line(name, ["-" if value is None else f"{value:.1f}" for value in values]))
     lines.append(f"seg: tags unknown; {', '.join(columns[1:])}: tags given; -: nothing to count")
+    if report["cls_map"] is not None:
+        lines.append(f"classification: mean average precision {report['cls_map']:.1f}")
     if report["untagged"]:
         lines.append(f"{len(report['untagged'])} images without tags: {', '.join(report['untagged'][:10])}")
     if report["protocol"]["crf"]:
         lines.append(f"seg, seg_tags: after a CRF ({report['protocol']['crf']['backend']})")
     return "\n".join(lines)
-
-
-def _threshold(model: Any, cam_threshold: float | None) -> float:
-    return getattr(model.config, "cam_threshold", 0.5) if cam_threshold is None else cam_threshold
-
-
-def _check_masks(dataset: Dataset) -> None:
-    if "mask" not in dataset.column_names:
-        raise ValueError(
-            f"evaluation needs a mask column (load with masks=True), the dataset has {dataset.column_names}"
-        )

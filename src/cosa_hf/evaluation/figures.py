@@ -1,4 +1,4 @@
-"""Pictures to judge a model by: CAMs, prediction and truth in a row, and masks drawn over an image."""
+"""Visualizations to judge a model by: CAMs, prediction and ground truth in a row, and masks drawn over an image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from transformers import PreTrainedModel
 
 from cosa_hf.data.images import IGNORE_INDEX
-from cosa_hf.evaluation.evaluate import predict_dataset
-from cosa_hf.evaluation.maps import label_names
 from cosa_hf.evaluation.palette import to_palette_image, voc_palette
+from cosa_hf.inference import Segmenter
 
-__all__ = ["comparison", "heat", "overlay", "panel", "save_panels"]
+__all__ = ["comparison", "heat", "overlay", "save_visualizations", "visualization"]
 
 TILE_HEIGHT = 192
 TILE_WIDTH = 768  # of panoramas, at most
@@ -27,23 +25,23 @@ INK = (40, 40, 40)
 PAPER = (255, 255, 255)
 
 
-def panel(
+def visualization(
     image: Image.Image,
     cam: Any,
     aux_cam: Any,
     prediction: Any,
-    truth: Any,
+    ground_truth: Any,
     names: Sequence[str],
     title: str | None = None,
 ) -> Image.Image:
-    """One image as a row: image, CAMs if there are any, prediction, truth; below it the classes' colours.
+    """One image as a row: image, CAMs if there are any, prediction, ground truth; below it the colours of the classes.
 
     Args:
         image: RGB, H x W.
-        cam: (C, h, w) normalised CAM in [0, 1], drawn as heat by its maximum over the classes; None: no such tile.
+        cam: (C, h, w) normalised CAM in [0, 1], drawn as heat by its maximum over the classes; None: without this tile.
         aux_cam: (C, h, w) of the auxiliary layer.
         prediction: (H, W) ids (tags unknown).
-        truth: (H, W) ids, 255 = ignore.
+        ground_truth: (H, W) ids, 255 = ignore.
         names: the K class names, background first.
         title: a line above the row, for instance the image id and its tags.
 
@@ -55,21 +53,23 @@ def panel(
 
     Example:
         >>> mask, cam = np.zeros((60, 80), dtype=int), np.zeros((2, 4, 5))
-        >>> row = panel(Image.new("RGB", (80, 60)), cam, cam, mask, mask, ["background", "cat", "dog"])
+        >>> row = visualization(Image.new("RGB", (80, 60)), cam, cam, mask, mask, ["background", "cat", "dog"])
         >>> row.mode, row.width > 5 * row.height
         ('RGB', True)
     """
-    prediction, truth = _mask(prediction, image, names), _mask(truth, image, names)
+    prediction, ground_truth = _mask(prediction, image, names), _mask(ground_truth, image, names)
     tiles = {
         "image": image,
         **{name: heat(image, one) for name, one in (("CAM", cam), ("aux CAM", aux_cam)) if one is not None},
         "prediction (tags unknown)": _paint(image, prediction),
-        "truth": _paint(image, truth),
+        "ground truth": _paint(image, ground_truth),
     }
     size = _fit(image, (TILE_WIDTH, TILE_HEIGHT))
     # An upright image must not be narrower than its caption.
     column = max(size[0], *(int(_font().getlength(caption)) + GAP for caption in tiles))
-    legend = _legend(np.union1d(np.unique(prediction), np.unique(truth)), names, len(tiles) * (column + GAP) - GAP)
+    legend = _legend(
+        np.union1d(np.unique(prediction), np.unique(ground_truth)), names, len(tiles) * (column + GAP) - GAP
+    )
     top = GAP + (LINE_HEIGHT if title else 0)
     row = Image.new(
         "RGB",
@@ -87,37 +87,27 @@ def panel(
     return row
 
 
-def save_panels(
-    model: PreTrainedModel,
-    processor: Any,
-    dataset: Dataset,
-    directory: Path,
-    **inference: Any,
-) -> None:
-    """One panel for every image of a dataset with masks, as `directory/ID.png`.
+def save_visualizations(segmenter: Segmenter, dataset: Dataset, directory: Path) -> None:
+    """A visualization of every image of a dataset with masks, as `directory/ID.png`.
 
     Args:
-        model: on the device to run on.
-        processor: the model's.
+        segmenter: its CRF, if any, refines the prediction.
         dataset: with the columns image, labels, image_id and mask.
         directory: made if need be.
-        inference: as for `predict_dataset`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    names = label_names(model.config)
-    predictions = predict_dataset(model, processor, dataset, **inference)
-    for row, prediction in zip(dataset.select_columns("labels"), predictions, strict=True):
-        tags = ", ".join(names[label + 1] for label in row["labels"]) or "none"
-        picture = panel(
-            prediction.image,
-            prediction.cam,
-            prediction.aux_cam,
-            prediction.masks["seg"],
-            prediction.truth,
+    names = segmenter.names
+    for one in segmenter.predict(dataset):
+        tags = ", ".join(names[index + 1] for index in one.labels.nonzero().flatten().tolist()) or "none"
+        visualization(
+            one.image,
+            one.cam,
+            one.aux_cam,
+            one.label("seg")[0],
+            one.ground_truth,
             names,
-            title=f"{prediction.image_id}   tags: {tags}",
-        )
-        picture.save(directory / f"{prediction.image_id}.png")
+            title=f"{one.image_id}   tags: {tags}",
+        ).save(directory / f"{one.image_id}.png")
 
 
 def comparison(lines: Sequence[tuple[Image.Image, dict[str, Any]]], names: Sequence[str]) -> Image.Image:

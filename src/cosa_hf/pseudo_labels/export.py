@@ -5,25 +5,23 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from cosa_hf._version import __version__
 from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
 from cosa_hf.data.tags import list_some
-from cosa_hf.evaluation.maps import SCALES, ImageMaps, check_classes, label_names, predict_maps
+from cosa_hf.digest import weights_sha256
 from cosa_hf.files import remove_unfinished, whole_file
-from cosa_hf.inference import has_cams
+from cosa_hf.inference import Segmenter, check_classes, has_cams
+from cosa_hf.progress import progress as progress_bar
 from cosa_hf.pseudo_labels.formats import FORMATS, Format, PseudoLabel
 
 __all__ = ["RECORD", "SOURCES", "export_pseudo_labels"]
@@ -36,8 +34,7 @@ RECORD = "export.json"
 
 
 def export_pseudo_labels(
-    model: PreTrainedModel,
-    processor: Any,
+    segmenter: Segmenter,
     dataset: Dataset,
     output_dir: str | Path,
     *,
@@ -46,9 +43,6 @@ def export_pseudo_labels(
     split: str,
     threshold: float | None = None,
     class_threshold: float | None = None,
-    scales: Sequence[float] = SCALES,
-    flip: bool = True,
-    batch_size: int = 8,
     shard_size: int = 256,
     data_dir: str | Path | None = None,
     progress: bool = True,
@@ -61,15 +55,15 @@ def export_pseudo_labels(
     and the result is that of an uninterrupted export, byte for byte. Masks in the dataset are never opened.
 
     Args:
-        model: and `processor`, `scales`, `flip`, `batch_size`: as in `predict_maps`.
+        segmenter: the paper's masks are of `scales=SCALES, flip=True`.
         dataset: with the columns image, labels and image_id.
         output_dir: a new or empty directory, or one that an export was interrupted in.
         source: a key of `SOURCES`: CAM, auxiliary CAM, their mean (Eq. 3), or the segmentation.
         format: a key of `FORMATS`: "png", "parquet" or "coco-json".
         split: names the files of the export.
-        threshold: xi, from where on a CAM is foreground; the model's own `cam_threshold` when None.
-        class_threshold: label an image that has no tag by the classes whose probability reaches this; without
-            it such images are refused.
+        threshold: xi, from where on a CAM is foreground; default: the model's own `cam_threshold`.
+        class_threshold: label an image that has no tag by the classes whose probability reaches this; default: such
+            images are refused.
         shard_size: images that are written, and lost when the process is killed, together.
         data_dir: what the file names in COCO json are relative to; images outside of it are relative to the directory
             that they all lie in.
@@ -90,14 +84,14 @@ def export_pseudo_labels(
         >>> from cosa_hf.data import SHAPES_CLASSES, load_shapes
         >>> config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
         >>> model = CoSAForWeaklySupervisedSegmentation(config)
-        >>> processor = CoSAImageProcessor(size={"height": 32, "width": 32})
+        >>> segmenter = Segmenter(model, CoSAImageProcessor(size={"height": 32, "width": 32}))
         >>> settings = {"source": "cam_mean", "format": "png", "split": "val", "progress": False}
-        >>> export_pseudo_labels(model, processor, load_shapes("val", 2), "masks", **settings)
+        >>> export_pseudo_labels(segmenter, load_shapes("val", 2), "masks", **settings)
         2
         >>> sorted(path.name for path in Path("masks/SegmentationClassAug").iterdir())
         ['val-00000.png', 'val-00001.png']
     """
-    output_dir, state = Path(output_dir), PartialState()
+    output_dir, state, model = Path(output_dir), PartialState(), segmenter.model
     if not has_cams(model) and (source != "seg" or class_threshold is not None):
         raise ValueError(
             f"a {type(model).__name__} only segments: its masks come from source seg and given tags, "
@@ -105,26 +99,24 @@ def export_pseudo_labels(
         )
     check_classes(dataset, model.config)
     dataset = undecoded(dataset.select_columns(["image", "labels", "image_id"]))
-    names = label_names(model.config)
+    classes = segmenter.names[1:]
     settings: dict[str, Any] = {
         "source": source,
         "format": format,
         "threshold": None if source == "seg" else model.config.cam_threshold if threshold is None else threshold,
         "class_threshold": class_threshold,
-        "scales": list(scales),
-        "flip": flip,
-        "input_size": [processor.size["height"], processor.size["width"]],
-        "classes": names[1:],
+        **segmenter.settings,
+        "classes": classes,
         "split": split,
         "images": len(dataset),
         "shard_size": shard_size,
     }
-    _check(settings, batch_size)
+    _check(settings)
     settings["dataset_sha256"] = _check_images(dataset, class_threshold)
-    settings["weights_sha256"] = _weights_sha256(model)
-    num_shards = -(-len(dataset) // shard_size)
+    settings["weights_sha256"] = weights_sha256(model)
+    rows = [range(start, min(start + shard_size, len(dataset))) for start in range(0, len(dataset), shard_size)]
     paths = dataset.flatten()["image.path"][:]
-    files = FORMATS[format](output_dir, names[1:], split, num_shards, paths, data_dir)
+    files = FORMATS[format](output_dir, classes, split, len(rows), paths, data_dir)
 
     complete = _check_directory(output_dir, settings)
     state.wait_for_everyone()  # nobody writes while another still looks
@@ -138,29 +130,23 @@ def export_pseudo_labels(
                 _write_record(output_dir, settings, model, complete=False)
             files.prepare()
         state.wait_for_everyone()
-        missing = [shard for shard in range(num_shards) if not files.part(shard).exists()]
-        rows = [range(start, min(start + shard_size, len(dataset))) for start in range(0, len(dataset), shard_size)]
+        missing = [shard for shard in range(len(rows)) if not files.part(shard).exists()]
         state.wait_for_everyone()
-
-        def label(rows: range) -> Iterator[PseudoLabel]:
-            images = dataset.select(rows, keep_in_memory=True)
-            maps = predict_maps(model, processor, images, scales, flip, batch_size, class_threshold)
-            return _pseudo_labels(maps, images, settings)
-
+        unreadable: list[str] = []
         with state.split_between_processes(missing) as mine:
-            bar = tqdm(
-                desc="export" if state.num_processes == 1 else f"export, process 1 of {state.num_processes}",
+            bar = progress_bar(
+                description="export" if state.num_processes == 1 else f"export, process 1 of {state.num_processes}",
                 total=sum(len(rows[shard]) for shard in mine),
                 unit="image",
                 disable=not (progress and state.is_main_process),
             )
-            unreadable = []
             with bar:
                 for shard in mine:
+                    images = dataset.select(rows[shard], keep_in_memory=True)
                     try:
-                        _write_shard(files, shard, label(rows[shard]), bar)
+                        _write_shard(files, shard, _pseudo_labels(segmenter, images, settings), bar)
                     except ValueError as error:
-                        unreadable += _unreadable(dataset.select(rows[shard])) or [str(error)]
+                        unreadable += _unreadable(images) or [str(error)]
         unreadable = gather_object(unreadable)
         if unreadable:
             raise ValueError(
@@ -176,9 +162,9 @@ def export_pseudo_labels(
     return sum(len(rows[shard]) for shard in missing)
 
 
-def _pseudo_labels(maps: Iterator[ImageMaps], images: Dataset, settings: dict[str, Any]) -> Iterator[PseudoLabel]:
+def _pseudo_labels(segmenter: Segmenter, images: Dataset, settings: dict[str, Any]) -> Iterator[PseudoLabel]:
     protocol, threshold = SOURCES[settings["source"]], settings["threshold"]
-    for one, row in zip(maps, images, strict=True):
+    for one, row in zip(segmenter.predict(images, settings["class_threshold"]), images, strict=True):
         mask, confidence = one.label(protocol, threshold)
         yield PseudoLabel(
             one.image_id,
@@ -200,7 +186,7 @@ def _unreadable(images: Dataset) -> list[str]:
     return found
 
 
-def _write_shard(files: Format, shard: int, labels: Iterator[PseudoLabel], bar: tqdm) -> None:
+def _write_shard(files: Format, shard: int, labels: Iterator[PseudoLabel], bar: Any) -> None:
     entries = []
     for label in labels:
         entries.append(files.encode(label))
@@ -208,17 +194,15 @@ def _write_shard(files: Format, shard: int, labels: Iterator[PseudoLabel], bar: 
     files.write(shard, entries)
 
 
-def _check(settings: dict[str, Any], batch_size: int) -> None:
+def _check(settings: dict[str, Any]) -> None:
     for name, known in (("source", SOURCES), ("format", FORMATS)):
         if settings[name] not in known:
             raise ValueError(f"unknown {name} {settings[name]!r}; known: {', '.join(known)}")
     for name in ("threshold", "class_threshold"):
         if settings[name] is not None and not 0 < settings[name] < 1:
             raise ValueError(f"{name} must lie strictly between 0 and 1, got {settings[name]}")
-    if settings["shard_size"] < 1 or batch_size < 1:
-        raise ValueError(f"shard_size and batch_size must be 1 or more, got {settings['shard_size']} and {batch_size}")
-    if not settings["scales"] or min(settings["scales"]) <= 0:
-        raise ValueError(f"scales must be positive numbers, at least one, got {settings['scales']}")
+    if settings["shard_size"] < 1:
+        raise ValueError(f"shard_size must be 1 or more, got {settings['shard_size']}")
     if not settings["images"]:
         raise ValueError("the dataset is empty: nothing to label")
     if len(settings["classes"]) > 254:
@@ -238,15 +222,6 @@ def _check_images(dataset: Dataset, class_threshold: float | None) -> str:
             "the split, or label them by what the model recognises (--tags predicted)"
         )
     return hashlib.sha256(json.dumps([image_ids, labels]).encode()).hexdigest()
-
-
-def _weights_sha256(model: torch.nn.Module) -> str:
-    """The digest of all parameters and buffers, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _check_directory(output_dir: Path, settings: dict[str, Any]) -> bool:
@@ -281,11 +256,10 @@ def read_record(directory: Path) -> dict[str, Any]:
     path = directory / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        whole = isinstance(record["complete"], bool) and isinstance(record["settings"]["format"], str)
+        if not isinstance(record["complete"], bool) or not isinstance(record["settings"]["format"], str):
+            raise TypeError("a value of another type")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not as an export writes it ({error!r}): take another directory") from error
-    if not whole:
-        raise ValueError(f"{path} is not as an export writes it: take another directory")
     return record
 
 

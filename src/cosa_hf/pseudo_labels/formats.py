@@ -201,7 +201,7 @@ class CocoFormat(Format):
         try:
             from pycocotools import mask
         except ImportError:
-            raise ValueError('the format coco-json needs pycocotools: pip install -e ".[coco]"') from None
+            raise ValueError('the format coco-json needs pycocotools: pip install "cosa-hf[coco]"') from None
         self._rle = mask
         files = [Path(path) for path in self.paths if path]
         self._roots = [] if self.data_dir is None else [Path(self.data_dir).absolute()]

@@ -1,0 +1,26 @@
+"""What ties reports and exports to the weights that they come from."""
+
+import hashlib
+
+import torch
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 of a network's weights, in hex: of the names, dtypes, shapes and bytes in its state dict.
+
+    It is the same on every device and before and after saving, in however many files.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(model.bias)
+        >>> weights_sha256(model)[:12]
+        'e931bb08c877'
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+__all__ = ["weights_sha256"]
