@@ -13,7 +13,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup
-	$(BIN)/python scripts/demo.py --output_dir runs/demo
+	$(BIN)/cosa-hf demo --output_dir runs/demo
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
@@ -34,14 +34,14 @@ docs: setup
 	$(BIN)/python -m mkdocs build --strict
 
 # Replaces the model that cosa_hf.demo_model() returns: make demo-model MODEL=runs/long/assignment VOC=VOC2012
-# MODEL lies in its run's directory, VOC has the lists train_aug and val_report (docs/voc-1696.md).
-DEMO := src/cosa_hf/demo
+# MODEL lies in its run's directory, VOC has the lists train_aug and val_report (research/notes/voc-1696.md).
+DEMO := src/cosa_hf/demo/model
 demo-model: setup
 	rm -rf build/demo build/demo-card
 	$(BIN)/python research/compress.py $(MODEL) build/demo --decoder_channels 384 --dataset voc --data_dir $(VOC)
-	$(BIN)/python scripts/evaluate.py build/demo --dataset voc --data_dir $(VOC) --split val_report \
+	$(BIN)/cosa-hf evaluate build/demo --dataset voc --data_dir $(VOC) --split val_report \
 	    --report build/demo-report.json
-	$(BIN)/python scripts/push_to_hub.py build/demo --repo_id cosa-lite0-voc-1696 --report build/demo-report.json \
+	$(BIN)/cosa-hf push build/demo --repo_id cosa-lite0-voc-1696 --report build/demo-report.json \
 	    --recipe $(MODEL)/../recipe.yaml --notes model_cards/demo-notes.md --license other --dry_run build/demo-card
 	cd build/demo-card && install -D -m 644 -t ../../$(DEMO) README.md config.json model.safetensors \
 	    preprocessor_config.json recipe.yaml

@@ -17,8 +17,8 @@ from PIL import Image
 from cosa_hf import demo_model
 from cosa_hf.assignment.threshold import BINS, FLOOR, fit_mixture
 from cosa_hf.data import load_dataset_by_name, load_shapes
+from cosa_hf.data.palette import to_palette_image
 from cosa_hf.evaluation.maps import predict_maps
-from cosa_hf.evaluation.palette import to_palette_image
 from cosa_hf.inference import load_model
 from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, segmentation_pseudo_labels
 from cosa_hf.objective.reliability import perplexity, reliability_weights

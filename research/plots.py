@@ -1,6 +1,6 @@
 """Tables as plots: ablations, and the paper's figures from what `analyses` measured and `records` read.
 
-Needs matplotlib (`pip install -e ".[analysis]"`); the tables do not.
+Needs matplotlib (`pip install -e ".[research]"`); the tables do not.
 """
 
 import math
@@ -184,7 +184,7 @@ def _save(draw: Callable[[Any], None], path: Path, size: tuple[float, float]) ->
     try:
         from matplotlib.figure import Figure  # an extra: only the pictures need it
     except ModuleNotFoundError:
-        return f'no {path}: matplotlib is not installed (pip install -e ".[analysis]")'
+        return f'no {path}: matplotlib is not installed (pip install -e ".[research]")'
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
     figure.savefig(path, dpi=120)

@@ -1,98 +1,11 @@
-"""Label the images of a dataset by a model and write them for other programs: PNGs, parquet or COCO json.
+"""`cosa-hf label`, for `accelerate launch scripts/export_pseudo_labels.py` from a clone."""
 
-Run again after an interruption, with the same arguments: it goes on where it was.
+import sys
 
-Example:
-    accelerate launch scripts/export_pseudo_labels.py runs/voc/assignment --dataset voc --data_dir VOC2012 \\
-        --split train_aug --source cam_mean --format png --output_dir VOC2012-pseudo
-"""
+# Python put this folder first, where it holds no modules: its evaluate.py would hide the library of that name.
+sys.path.pop(0)
 
-import argparse
-import time
-from datetime import timedelta
-from pathlib import Path
-
-import datasets
-import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from arguments import add_inference, add_model, dataset_of, dataset_parser, inference_of, positive
-
-from cosa_hf.data import DatasetOptions
-from cosa_hf.inference import load_model
-from cosa_hf.pseudo_labels.export import SOURCES, export_pseudo_labels
-from cosa_hf.pseudo_labels.formats import FORMATS
-
-
-def main(args: argparse.Namespace, options: DatasetOptions) -> None:
-    # Left to itself, the state takes processes without an accelerator for strangers: each would label everything.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    # A process that is done waits for the others, for as long as they take.
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
-    datasets.disable_progress_bars()  # its bar for every parquet file would hide ours
-    try:
-        model, processor = load_model(args.model, state.device)
-        dataset = dataset_of(args, options, model.config)
-        start = time.perf_counter()
-        labelled = export_pseudo_labels(
-            model,
-            processor,
-            dataset,
-            args.output_dir,
-            source=args.source,
-            format=args.format,
-            split=args.split,
-            threshold=args.threshold,
-            class_threshold=args.class_threshold if args.tags == "predicted" else None,
-            shard_size=args.shard_size,
-            data_dir=args.data_dir,
-            **inference_of(args),
-        )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    seconds = time.perf_counter() - start
-    if labelled < len(dataset):
-        state.print(f"{len(dataset) - labelled} images were labelled before")
-    if labelled:
-        state.print(f"{labelled} images labelled, {labelled / seconds:.2f} images/s")
-    state.print(f"export: {args.output_dir}")
-    state.destroy_process_group()
-
-
-def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
-    parser = dataset_parser(__doc__)
-    add_model(parser)
-    parser.add_argument("--split", required=True, help="part of the dataset to label")
-    parser.add_argument(
-        "--source", required=True, choices=SOURCES, help="CAM, auxiliary CAM, their mean, or the segmentation"
-    )
-    parser.add_argument(
-        "--format", required=True, choices=FORMATS, help="VOC layout, a `datasets` dataset, or COCO json"
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="a new directory, or the interrupted export's")
-    parser.add_argument("--threshold", type=float, help="foreground from this CAM value on; the model's own without")
-    parser.add_argument(
-        "--tags",
-        choices=("given", "predicted"),
-        default="given",
-        help="predicted: images without a tag get the classes that the model recognises (default: they are refused)",
-    )
-    parser.add_argument(
-        "--class_threshold",
-        type=float,
-        default=0.5,
-        help="probability from which on a class is recognised, with --tags predicted (%(default)s)",
-    )
-    add_inference(parser)
-    parser.add_argument(
-        "--shard_size",
-        type=positive,
-        default=256,
-        help="images written together: a parquet file's, and what an interruption costs at most (%(default)s)",
-    )
-    options, args = parser.parse_args_into_dataclasses()
-    return args, options
-
+from cosa_hf.cli import main
 
 if __name__ == "__main__":
-    main(*parse_args())
+    sys.exit(main(["label", *sys.argv[1:]]))

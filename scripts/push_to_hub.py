@@ -1,71 +1,11 @@
-"""Publish a model on the Hub: weights, config, processor, code, card, pictures, recipe and scores in one commit.
+"""`cosa-hf push`, for `accelerate launch scripts/push_to_hub.py` from a clone."""
 
-Numbers come from the report of scripts/evaluate.py, which must have been measured on exactly these weights; without a
-report none are published. MODEL is one of CoSA, or a network of scripts/train_multistage.py. Log in first with
-`hf auth login`.
+import sys
 
-Example:
-    python scripts/push_to_hub.py runs/voc/assignment --repo_id org/cosa-voc --report report.json --dry_run staged
-"""
+# Python put this folder first, where it holds no modules: its evaluate.py would hide the library of that name.
+sys.path.pop(0)
 
-import argparse
-import tempfile
-from pathlib import Path
-
-from cosa_hf.publishing.hub import publish, stage
-
-
-def main(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = args.dry_run or Path(scratch)
-        try:
-            stage(
-                args.model,
-                folder,
-                args.repo_id,
-                report=args.report,
-                panels=args.panels,
-                recipe=args.recipe,
-                benchmark=args.benchmark,
-                license=args.license,
-                notes=args.notes,
-            )
-        except (ValueError, FileNotFoundError) as error:
-            raise SystemExit(f"error: {error}") from error
-        if args.report is None:
-            print("no report: the card will hold no numbers")
-        if not (folder / "recipe.yaml").is_file():
-            print("no recipe: the card will not tell how it was trained")
-        if args.dry_run:
-            files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-            print(f"{args.repo_id} would hold:", *files, sep="\n  ")
-            print(f"staged in {folder}; nothing was sent")
-            return
-        try:
-            print(publish(folder, args.repo_id, args.private))
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from error
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(part) for part in (error, error.__cause__) if part is not None)
-            raise SystemExit(f"error: {reason}\nno commit was made; {args.repo_id} is as it was") from error
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="directory of a saved model with its processor")
-    parser.add_argument("--repo_id", required=True, help="where to publish, org/name")
-    parser.add_argument("--report", type=Path, help="report.json of scripts/evaluate.py on these weights")
-    parser.add_argument("--panels", type=Path, help="directory of sample pictures (PNG)")
-    parser.add_argument("--recipe", type=Path, help="recipe.yaml of the training run; the one beside MODEL without")
-    parser.add_argument("--benchmark", help="registered benchmark on the Hub that the scores are for, org/name")
-    parser.add_argument("--license", default="apache-2.0", help="of the weights, as the Hub spells it (%(default)s)")
-    parser.add_argument("--notes", type=Path, help="Markdown file that the card begins with")
-    parser.add_argument("--private", action="store_true", help="create the repository private")
-    parser.add_argument("--dry_run", metavar="DIR", type=Path, help="write it all to DIR and send nothing")
-    return parser.parse_args()
-
+from cosa_hf.cli import main
 
 if __name__ == "__main__":
-    main(parse_args())
+    sys.exit(main(["push", *sys.argv[1:]]))

@@ -1,10 +1,24 @@
-"""A script run in this process, where starting Python and torch anew would only cost time."""
+"""Commands and scripts run in this process, where starting Python and torch anew would only cost time."""
 
 import runpy
 import sys
 from pathlib import Path
 
+from cosa_hf.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_command(*arguments):
+    """Run `cosa-hf` with arguments of any type.
+
+    Returns:
+        Its exit status.
+
+    Raises:
+        SystemExit: as the command does.
+    """
+    return main([*map(str, arguments)])
 
 
 def run_script(monkeypatch, script, *arguments):
@@ -14,7 +28,4 @@ def run_script(monkeypatch, script, *arguments):
         SystemExit: as the script does; its code is what it complains of.
     """
     monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
-    # As for a script that is started. Its neighbour is imported anew: it keeps what a test had patched at the time.
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    sys.modules.pop("arguments", None)
     runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -1,59 +1,65 @@
 """CoSA: image-level tags in, segmentation masks out.
 
-Importing the package registers the model with the auto classes of transformers.
+Importing the package registers its models with the auto classes of transformers; what it exports is imported when it is
+first used.
 """
 
+import sys
+from importlib import import_module
 from pathlib import Path
-
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageSegmentation,
-    AutoModelForSemanticSegmentation,
-)
+from typing import TYPE_CHECKING, Any
 
 from cosa_hf._version import __version__
-from cosa_hf.configuration_cosa import CoSAConfig
-from cosa_hf.configuration_cosa_ms import CoSAMSConfig
-from cosa_hf.image_processing_cosa import CoSAImageProcessor
-from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation, CoSAOutput
-from cosa_hf.modeling_cosa_ms import CoSAMSForSemanticSegmentation
 
-for _config, _model in (
-    (CoSAConfig, CoSAForWeaklySupervisedSegmentation),
-    (CoSAMSConfig, CoSAMSForSemanticSegmentation),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    for _auto_class in (AutoModel, AutoModelForSemanticSegmentation, AutoModelForImageSegmentation):
-        _auto_class.register(_config, _model, exist_ok=True)
-    # One class for both backends: with the Pillow entry alone the library warns that torchvision's is missing.
-    AutoImageProcessor.register(
-        _config,
-        image_processor_classes={"pil": CoSAImageProcessor, "torchvision": CoSAImageProcessor},
-        exist_ok=True,
-    )
+if TYPE_CHECKING:
+    from cosa_hf.configuration_cosa import CoSAConfig
+    from cosa_hf.demo import demo_model
+    from cosa_hf.evaluation.evaluate import evaluate
+    from cosa_hf.image_processing_cosa import CoSAImageProcessor
+    from cosa_hf.inference import Segmenter
+    from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation, CoSAOutput
+    from cosa_hf.pseudo_labels.export import export_pseudo_labels
+    from cosa_hf.training.config import TrainingConfig
+    from cosa_hf.training.loop import train
+
+_MODULES = {
+    "CoSAConfig": "configuration_cosa",
+    "CoSAForWeaklySupervisedSegmentation": "modeling_cosa",
+    "CoSAImageProcessor": "image_processing_cosa",
+    "CoSAOutput": "modeling_cosa",
+    "Segmenter": "inference",
+    "TrainingConfig": "training.config",
+    "demo_model": "demo",
+    "evaluate": "evaluation.evaluate",
+    "export_pseudo_labels": "pseudo_labels.export",
+    "train": "training.loop",
+}
 
 
-def demo_model() -> str:
-    """Directory of a small trained model that comes with the package: 20 classes of PASCAL VOC, for a first try.
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
-    Its card, `README.md` in that directory, says what it was trained on and what it scores.
 
-    Example:
-        >>> from transformers import pipeline
-        >>> segmenter = pipeline("image-segmentation", model=demo_model())
-        >>> segmenter.model.config.id2label[8]
-        'cat'
-    """
-    return str(Path(__file__).parent / "demo")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
 
+
+# The console command answers --help without torch, and imports this once it has work to do (cli.py).
+if Path(sys.argv[0]).stem != "cosa-hf":
+    from cosa_hf import registration as registration
 
 __all__ = [
     "CoSAConfig",
     "CoSAForWeaklySupervisedSegmentation",
     "CoSAImageProcessor",
     "CoSAOutput",
+    "Segmenter",
+    "TrainingConfig",
     "__version__",
     "demo_model",
+    "evaluate",
+    "export_pseudo_labels",
+    "train",
 ]

@@ -83,7 +83,7 @@ def cam_pictures(maps: ImageMaps, name: str, threshold: float, names: Sequence[s
 def example_pictures(names: Sequence[str]) -> list[str]:
     """Paths of three pictures: photos, or drawn ones for a model that knows the drawn classes only."""
     if list(names[1:]) != list(SHAPES_CLASSES):
-        return [str(path) for path in sorted((HERE / "space/examples").glob("*.jpg"))]
+        return [str(path) for path in sorted((HERE / "demo/examples").glob("*.jpg"))]
     directory = tempfile.TemporaryDirectory(prefix="cosa-examples-")
     atexit.register(directory.cleanup)
     paths = [Path(directory.name) / f"shapes-{number}.png" for number in range(1, 4)]

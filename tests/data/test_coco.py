@@ -188,7 +188,7 @@ def test_the_converter_names_images_that_it_cannot_write(coco_dir, monkeypatch, 
 
 def test_without_pycocotools_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[coco\]"'):
+    with pytest.raises(ImportError, match=r'pip install "cosa-hf\[coco\]"'):
         render_mask(4, 4, [(0, box(0, 0, 2, 2))])
 
 

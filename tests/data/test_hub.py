@@ -12,8 +12,8 @@ from pictures import image_of
 from PIL import Image
 
 from cosa_hf.data import DatasetOptions, class_names, load_hub, read_image, read_mask, stream_hub, undecoded
+from cosa_hf.data.palette import to_palette_image
 from cosa_hf.data.tags import tag_features
-from cosa_hf.evaluation.palette import to_palette_image
 
 PETS = ClassLabel(names=["owl", "cat", "dog"])
 

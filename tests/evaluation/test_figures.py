@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from cosa_hf.data.palette import voc_palette
 from cosa_hf.evaluation.figures import SMALL_TILE, TILE_HEIGHT, TILE_WIDTH, comparison, overlay, panel
-from cosa_hf.evaluation.palette import voc_palette
 
 NAMES = ["background", "cat", "dog"]
 

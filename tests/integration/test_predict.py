@@ -14,8 +14,8 @@ from transformers import pipeline
 
 from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.data.palette import voc_palette
 from cosa_hf.evaluation.crf import DenseCRF
-from cosa_hf.evaluation.palette import voc_palette
 from cosa_hf.objective.pseudo_labels import restrict_to_labels
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "predict.py"

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from cosa_hf.data import undecoded
-from cosa_hf.evaluation.palette import to_palette_image
+from cosa_hf.data.palette import to_palette_image
 from cosa_hf.pseudo_labels.load import check_masks, load_pseudo_labels
 
 

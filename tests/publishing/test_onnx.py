@@ -62,7 +62,7 @@ def test_script_with_8_bits(tmp_path, monkeypatch, capsys):
 
 def test_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(ImportError, match=r'needs onnxscript: pip install -e "\.\[onnx\]"'):
+    with pytest.raises(ImportError, match=r'needs onnxscript: pip install "cosa-hf\[onnx\]"'):
         export_onnx(tiny("test_vit"), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

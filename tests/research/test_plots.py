@@ -73,5 +73,5 @@ def test_without_matplotlib_the_tables_stand_and_the_reason_is_told(tmp_path, mo
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     path = tmp_path / "3b.png"
     said = plot_ablation(SUMMARY, "seg", "components", path)
-    assert said == f'no {path}: matplotlib is not installed (pip install -e ".[analysis]")'
+    assert said == f'no {path}: matplotlib is not installed (pip install -e ".[research]")'
     assert not path.exists()

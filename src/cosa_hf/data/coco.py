@@ -2,13 +2,17 @@
 
 import json
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
 
+from cosa_hf.data.palette import to_palette_image
 from cosa_hf.data.tags import list_some, name_some, tag_features
+from cosa_hf.files import remove_unfinished, whole_file
+from cosa_hf.progress import progress
 
 COCO_CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -29,7 +33,7 @@ def load_coco(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
 
     Reads ``annotations/instances_<split>.json`` and ``<split>/<file name>``. The tags of an image are the classes of
     its annotations, crowd regions included; an image without annotations has none (training leaves it out and counts
-    it). Masks come from ``masks/<split>/<image id>.png``, which ``scripts/convert_coco.py`` writes once. Without
+    it). Masks come from ``masks/<split>/<image id>.png``, which `cosa-hf convert coco-masks` writes once. Without
     `masks` they are not opened or looked for. Image files are opened when a row is read, not here.
 
     Args:
@@ -61,7 +65,7 @@ def load_coco(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
         "image_id": image_ids,
     }
     if masks:
-        command = f"python scripts/convert_coco.py --data_dir {data_dir} --split {split}"
+        command = f"cosa-hf convert coco-masks --data_dir {data_dir} --split {split}"
         columns["mask"] = _paths(
             root / "masks" / split, [f"{image_id}.png" for image_id in image_ids], f"the masks that `{command}` writes"
         )
@@ -163,7 +167,7 @@ def render_mask(height: int, width: int, objects: list[tuple[int, dict[str, Any]
     try:
         from pycocotools import mask as rle
     except ImportError as error:
-        raise ImportError('masks of COCO need pycocotools: pip install -e ".[coco]"') from error
+        raise ImportError('masks of COCO need pycocotools: pip install "cosa-hf[coco]"') from error
 
     ids = np.zeros((height, width), dtype=np.uint8)
     unsorted = [str(one.get("id")) for _, one in objects if not isinstance(one.get("area"), int | float)]
@@ -187,6 +191,66 @@ def render_mask(height: int, width: int, objects: list[tuple[int, dict[str, Any]
     return ids
 
 
+class WrittenMasks(NamedTuple):
+    """What `write_masks` did.
+
+    Attributes:
+        directory: where the masks are.
+        images: of the split.
+        written: how many masks were written; those of the other images were there before.
+        untagged: images without an annotation.
+    """
+
+    directory: Path
+    images: int
+    written: int
+    untagged: int
+
+
+def write_masks(root: Path, split: str, num_workers: int | None = None) -> WrittenMasks:
+    """Write the masks of a split as palette PNGs where `load_coco` looks for them; those that are there stay.
+
+    Args:
+        root: the directory with ``annotations``.
+        split: as for `load_coco`.
+        num_workers: processes that draw; None: one for each core.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_coco`, or an image has no size or a mask cannot be drawn.
+        ImportError: pycocotools is not installed.
+    """
+    instances = read_instances(root, split)
+    sizeless = [
+        image["file_name"]
+        for image in instances.images
+        if not all(isinstance(image.get(side), int) for side in ("height", "width"))
+    ]
+    if sizeless:
+        raise ValueError(f"the annotations give no height and width for {name_some(sizeless, 'image')}")
+    directory = root / "masks" / split
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(directory)
+    present = {path.stem for path in directory.glob("*.png")}
+    images = [image for image in instances.images if Path(image["file_name"]).stem not in present]
+    targets = [directory / f"{Path(image['file_name']).stem}.png" for image in images]
+    sizes = [(image["height"], image["width"]) for image in images]
+    objects = [instances.objects.get(image["id"], []) for image in images]
+    with ProcessPoolExecutor(num_workers) as pool:
+        for _ in progress(pool.map(_write_mask, targets, sizes, objects, chunksize=32), "masks", len(targets), "mask"):
+            pass
+    untagged = sum(not instances.objects.get(image["id"]) for image in instances.images)
+    return WrittenMasks(directory, len(instances.images), len(targets), untagged)
+
+
+def _write_mask(target: Path, size: tuple[int, int], objects: list) -> None:
+    try:
+        mask = render_mask(*size, objects)
+    except ValueError as error:
+        raise ValueError(f"no mask for {target.stem}: {error}") from error
+    with whole_file(target) as unfinished:
+        to_palette_image(mask).save(unfinished, "PNG")
+
+
 def _paths(directory: Path, files: list[str], what: str) -> list[str]:
     present = {file.name for file in directory.iterdir()} if directory.is_dir() else set()
     missing = [file for file in files if file not in present]
@@ -195,4 +259,4 @@ def _paths(directory: Path, files: list[str], what: str) -> list[str]:
     return [str(directory / file) for file in files]
 
 
-__all__ = ["COCO_CLASSES", "Instances", "load_coco", "read_instances", "render_mask"]
+__all__ = ["COCO_CLASSES", "Instances", "WrittenMasks", "load_coco", "read_instances", "render_mask", "write_masks"]

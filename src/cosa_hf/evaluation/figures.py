@@ -10,7 +10,7 @@ from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cosa_hf.data.images import IGNORE_INDEX
-from cosa_hf.evaluation.palette import to_palette_image, voc_palette
+from cosa_hf.data.palette import to_palette_image, voc_palette
 from cosa_hf.inference import Segmenter
 
 __all__ = ["comparison", "heat", "overlay", "save_visualizations", "visualization"]

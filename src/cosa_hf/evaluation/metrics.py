@@ -1,22 +1,12 @@
 """Mean intersection over union from one confusion matrix for the whole data set, as an `evaluate` metric."""
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
+import evaluate
 import numpy as np
 import torch
-
-# Python looks for modules beside the running script first, and scripts/ has an evaluate.py: without this,
-# scripts would import that file in place of the library.
-_search_path = sys.path
-sys.path = [entry for entry in _search_path if not Path(entry, "evaluate.py").is_file()]
-try:
-    import evaluate
-finally:
-    sys.path = _search_path
 
 __all__ = ["SegmentationMetric"]
 

@@ -20,8 +20,8 @@ import numpy as np
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
+from cosa_hf.data.palette import to_palette_image
 from cosa_hf.data.tags import list_some, tag_features
-from cosa_hf.evaluation.palette import to_palette_image
 from cosa_hf.files import whole_file
 
 __all__ = ["FORMATS", "CocoFormat", "Format", "ParquetFormat", "PngFormat", "PseudoLabel"]

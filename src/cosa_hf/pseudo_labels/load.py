@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from cosa_hf.data import class_names, load_voc, undecoded
 from cosa_hf.data.images import IGNORE_INDEX, UnreadableImageError, read_image, read_mask
-from cosa_hf.evaluation.palette import voc_palette
+from cosa_hf.data.palette import voc_palette
 from cosa_hf.pseudo_labels.export import RECORD, read_record
 
 SHOWN = 10  # of the masks that cannot be used, in an error

@@ -39,7 +39,7 @@ def from_official(
 
     Every tensor is taken over bit for bit, but for the encoder's 1000-class `head`, which nothing uses. The processor
     prepares images as the released evaluation does: bilinear resize to 448 x 448, ImageNet mean and std (the authors
-    do not use the backbone's own). Scales and flips are no part of a model: `scripts/evaluate.py` has the released ones
+    do not use the backbone's own). Scales and flips are no part of a model: `cosa-hf evaluate` has the released ones
     by default.
 
     Args:

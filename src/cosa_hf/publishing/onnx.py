@@ -36,7 +36,7 @@ def export_onnx(model: CoSAForWeaklySupervisedSegmentation, path: str | Path, in
     """
     absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if absent:
-        raise ImportError(f'ONNX export needs {", ".join(absent)}: pip install -e ".[onnx]"')
+        raise ImportError(f'ONNX export needs {", ".join(absent)}: pip install "cosa-hf[onnx]"')
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     network = _Outputs(CoSAForWeaklySupervisedSegmentation(model.config)).eval()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosa_hf.evaluation.palette import to_palette_image, voc_palette
+from cosa_hf.data.palette import to_palette_image, voc_palette
 
 # As printed by the VOC devkit's VOClabelcolormap.
 DEVKIT = {

@@ -1,0 +1,3 @@
+from cosa_hf.app import main
+
+main()

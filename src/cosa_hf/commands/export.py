@@ -1,0 +1,57 @@
+"""Write a model for other programs: ONNX with dynamic batch and image size, checked against torch, or a checkpoint that
+the authors' code loads.
+
+    cosa-hf export runs/voc/assignment voc.onnx
+    cosa-hf export runs/voc/assignment assignment.pth --format official
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosa_hf.commands.arguments import command_parser
+from cosa_hf.commands.inputs import add_model
+from cosa_hf.files import check_output
+from cosa_hf.inference import load_model, require_cams
+from cosa_hf.publishing.official import to_official
+from cosa_hf.publishing.onnx import OUTPUTS, export_onnx
+
+
+def main(arguments: Sequence[str]) -> None:
+    args = parse(arguments)
+    check_output(args.target)
+    model, _ = load_model(args.model, "cpu")
+    require_cams(model)
+    if args.format == "onnx":
+        write_onnx(model, args.target, args.int8)
+        return
+    checkpoint = to_official(model)
+    args.target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, args.target)
+    print(f"{args.target}: a checkpoint for the authors' code; its encoder.head, unused, is zero")
+
+
+def write_onnx(model: Any, target: Path, int8: bool) -> None:
+    try:
+        difference = export_onnx(model, target, int8)
+    except RuntimeError as error:  # a network that cannot be exported, or is not the same afterwards
+        raise ValueError(f"{target} cannot be written: {error}") from error
+    print(
+        f"{target}: {target.stat().st_size / 1e6:.1f} MB; pixel_values (B, 3, H, W), H and W multiples of "
+        f"{model.backbone.stride} -> {', '.join(OUTPUTS)}; at most {difference:.1e} of the largest output from torch"
+    )
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = command_parser("export", __doc__)
+    add_model(parser)
+    parser.add_argument("target", metavar="OUT", type=Path, help="file to write")
+    parser.add_argument("--format", choices=("onnx", "official"), default="onnx", help="official: the authors' layout")
+    parser.add_argument("--int8", action="store_true", help="onnx: weights in 8 bits, smaller, not equal to torch")
+    args = parser.parse_args(arguments)
+    if args.int8 and args.format != "onnx":
+        parser.error("--int8 is for --format onnx")
+    return args

@@ -1,0 +1,25 @@
+"""Train CoSA from image-level tags.
+
+    cosa-hf train                                                            drawn pictures, minutes on a laptop
+    cosa-hf train --recipe folder-lite0 --data_dir photos                    your own: docs/own-data.md
+    accelerate launch -m cosa_hf.cli train --recipe voc-vit-b --data_dir VOCdevkit/VOC2012        on several GPUs
+
+A recipe is a YAML file, or the name of one that comes with the package; every field is also a flag, and flags win.
+"""
+
+from collections.abc import Sequence
+
+from cosa_hf import train
+from cosa_hf.commands.arguments import parse_config, recipe_chooser
+from cosa_hf.training.config import TrainingConfig
+
+
+def main(arguments: Sequence[str]) -> None:
+    print(train(parse(arguments)))
+
+
+def parse(arguments: Sequence[str]) -> TrainingConfig:
+    known = ", ".join(sorted(path.stem for path in TrainingConfig.directory.glob("*.yaml")))
+    chooser = recipe_chooser("train", default="shapes-tiny", help=f"a YAML file, or one of {known}")
+    chosen, flags = chooser.parse_known_args(arguments)
+    return parse_config(TrainingConfig, flags, chooser, __doc__, TrainingConfig.values_of(chosen.recipe))
