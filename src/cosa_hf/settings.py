@@ -103,6 +103,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
+        raise ValueError(f"{name} must be one of {', '.join(map(str, typing.get_args(hint)))}, got {value!r}")
     elif typing.get_origin(hint) is list:
         if isinstance(value, list) and value:
             return [_typed(name, item, typing.get_args(hint)[0]) for item in value]

@@ -206,7 +206,7 @@ def mask_targets(masks: Tensor, ignore_index: int, micro_batches: int = 1, reduc
         ([[[2, 0]]], [[[1.0, 0.0]]])
     """
     known = masks != ignore_index
-    (weights,) = normalized([known.float()], micro_batches, reduce)
+    (weights,) = normalized([known.to(torch.get_default_dtype())], micro_batches, reduce)
     ids, nothing = masks.masked_fill(~known, 0), torch.zeros_like(weights)
     return Targets(ids, weights, ids, nothing, nothing[:, None], nothing, ids.new_full(ids.shape, -1), nothing)
 
