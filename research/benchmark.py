@@ -1,10 +1,12 @@
-"""Where the time of a training step goes, and how it compares with plainer ways; tables and JSON in --output_dir.
+"""Where the time of a training step goes, and how fast it is beside a naive baseline; prediction with and without CRF.
 
     python research/benchmark.py --recipe voc-lite0 --scaling --output_dir runs/benchmark
-    python research/benchmark.py --recipe voc-vit-b --classes 20 --variants fp32 bf16 straight
+    python research/benchmark.py --recipe voc-vit-b --variants fp32 bf16 naive
+    python research/benchmark.py --recipe voc-vit-b --variants --evaluation      Tab. 6b: images per second, CRF or not
 
 Nothing is downloaded: photos are drawn and the backbone starts from random weights. Every measurement runs in a process
-of its own, since the peak of a process never falls, and the variants take turns. docs/speed.md explains the rows.
+of its own, since the peak memory of a process never falls, and the variants take turns. Writes benchmark.md and
+benchmark.json; notes/speed.md explains the rows.
 """
 
 import argparse
@@ -16,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from benchmarks.speed import report
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from speed import report
-
+#: What is measured in each variant, and in which precision.
 VARIANTS = {
     "fp32": ("package", "no"),
     "bf16": ("package", "bf16"),
     "sklearn": ("sklearn", "no"),
-    "straight": ("straight", "no"),
+    "naive": ("naive", "no"),
 }
 
 
@@ -35,80 +35,99 @@ def measured(*arguments: Any) -> dict[str, Any]:
 
 
 def _measure(*arguments: Any) -> dict[str, Any]:
-    from speed.measure import measure  # loads torch: in the child alone
+    from benchmarks.speed.measure import measure  # loads torch: in the child process alone
 
     return measure(*arguments)
 
 
+class Benchmark:
+    """The measurements that the flags ask for, written after each of them."""
+
+    def __init__(self, args: argparse.Namespace, changes: dict[str, Any]) -> None:
+        self.args, self.changes = args, changes
+        self.results: dict[str, Any] = {"recipe": args.recipe, "changes": changes, "cpu_time": args.cpu_time}
+        self.tables: list[str] = []
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def run(self, kind: str, classes: int | None = None, **changes: Any) -> dict[str, Any]:
+        args = self.args
+        changes = self.changes | changes
+        return measured(kind, args.recipe, changes, args.steps, classes or args.classes, args.cpu_time)
+
+    def save(self, table: str | None = None) -> None:
+        if table is not None:
+            print(table, end="\n\n", flush=True)
+            self.tables.append(table)
+        for name, text in (("json", json.dumps(self.results, indent=1)), ("md", "\n\n".join(self.tables))):
+            (self.args.output_dir / f"benchmark.{name}").write_text(text + "\n", encoding="utf-8")
+
+    def bound(self) -> None:
+        self.results["flop_bound"] = self.run("flop_bound")
+        self.save(report.heading(self.results, self.args.classes))
+
+    def variants(self) -> None:
+        for _ in range(self.args.rounds):
+            for name in self.args.variants:
+                kind, precision = VARIANTS[name]
+                result = self.run(kind, mixed_precision=precision)
+                earlier = self.results.get(name, {"steps": [], "memory": 0})
+                steps, memory = earlier["steps"] + result["steps"], max(earlier["memory"], result["memory"])
+                self.results[name] = {"steps": steps, "memory": memory}
+                self.save()
+                seconds = report.seconds(report.median_step(result["steps"]))
+                print(f"{name}: {seconds:.3f} s", file=sys.stderr, flush=True)
+        self.save(report.training_table(self.results))
+
+    def evaluation(self) -> None:
+        self.results["evaluation"] = self.run("evaluation")
+        self.save(report.evaluation_table(self.results))
+
+    def scaling(self) -> None:
+        side = self.results["flop_bound"]["crop_size"]
+        self.results["scaling"] = {
+            "image side": [(f * side, self.run("package", crop_size=int(f * side))) for f in (0.5, 1.0, 1.5, 2.0)],
+            "batch": [(n, self.run("package", batch_size=n)) for n in (2, 4, 8)],
+            "classes": [(n, self.run("package", classes=n)) for n in (20, 80, 1000)],
+            "AN scales": [
+                (len(scales), self.run("package", label_scales=scales))
+                for scales in ([1.0], [1.0, 0.5], [1.0, 0.5, 1.5])
+            ],
+        }
+        self.save(report.scaling_table(self.results["scaling"]))
+
+
 def main() -> None:
+    args, changes = parse()
+    benchmark = Benchmark(args, changes)
+    benchmark.bound()
+    if args.variants:
+        benchmark.variants()
+    if args.evaluation:
+        benchmark.evaluation()
+    if args.scaling:
+        benchmark.scaling()
+    print(f"saved in {args.output_dir}")
+
+
+def parse() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="voc-lite0", help="a YAML file, or the name of one in recipes/")
+    parser.add_argument("--recipe", default="voc-lite0", help="a YAML file, or a recipe's name (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="recipe fields to replace")
-    parser.add_argument("--classes", type=int, default=20)
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=3, help="counted steps of each measurement")
-    parser.add_argument("--rounds", type=int, default=1, help="measurements of each variant, in turns")
-    parser.add_argument("--evaluation", action="store_true", help="also time prediction")
+    parser.add_argument("--classes", type=int, default=20, help="number of classes (default: %(default)s)")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), help="(default: all)")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of each measurement (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="measurements of each variant, in turns (%(default)s)")
+    parser.add_argument("--evaluation", action="store_true", help="also time prediction, with and without CRF")
     parser.add_argument("--scaling", action="store_true", help="also vary size, batch, classes and scales")
     parser.add_argument("--cpu_time", action="store_true", help="CPU time, on a machine with other load; one thread")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"))
-    arguments = parser.parse_args()
-    unreadable = [pair for pair in arguments.set if "=" not in pair]
-    if unreadable:
-        parser.error(f"--set: {unreadable[0]!r} is no FIELD=VALUE")
-    changes = {name: yaml.safe_load(value) for name, value in (pair.split("=", 1) for pair in arguments.set)}
-
-    def run(kind: str, classes: int = arguments.classes, steps: int = arguments.steps, **more: Any) -> dict[str, Any]:
-        return measured(kind, arguments.recipe, changes | more, steps, classes, arguments.cpu_time)
-
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"recipe": arguments.recipe, "changes": changes, "cpu_time": arguments.cpu_time}
-    tables: list[str] = []
-
-    def save_results() -> None:
-        (arguments.output_dir / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-    def save(table: str) -> None:
-        print(table, end="\n\n", flush=True)
-        tables.append(table)
-        (arguments.output_dir / "benchmark.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-        save_results()
-
-    results["floor"] = run("floor")
-    results["warm-up share"] = results["floor"]["warm-up share"]
-    floor = results["floor"]
-    save(
-        f"{arguments.recipe}, {arguments.classes} classes, {'CPU' if arguments.cpu_time else 'wall'} time, "
-        f"{floor['device']}, {floor['threads']} threads, torch {floor['torch']}: "
-        f"{sum(floor['flops'].values()) / 1e9:,.0f} GFLOP a step; matrix products "
-        + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in floor["rates"].items())
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/benchmark"), help="directory to write (default: %(default)s)"
     )
-    for _ in range(arguments.rounds):
-        for name in arguments.variants:
-            kind, precision = VARIANTS[name]
-            result = run(kind, mixed_precision=precision)
-            earlier = results.get(name, {"steps": [], "memory": 0})
-            results[name] = {
-                "steps": earlier["steps"] + result["steps"],
-                "memory": max(earlier["memory"], result["memory"]),
-            }
-            save_results()
-            print(f"{name}: {report.seconds(report.median_step(result['steps'])):.3f} s", file=sys.stderr, flush=True)
-    if arguments.variants:
-        save(report.training_table(results))
-    if arguments.evaluation:
-        results["evaluation"] = run("evaluation")
-        save(report.evaluation_table(results))
-    if arguments.scaling:
-        side = floor["crop_size"]
-        results["scaling"] = {
-            "image side": [(f * side, run("package", crop_size=int(f * side))) for f in (0.5, 1.0, 1.5, 2.0)],
-            "batch": [(n, run("package", batch_size=n)) for n in (2, 4, 8)],
-            "classes": [(n, run("package", classes=n)) for n in (20, 80, 1000)],
-            "AN scales": [(len(s), run("package", label_scales=s)) for s in ([1.0], [1.0, 0.5], [1.0, 0.5, 1.5])],
-        }
-        save(report.scaling_table(results["scaling"]))
-    print(f"saved in {arguments.output_dir}")
+    args = parser.parse_args()
+    unreadable = [pair for pair in args.set if "=" not in pair]
+    if unreadable:
+        parser.error(f"--set: {unreadable[0]!r} is not FIELD=VALUE")
+    return args, {name: yaml.safe_load(value) for name, value in (pair.split("=", 1) for pair in args.set)}
 
 
 if __name__ == "__main__":

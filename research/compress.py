@@ -1,56 +1,162 @@
 """A smaller copy of a model: fewer decoder channels, weights stored as float16 and computed with as float32.
 
-Channels are chosen and fitted on a few hundred images, without labels and without training. CAMs change by the rounding
-alone; score the segmentation again with scripts/evaluate.py.
-
-Example:
     python research/compress.py runs/voc/assignment small --decoder_channels 384 --dataset voc --data_dir VOC2012
+
+Channels are chosen and fitted on a few hundred images, without labels and without training. CAMs change by rounding
+alone; score the segmentation again with `cosa-hf evaluate`.
 """
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from arguments import add_model, check_output, dataset_of, dataset_parser, positive
-from narrowing import narrow_decoder, save_half
-from torch import Tensor
+import torch
+from arguments import check_output, dataset_of, dataset_parser, one_line_errors, positive
+from torch import Tensor, nn
 
+from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import DatasetOptions, read_image, undecoded
 from cosa_hf.inference import load_model
+from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+
+__all__ = ["narrow_decoder", "save_half"]
 
 
-def main(args: argparse.Namespace, options: DatasetOptions) -> None:
-    try:
-        check_output(args.target, directory=True)
-        if args.target.is_dir() and any(args.target.iterdir()):  # perhaps MODEL itself
-            raise ValueError(f"{args.target} is not empty: name a new directory for the copy")
-        model, processor = load_model(args.model, "cpu")
-        dataset = undecoded(dataset_of(args, options, model.config))
-        chosen = dataset.shuffle(seed=0).select(range(min(args.num_images, len(dataset))))
+@one_line_errors()
+def main(arguments: list[str] | None = None) -> None:
+    args, options = parse(arguments)
+    check_output(args.target, directory=True)
+    if args.target.is_dir() and any(args.target.iterdir()):  # perhaps MODEL itself
+        raise ValueError(f"{args.target} is not empty: name a new directory for the copy")
+    model, processor = load_model(args.model, "cpu")
+    dataset = undecoded(dataset_of(args, options, model.config))
+    chosen = dataset.shuffle(seed=0).select(range(min(args.num_images, len(dataset))))
 
-        def images() -> Iterator[Tensor]:
-            for row in chosen:
-                yield processor(read_image(row), return_tensors="pt").pixel_values
+    def images() -> Iterator[Tensor]:
+        for row in chosen:
+            yield processor(read_image(row), return_tensors="pt").pixel_values
 
-        small = narrow_decoder(model, images(), args.decoder_channels)
-        save_half(small, args.target)
-        processor.save_pretrained(args.target)
-        size = (args.target / "model.safetensors").stat().st_size
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    small = narrow_decoder(model, images(), args.decoder_channels)
+    save_half(small, args.target)
+    processor.save_pretrained(args.target)
+    size = (args.target / "model.safetensors").stat().st_size
     print(f"{args.target}: {size / 1e6:.1f} MB, {small.num_parameters() / 1e6:.2f} M parameters")
 
 
-def parse_args() -> tuple[argparse.Namespace, DatasetOptions]:
+@torch.no_grad()
+def narrow_decoder(
+    model: CoSAForWeaklySupervisedSegmentation, batches: Iterable[Tensor], channels: int
+) -> CoSAForWeaklySupervisedSegmentation:
+    """A copy of `model` whose decoder has fewer channels, chosen and fitted so that its logits change least.
+
+    In each hidden layer those channels are kept that explain the others best (pivoted Cholesky of second moments). The
+    others are replaced by their least-squares fit from the kept ones, folded into the next layer's weights. No label is
+    used and nothing is trained. CAMs and image-level logits do not pass the decoder and stay exactly as they are.
+
+    Args:
+        model: in eval mode; it is left as it was.
+        batches: normalised images (B, 3, H, W), such as it was trained on; a few hundred suffice.
+        channels: width of the new decoder, at most that of the model's.
+
+    Raises:
+        ValueError: `channels` is not between 1 and the model's own, or the model is of another kind.
+
+    Example:
+        >>> config = CoSAConfig(backbone="test_vit", decoder_channels=64)
+        >>> model = CoSAForWeaklySupervisedSegmentation(config).eval()
+        >>> narrow_decoder(model, [torch.rand(4, 3, 64, 64)], 16).decoder.conv7.weight.shape
+        torch.Size([16, 16, 3, 3])
+
+    Source: the interpolative decomposition (Cheng et al., 2005) as a pruning rule (Chee et al., 2022).
+    """
+    if not isinstance(model, CoSAForWeaklySupervisedSegmentation):
+        raise ValueError(f"a {type(model).__name__} does not have CoSA's decoder to narrow")
+    if not 1 <= channels <= model.config.decoder_channels:
+        raise ValueError(f"channels={channels} must be between 1 and the decoder's {model.config.decoder_channels}")
+    decoder = model.decoder
+    layers = (decoder.conv6, decoder.conv7)
+    moments = [torch.zeros(len(layer.weight), len(layer.weight), dtype=torch.float64) for layer in layers]
+    for pixel_values in batches:
+        maps = model.backbone(pixel_values.to(model.device))[0]
+        for layer, moment in zip(layers, moments, strict=True):
+            maps = layer(maps).relu()  # (B, D, h, w)
+            tokens = maps.transpose(0, 1).flatten(1).double().cpu()
+            moment += tokens @ tokens.T
+
+    (kept6, fit6), (kept7, fit7) = (_interpolate(moment, channels) for moment in moments)
+    narrow = CoSAForWeaklySupervisedSegmentation(
+        CoSAConfig.from_dict({**model.config.to_dict(), "decoder_channels": channels})
+    ).eval()
+    weights = model.state_dict()
+    weights["decoder.conv6.weight"] = decoder.conv6.weight[kept6]
+    weights["decoder.conv7.weight"] = _fold(decoder.conv7, fit6)[kept7]
+    weights["decoder.conv8.weight"] = _fold(decoder.conv8, fit7)
+    narrow.load_state_dict(weights)
+    return narrow
+
+
+def _interpolate(moment: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Which channels to keep, and (kept, all) coefficients that give all channels from the kept ones.
+
+    `moment` is (D, D): the sum over tokens of the products of channels.
+    """
+    residual, kept = moment.clone(), []
+    for _ in range(channels):
+        pivot = int(residual.diagonal().argmax())
+        if residual[pivot, pivot] <= 1e-12 * moment.diagonal().max():
+            pivot = next(index for index in range(len(moment)) if index not in kept)  # the rest is explained already
+        else:
+            residual -= torch.outer(residual[:, pivot], residual[:, pivot]) / residual[pivot, pivot]
+            residual[pivot], residual[:, pivot] = 0, 0
+        kept.append(pivot)
+    index = torch.tensor(sorted(kept))
+    return index, torch.linalg.lstsq(moment[index][:, index], moment[index], driver="gelsd").solution
+
+
+def _fold(layer: nn.Conv2d, fit: Tensor) -> Tensor:
+    """Weights of `layer` for the kept input channels only: (out, kept, ...)."""
+    return torch.einsum("oi...,ki->ok...", layer.weight.double().cpu(), fit).to(layer.weight)
+
+
+def save_half(model: CoSAForWeaklySupervisedSegmentation, folder: str | Path) -> None:
+    """Save `model` with float16 weights that `from_pretrained` reads back as float32.
+
+    Half the size of the file, and the speed and range of float32 in use: CPUs are slow in half precision. The weights
+    are rounded to 11 significant bits; a value outside the range of float16 is refused.
+
+    Raises:
+        ValueError: a weight is above 65,504 or not finite.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> model = CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit"))
+        >>> with TemporaryDirectory() as folder:
+        ...     save_half(model, folder)
+        ...     CoSAForWeaklySupervisedSegmentation.from_pretrained(folder).dtype
+        torch.float32
+    """
+    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    unfit = [name for name, value in state.items() if not value.isfinite().all()]
+    if unfit:
+        raise ValueError(f"{', '.join(unfit)}: values that float16 cannot hold")
+    model.save_pretrained(folder, state_dict=state)
+    # The type to compute in: without it, loading would follow that of the file.
+    config = Path(folder) / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, DatasetOptions]:
     parser = dataset_parser(__doc__)
-    add_model(parser)
+    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
     parser.add_argument("target", metavar="OUT", type=Path, help="directory to write, new or empty")
-    parser.add_argument("--decoder_channels", type=positive, required=True, help="of the copy")
-    parser.add_argument("--split", default="train_aug", help="part of the dataset to fit to (default: %(default)s)")
+    parser.add_argument("--decoder_channels", type=positive, required=True, help="width of the copy's decoder")
+    parser.add_argument("--split", default="train_aug", help="split of the dataset to fit to (default: %(default)s)")
     parser.add_argument("--num_images", type=positive, default=128, help="drawn from the split (default: %(default)s)")
-    options, args = parser.parse_args_into_dataclasses()
+    options, args = parser.parse_args_into_dataclasses(arguments)
     return args, options
 
 
 if __name__ == "__main__":
-    main(*parse_args())
+    main()

@@ -1,82 +1,93 @@
-"""What CAM pseudo-labels are worth where masks exist (paper, Tab. 1), for every threshold in one pass."""
+"""The quality of CAM pseudo-labels where masks exist (paper, Tab. 1): M', M†' and their mean at every threshold.
 
+python research/label_quality.py runs/voc/assignment --dataset voc --data_dir VOC2012 --split train_aug
+"""
+
+import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import add_inference, check_output, dataset_of, dataset_parser, one_line_errors, segmenter_of
 from datasets import Dataset
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from cosa_hf.evaluation.maps import SCALES, label_names, predict_maps
+from cosa_hf.data import DatasetOptions
 from cosa_hf.evaluation.metrics import SegmentationMetric
-from cosa_hf.inference import require_cams
+from cosa_hf.inference import Segmenter, require_cams
+from cosa_hf.progress import progress
 
 __all__ = ["CAM_SOURCES", "THRESHOLDS", "format_quality", "pseudo_label_quality"]
 
-#: What CAM pseudo-labels are made from: M', M†' and their mean.
+#: The sources of CAM pseudo-labels: M', M†' and their mean.
 CAM_SOURCES = ("cam", "cam_aux", "cam_mean")
 
 #: The thresholds of a sweep: 0.1 to 0.9.
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(2, 19))
 
 
-def pseudo_label_quality(
-    model: PreTrainedModel,
-    processor: Any,
-    dataset: Dataset,
-    thresholds: Sequence[float] = THRESHOLDS,
-    scales: Sequence[float] = SCALES,
-    flip: bool = True,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Score CAM pseudo-labels, tags given, at every threshold.
+@one_line_errors()
+def main(arguments: list[str] | None = None) -> None:
+    args, options = parse(arguments)
+    check_output(args.report)
+    segmenter = segmenter_of(args, args.model)
+    dataset = dataset_of(args, options, segmenter.model.config, masks=True)
+    report = pseudo_label_quality(segmenter, dataset, args.thresholds)
+    print(format_quality(report))
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    args.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"report: {args.report}")
 
-    A pixel is counted once, by its strongest class, its truth and how many thresholds its confidence reaches;
-    the confusion matrices of all thresholds are sums of these counts. They are those that `evaluate_model`
-    finds threshold by threshold.
+
+def pseudo_label_quality(
+    segmenter: Segmenter, dataset: Dataset, thresholds: Sequence[float] = THRESHOLDS, show_progress: bool = True
+) -> dict[str, Any]:
+    """Score CAM pseudo-labels, tags given, at every threshold in one pass.
+
+    A pixel is counted once: by its strongest class, its ground truth and the number of thresholds that its confidence
+    reaches. The confusion matrices of all thresholds are sums of these counts, and are those that `evaluate` finds
+    threshold by threshold.
 
     Args:
-        model: and all from `scales` to `batch_size`: as in `predict_maps`.
+        segmenter: CoSA, with the scales and flips to measure at.
         dataset: with the columns image, labels, image_id and mask.
         thresholds: the values of xi, rising.
-        progress: show a bar on stderr.
+        show_progress: show a bar on stderr.
 
     Returns:
         JSON-serialisable: for each of `CAM_SOURCES` a list with, for each threshold, `threshold`, `miou`,
         `per_class`, `precision` and `recall` (percent; None where nothing could be counted), plus `images` and
-        `protocol`. Precision is the share of the pixels labelled as an object whose class is right, recall the
-        share of the true object pixels that are labelled, with the right class.
+        `protocol`. Precision is the share of the pixels labelled as an object whose class is correct, recall the
+        share of the true object pixels that are labelled with the correct class.
 
     Raises:
         ValueError: thresholds that do not rise within (0, 1), a dataset that is empty or without masks; or as
-            `predict_maps`.
+            `Segmenter.predict`.
 
     Source: paper Tab. 1 (CPL from M' and M†', and their ensemble).
     """
     if not thresholds or list(thresholds) != sorted(set(thresholds)) or not 0 < thresholds[0] <= thresholds[-1] < 1:
         raise ValueError(f"thresholds must rise, strictly between 0 and 1, got {list(thresholds)}")
+    model, names = segmenter.model, segmenter.names
     require_cams(model)
     if len(dataset) == 0 or "mask" not in dataset.column_names:
         raise ValueError(
             f"quality is measured on images with masks; the dataset has {len(dataset)} images and the columns "
             f"{dataset.column_names}"
         )
-    names, ignore = label_names(model.config), model.config.semantic_loss_ignore_index
-    device = next(model.parameters()).device
-    bounds = torch.tensor(thresholds, dtype=torch.float32, device=device)
-    shape = (len(thresholds) + 1, len(names), len(names))  # thresholds reached, truth, strongest class
-    counts = {source: torch.zeros(shape, dtype=torch.int64, device=device) for source in CAM_SOURCES}
-    images = predict_maps(model, processor, dataset, scales, flip, batch_size)
-    for maps in tqdm(images, "quality", total=len(dataset), unit="image", disable=not progress):
-        assert maps.truth is not None  # the dataset has masks
-        truth = maps.truth.to(device)
-        counted = truth != ignore
+    ignore = model.config.semantic_loss_ignore_index
+    bounds = torch.tensor(thresholds, dtype=torch.float32, device=model.device)
+    shape = (len(thresholds) + 1, len(names), len(names))  # thresholds reached, ground truth, strongest class
+    counts = {source: torch.zeros(shape, dtype=torch.int64, device=model.device) for source in CAM_SOURCES}
+    images = segmenter.predict(dataset)
+    for image in progress(images, "quality", total=len(dataset), unit="image", disable=not show_progress):
+        ground_truth = image.ground_truth.to(model.device)
+        counted = ground_truth != ignore
         for source, count in counts.items():
-            strongest, confidence = maps.label(source, threshold=0.0)
+            strongest, confidence = image.label(source, threshold=0.0)
             reached = torch.bucketize(confidence, bounds, right=True)
-            cell = (reached * len(names) + truth) * len(names) + strongest
+            cell = (reached * len(names) + ground_truth) * len(names) + strongest
             count += torch.bincount(cell[counted], minlength=count.numel()).reshape(shape)
     report: dict[str, Any] = {
         source: [
@@ -88,9 +99,7 @@ def pseudo_label_quality(
     report["images"] = len(dataset)
     report["protocol"] = {
         "tags": "given",
-        "scales": list(scales),
-        "flip": flip,
-        "input_size": [processor.size["height"], processor.size["width"]],
+        **segmenter.settings,
         "ignore_index": ignore,
         "model": model.config.name_or_path or None,
     }
@@ -128,19 +137,38 @@ def format_quality(report: dict[str, Any]) -> str:
 
 
 def _confusion(count: torch.Tensor, position: int) -> torch.Tensor:
-    """(K, K), rows the truth: pixels that reach the threshold by their strongest class, the others background."""
+    """(K, K), rows the ground truth: pixels that reach the threshold have their strongest class, others background."""
     confusion = count[position + 1 :].sum(0)
     confusion[:, 0] += count[: position + 1].sum((0, 2))
     return confusion
 
 
 def _scores(confusion: torch.Tensor, names: list[str], ignore_index: int) -> dict[str, Any]:
-    right = confusion.diagonal()[1:].sum()
+    correct = confusion.diagonal()[1:].sum()
     labelled, existing = confusion[:, 1:].sum(), confusion[1:].sum()
     metric = SegmentationMetric(names, ignore_index=ignore_index)
     metric.confusion_matrix = confusion
     return {
         **metric.compute(),
-        "precision": 100 * float(right / labelled) if labelled else None,
-        "recall": 100 * float(right / existing) if existing else None,
+        "precision": 100 * float(correct / labelled) if labelled else None,
+        "recall": 100 * float(correct / existing) if existing else None,
     }
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, DatasetOptions]:
+    parser = dataset_parser(__doc__)
+    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
+    parser.add_argument("--split", required=True, help="split of the dataset to score")
+    parser.add_argument(
+        "--report", type=Path, default=Path("quality.json"), help="JSON file to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="values of xi (default: %(default)s)"
+    )
+    add_inference(parser)
+    options, args = parser.parse_args_into_dataclasses(arguments)
+    return args, options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Tables as pictures: ablations, and the paper's Fig. 3, 4, 6, 7 and Tab. 4b from what `analyses` measured.
+"""Tables as plots: ablations, and the paper's figures from what `analyses` measured and `records` read.
 
 Needs matplotlib (`pip install -e ".[research]"`); the tables do not.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_ablation", "plot_analysis"]
+__all__ = ["plot_ablation", "plot_figure"]
 
 Rows = Sequence[dict[str, Any]]
 
@@ -18,12 +18,12 @@ def plot_ablation(summary: dict[str, dict[str, dict[str, Any]]], metric: str, ti
 
     Args:
         summary: {row: {metric: {"mean", "std", "n"}}}.
-        metric: which to draw; rows that do not have it are left out.
-        title: above the picture.
+        metric: the one to draw; rows that do not have it are left out.
+        title: of the plot.
         path: PNG to write.
 
     Returns:
-        A sentence: where the picture is, or that there is none and why.
+        A sentence: where the plot is, or that there is none and why.
     """
     rows = {row: metrics[metric] for row, metrics in summary.items() if metric in metrics}
 
@@ -40,16 +40,16 @@ def plot_ablation(summary: dict[str, dict[str, dict[str, Any]]], metric: str, ti
     return _save(draw, path, (8, 1.5 + 0.35 * len(rows)))
 
 
-def plot_analysis(figure: str, rows: Rows, path: Path) -> str:
-    """One figure of the paper from the rows of `research/analyze.py`.
+def plot_figure(figure: str, rows: Rows, path: Path) -> str:
+    """One figure of the paper from its table.
 
     Args:
-        figure: a key of `analyses.ANALYSES`.
-        rows: each with run, step and network, and the columns of that analysis.
+        figure: a key of `analyses.ANALYSES` or `records.RECORDS`.
+        rows: from one of these, those of an analysis with run, step and network.
         path: PNG to write.
 
     Returns:
-        A sentence: where the picture is, or that there is none and why.
+        A sentence: where the plot is, or that there is none and why.
     """
     draw, columns = _DRAWN[figure]
     height = 4.0 * (len(_distinct(rows, "run")) if figure == "3" else 1)
@@ -58,16 +58,16 @@ def plot_analysis(figure: str, rows: Rows, path: Path) -> str:
 
 def _accuracy(figure: Any, rows: Rows) -> None:
     runs = _distinct(rows, "run")
-    panels = figure.subplots(len(runs), 3, squeeze=False)
-    for (heat, curve, spread), run in zip(panels, runs, strict=True):
+    grid = figure.subplots(len(runs), 3, squeeze=False)
+    for (heat, curve, spread), run in zip(grid, runs, strict=True):
         own = [row for row in rows if row["run"] == run]
         steps = _distinct(own, "step")
         by_confidence = [[row for row in own if _is(row, step, "confidence")] for step in steps]
         accuracy = [[_number(row["accuracy"]) for row in line] for line in by_confidence]
-        picture = heat.imshow(
+        image = heat.imshow(
             accuracy, aspect="auto", origin="lower", extent=(0, 1, -0.5, len(steps) - 0.5), vmin=0, vmax=100
         )
-        figure.colorbar(picture, ax=heat)
+        figure.colorbar(image, ax=heat)
         heat.set(yticks=range(len(steps)), yticklabels=steps, xlabel="confidence", ylabel="step")
         heat.set_title(f"{run}: accuracy of CPL (%)")
         for step, line in zip(steps, by_confidence, strict=True):
@@ -115,31 +115,55 @@ def _reliability(figure: Any, rows: Rows) -> None:
 
 
 def _coexistence(figure: Any, rows: Rows) -> None:
-    axes = figure.subplots()
-    for offset, column in ((-0.2, "c_miou"), (0.2, "miou")):
-        heights = [_number(row[column]) for row in rows]
-        bars = axes.bar([place + offset for place in range(len(rows))], heights, width=0.4, label=column)
-        axes.bar_label(bars, fmt="%.1f")
-    axes.set(xticks=range(len(rows)), xticklabels=[row["run"] for row in rows], ylabel="CPL, %")
-    axes.legend()
+    heights = {column: [_number(row[column]) for row in rows] for column in ("c_miou", "miou")}
+    _bars(figure.subplots(), [row["run"] for row in rows], heights, "CPL (%)")
+
+
+def _classification(figure: Any, rows: Rows) -> None:
+    runs, heights = _distinct(rows, "run"), {}
+    for split in _distinct(rows, "split"):
+        found = {row["run"]: row["cls_map"] for row in rows if row["split"] == split}
+        heights[split] = [_number(found.get(run)) for run in runs]
+    _bars(figure.subplots(), runs, heights, "mean average precision of the classification (%)")
+
+
+def _thresholds(figure: Any, rows: Rows) -> None:
+    for axes, column in zip(figure.subplots(1, 2, sharey=True), ("xi", "aux_xi"), strict=True):
+        _lines(axes, rows, column, lambda row: (row["run"],), marker="")
+        axes.set(title="xi of M" if column == "xi" else "xi of M†", ylabel=column)
 
 
 _DRAWN: dict[str, tuple[Callable[[Any, Rows], None], int]] = {
+    "1a": (_classification, 1),
     "3": (_accuracy, 3),
     "4": (_filtered, 2),
     "6": (_networks, 2),
     "7": (_reliability, 4),
+    "9": (_thresholds, 2),
     "4b": (_coexistence, 1),
 }
 
 
-def _lines(axes: Any, rows: Rows, column: str, key: Callable[[dict[str, Any]], tuple[str, ...]]) -> None:
+def _bars(axes: Any, names: list[str], heights: dict[str, list[float]], ylabel: str) -> None:
+    """A group of bars for each name, one bar for each series."""
+    width = 0.8 / len(heights)
+    for index, (label, values) in enumerate(heights.items()):
+        offset = (index - (len(heights) - 1) / 2) * width
+        bars = axes.bar([place + offset for place in range(len(names))], values, width=width, label=label)
+        axes.bar_label(bars, fmt="%.1f")
+    axes.set(xticks=range(len(names)), xticklabels=names, ylabel=ylabel)
+    axes.legend()
+
+
+def _lines(
+    axes: Any, rows: Rows, column: str, key: Callable[[dict[str, Any]], tuple[str, ...]], marker: str = "o"
+) -> None:
     """A line over the steps for each value of `key`."""
     series: dict[tuple[str, ...], list[tuple[int, float]]] = {}
     for row in rows:
         series.setdefault(key(row), []).append((row["step"], _number(row[column])))
     for name, points in series.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=", ".join(name))
+        axes.plot(*zip(*sorted(points), strict=True), marker=marker, label=", ".join(name))
     axes.set_xlabel("step")
     axes.legend()
 

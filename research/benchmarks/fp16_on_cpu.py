@@ -1,8 +1,9 @@
-"""Train in fp16 on a CPU as scripts/train.py does on a GPU: the same loop, autocast to fp16, scaled gradients.
+"""Train in fp16 on a CPU as `cosa-hf train` does on a GPU: the same loop, autocast to fp16, scaled gradients.
 
-Accelerate has no fp16 on CPUs, where it is several times as slow as fp32; torch has both parts of it.
+Accelerate does not offer fp16 on CPUs, where it is several times as slow as fp32; torch has both halves of it.
 
-    python benchmarks/fp16_on_cpu.py --recipe shapes-tiny --max_steps 650 --warmup_steps 225 --output_dir runs/fp16
+    python research/benchmarks/fp16_on_cpu.py --recipe shapes-tiny --max_steps 650 --warmup_steps 225 \\
+        --output_dir runs/fp16
 """
 
 import sys

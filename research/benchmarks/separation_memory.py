@@ -1,9 +1,9 @@
 """Peak memory of contrastive separation (Eq. 9-10), forward and backward, for growing numbers of tokens.
 
-    python benchmarks/separation_memory.py --tokens 1024 4096 16384
+    python research/benchmarks/separation_memory.py --tokens 1024 4096 16384
 
-Every size runs in a process of its own, since the peak of a process never falls. Linux only: elsewhere the unit of
-`ru_maxrss` differs.
+Every size runs in a process of its own, since the peak memory of a process never falls. Linux only: elsewhere the unit
+of `ru_maxrss` differs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ MIB = 2**20
 
 def measure(tokens: int, classes: int) -> tuple[float, float]:
     """Peak memory above that of the loaded library, MiB, and CPU seconds; one image, all its tokens in Omega."""
-    # Not at the top: a process starts with the peak of its parent, which therefore stays small.
+    # Imported here: a process starts with the peak of its parent, which therefore has to stay small.
     import torch
 
     from cosa_hf.objective.separation import contrastive_separation_loss
@@ -46,7 +46,9 @@ def main() -> None:
     arguments = parser.parse_args()
     for tokens in arguments.tokens:
         if tokens < 4 or math.isqrt(tokens) ** 2 != tokens:
-            parser.error(f"--tokens: a map of tokens is square here, and {tokens} is no square number from 4 on")
+            parser.error(
+                f"--tokens: the map of tokens is square here, and {tokens} is not a square number of at least 4"
+            )
 
     # Freed tensors go back to the system at once; glibc would keep those up to 32 MiB, and count them.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)

@@ -1,9 +1,9 @@
-"""Views per second on one core: what a loader's worker does with a photo, from JPEG bytes to two normalised crops.
+"""Views per second on one core: the work of a data loader's process, from JPEG bytes to two normalised crops.
 
-The photo is 500 x 375 pixels, as most of VOC and COCO; without --images it is drawn: smooth colours with grain, saved
-at quality 90, about as large a file as VOC's.
+    python research/benchmarks/views.py --images VOC2012/JPEGImages
 
-    python benchmarks/views.py --images VOC2012/JPEGImages
+The photos are 500 x 375 pixels, as most of VOC and COCO; without --images they are drawn: smooth colours with grain,
+saved at quality 90, about as large as VOC's files.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from cosa_hf.image_processing_cosa import to_rgb
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)  # as in a worker
+    torch.set_num_threads(1)  # as in a process of the loader
     files = photos(args.images)
     views = Views(args.crop_size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     images = [decode(content) for content in files]
@@ -70,7 +70,7 @@ def decode(content: bytes) -> Image.Image:
 
 
 def rate(work: Callable[[int], object], count: int, seconds: float) -> float:
-    """Calls per second of this process's CPU time: another program on the core makes no difference."""
+    """Calls per second of this process's CPU time, which does not count other programs on the core."""
     for index in range(3):
         work(index % count)
     done, started = 0, time.process_time()
@@ -82,7 +82,9 @@ def rate(work: Callable[[int], object], count: int, seconds: float) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="directory of JPEGs, the first 32 are used; drawn without")
-    parser.add_argument("--crop_size", type=int, default=448, help="pixels (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="CPU seconds a row (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=Path, help="directory of JPEGs, of which the first 32 are used (default: drawn)"
+    )
+    parser.add_argument("--crop_size", type=int, default=448, help="side in pixels (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="CPU seconds for each row (default: %(default)s)")
     main(parser.parse_args())

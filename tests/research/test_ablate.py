@@ -1,4 +1,4 @@
-"""research/ablate.py as a user runs it, on drawn shapes with a network of no worth."""
+"""research/ablate.py as a user runs it, on drawn shapes with a tiny network."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+import ablate
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,8 +21,8 @@ TINY = shlex.split(
 )
 
 
-def ablate(*arguments, timeout=1800):
-    command = [sys.executable, ROOT / "scripts" / "ablate.py", *arguments]
+def run_table(*arguments, timeout=1800):
+    command = [sys.executable, ROOT / "research" / "ablate.py", *arguments]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [*map(str, command)], capture_output=True, text=True, env=environment, timeout=timeout, cwd=ROOT
@@ -32,7 +33,7 @@ def ablate(*arguments, timeout=1800):
 @pytest.mark.timeout(3600)  # a dozen processes, each of which has to import everything first
 def test_a_table_is_run_once_and_its_markdown_is_what_was_measured(tmp_path):
     table = ("--table", "4b", *TINY, "--output_dir", tmp_path)
-    first = ablate(*table, "--seeds", 2, "--parallel", 2)
+    first = run_table(*table, "--seeds", 2, "--parallel", 2)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "without CSC: separation_weight 0.1 -> 0.0" in first.stdout
     assert first.stdout.count(": training, ") == 4
@@ -54,12 +55,12 @@ def test_a_table_is_run_once_and_its_markdown_is_what_was_measured(tmp_path):
     assert report["seg"]["miou"] == values["with CSC", "seg"][1]
     assert (tmp_path / "4b-val.png").is_file() == ("4b-val.png: matplotlib" not in first.stdout)
 
-    again = ablate(*table, "--seeds", 2)
+    again = run_table(*table, "--seeds", 2)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished before") == 4
     assert (tmp_path / "4b-val.md").read_text() == markdown
 
-    longer = ablate(*table, "--max_steps", 5, "--rows", "with CSC")
+    longer = run_table(*table, "--max_steps", 5, "--rows", "with CSC")
     assert longer.returncode == 0, longer.stderr
     assert ": training, " in longer.stdout
     assert "max_steps: 5" in (tmp_path / "4b-with-CSC-seed-0-2" / "recipe.yaml").read_text()
@@ -67,7 +68,7 @@ def test_a_table_is_run_once_and_its_markdown_is_what_was_measured(tmp_path):
 
 @pytest.mark.slow
 def test_what_cannot_be_trained_is_told_with_its_reason_and_the_rest_is_kept(tmp_path):
-    run = ablate("--table", "4b", *TINY, "--train_split", "nowhere", "--output_dir", tmp_path, "--rows", "with CSC")
+    run = run_table("--table", "4b", *TINY, "--train_split", "nowhere", "--output_dir", tmp_path, "--rows", "with CSC")
     assert run.returncode != 0
     assert "FAILED with CSC, seed 0: " in run.stdout
     assert "nowhere" in run.stdout
@@ -84,6 +85,6 @@ def test_what_cannot_be_trained_is_told_with_its_reason_and_the_rest_is_kept(tmp
     ],
 )
 def test_mistakes_are_named_before_anything_runs(arguments, message, tmp_path, complaint):
-    said = complaint("research/ablate.py", "--recipe", "shapes-tiny", *arguments, "--output_dir", tmp_path / "runs")
+    said = complaint(ablate.main, "--recipe", "shapes-tiny", *arguments, "--output_dir", tmp_path / "runs")
     assert re.search(message, said), said
     assert not (tmp_path / "runs").exists()

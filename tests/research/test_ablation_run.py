@@ -1,19 +1,20 @@
-"""Which runs a table needs, and that each is made once: with processes that only leave behind what real ones do."""
+"""Which runs a table needs, and that each is made once, with fake processes that write what real ones do."""
 
 import csv
 import json
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import ablation_run
+import ablations.run
 import pytest
 import yaml
-from ablation_report import write_results
-from ablation_run import Protocol, describe, execute, plan, row_recipes
-from ablation_tables import TABLES, Table
+from ablations.report import write_results
+from ablations.run import PROGRAM, Protocol, describe, execute, plan, row_recipes
+from ablations.tables import TABLES, Table
 
 from cosa_hf.evaluation.evaluate import PROTOCOLS
 from cosa_hf.training.config import TrainingConfig
@@ -36,14 +37,14 @@ class Processes:
         self.started, self.environments, self.crash = [], [], lambda command: False
 
     def __call__(self, command, env, stdout, stderr):
-        script, arguments = Path(command[1]).name, command[2:]
-        self.started.append((script, *arguments))
+        verb, *arguments = command[len(PROGRAM) :]
+        self.started.append((verb, *arguments))
         self.environments.append(env)
         self.code = 0
         if self.crash(self.started[-1]):
             stdout.write("started\nKeyError: what happened\n")
             self.code = 1
-        elif script == "train.py":
+        elif verb == "train":
             fields = {name[2:]: yaml.safe_load(value) for name, value in zip(*[iter(arguments)] * 2, strict=True)}
             recipe = TrainingConfig.from_mapping(vars(BASE) | fields)
             recipe.to_yaml(Path(recipe.output_dir) / "recipe.yaml")
@@ -51,6 +52,7 @@ class Processes:
         else:
             value = 50.0 + len(self.started)
             report = {protocol: {"miou": value, "coexistence_miou": value / 2} for protocol in PROTOCOLS}
+            report["cls_map"] = value + 30
             scales = arguments[arguments.index("--scales") + 1 :]
             report["protocol"] = {
                 "split": arguments[arguments.index("--split") + 1],
@@ -63,22 +65,22 @@ class Processes:
     def wait(self):
         return self.code
 
-    def scripts(self):
-        started, self.started = [script for script, *_ in self.started], []
+    def verbs(self):
+        started, self.started = [verb for verb, *_ in self.started], []
         return started
 
 
 @pytest.fixture
 def processes(monkeypatch):
     fake = Processes()
-    monkeypatch.setattr(ablation_run.subprocess, "Popen", fake)
+    monkeypatch.setattr(ablations.run.subprocess, "Popen", fake)
     return fake
 
 
 @pytest.fixture
 def trainings(tmp_path):
     def make(name="4b", table=TABLE, base=BASE, seeds=1, protocol=QUICK, rows=None):
-        return plan(name, table, row_recipes(table, base, rows), FLAGS, seeds, tmp_path, protocol, Path("scripts"))
+        return plan(name, table, row_recipes(table, base, rows), FLAGS, seeds, tmp_path, protocol)
 
     return make
 
@@ -111,7 +113,7 @@ def test_rows_of_one_recipe_share_their_runs(trainings, processes):
     planned = trainings(table=table, seeds=2)
     assert [training.rows for training in planned] == [["recipe", "csc 0.1"]] * 2
     execute(planned)
-    assert processes.scripts() == ["train.py", "evaluate.py"] * 2
+    assert processes.verbs() == ["train", "evaluate"] * 2
 
 
 def test_every_seed_of_every_row_is_trained_and_scored_once(trainings, processes, capsys):
@@ -123,23 +125,23 @@ def test_every_seed_of_every_row_is_trained_and_scored_once(trainings, processes
         (["without CSC"], 1),
     ]
     assert execute(planned) == {}
-    assert processes.scripts() == ["train.py", "evaluate.py"] * 4
+    assert processes.verbs() == ["train", "evaluate"] * 4
     assert execute(trainings(seeds=2)) == {}
-    assert processes.scripts() == []
+    assert processes.verbs() == []
     assert capsys.readouterr().out.count("finished before") == 4
     execute(trainings(seeds=3))
-    assert processes.scripts() == ["train.py", "evaluate.py"] * 2
+    assert processes.verbs() == ["train", "evaluate"] * 2
 
 
 def test_commands_are_the_flags_then_the_row(trainings, processes, tmp_path):
     (training,) = trainings(rows=["without CSC"])
     run = tmp_path / "4b-without-CSC-seed-0"
     assert training.train_command == [
-        *("scripts/train.py", "--max_steps", "40", "--separation_weight", "0.0", "--seed", "0"),
+        *("train", "--max_steps", "40", "--separation_weight", "0.0", "--seed", "0"),
         *("--output_dir", str(run)),
     ]
     assert training.evaluate_command == [
-        *("scripts/evaluate.py", str(run / "assignment"), "--dataset", "shapes", "--split", "val"),
+        *("evaluate", str(run / "assignment"), "--dataset", "shapes", "--split", "val"),
         *("--scales", "1", "--no_flip", "--report", str(run / "report-val.json")),
     ]
 
@@ -161,14 +163,14 @@ def test_a_list_of_a_row_is_given_value_by_value(trainings):
 
 def test_another_recipe_is_run_anew_beside_the_old_one(trainings, processes, tmp_path):
     execute(trainings())
-    processes.scripts()
+    processes.verbs()
     longer = replace(BASE, max_steps=50)
     planned = trainings(base=longer)
     assert [training.directory.name for training in planned] == ["4b-with-CSC-seed-0-2", "4b-without-CSC-seed-0-2"]
     for training in planned:
         training.train_command[training.train_command.index("40")] = "50"
     execute(planned)
-    assert processes.scripts() == ["train.py", "evaluate.py"] * 2
+    assert processes.verbs() == ["train", "evaluate"] * 2
     for base, steps in ((BASE, 40), (longer, 50)):
         assert {training.state() for training in trainings(base=base)} == {"scored"}
         assert {training.recipe.max_steps for training in trainings(base=base)} == {steps}
@@ -176,44 +178,44 @@ def test_another_recipe_is_run_anew_beside_the_old_one(trainings, processes, tmp
 
 def test_tables_share_the_runs_of_equal_recipes(trainings, processes):
     execute(trainings(rows=["with CSC"]))
-    processes.scripts()
+    processes.verbs()
     planned = trainings("fig9", TABLES["fig9"], rows=["DT", "xi 0.45"])
     assert [training.directory.name for training in planned] == ["4b-with-CSC-seed-0", "fig9-xi-0.45-seed-0"]
     execute(planned)
-    assert processes.scripts() == ["train.py", "evaluate.py"]
+    assert processes.verbs() == ["train", "evaluate"]
 
 
 def test_another_protocol_or_split_scores_again_and_trains_nothing(trainings, processes):
     execute(trainings())
-    processes.scripts()
+    processes.verbs()
     execute(trainings(protocol=Protocol("val", (1.0, 0.5), True)))
-    assert processes.scripts() == ["evaluate.py"] * 2
+    assert processes.verbs() == ["evaluate"] * 2
     other = trainings(base=replace(BASE, eval_split="test"), protocol=Protocol("test", (1.0,), False))
     execute(other)
-    assert processes.scripts() == ["evaluate.py"] * 2
+    assert processes.verbs() == ["evaluate"] * 2
     assert all((training.directory / "report-val.json").is_file() for training in other)
 
 
 def test_a_crash_costs_no_other_row_and_is_tried_again(trainings, processes, tmp_path, capsys):
-    processes.crash = lambda command: command[0] == "train.py" and "--separation_weight" not in command
+    processes.crash = lambda command: command[0] == "train" and "--separation_weight" not in command
     failed = execute(trainings())
     assert list(failed) == [tmp_path / "4b-with-CSC-seed-0"]
     assert "KeyError: what happened (exit code 1, see" in failed[tmp_path / "4b-with-CSC-seed-0"]
     assert "FAILED with CSC, seed 0: KeyError" in capsys.readouterr().out
     assert (tmp_path / "4b-without-CSC-seed-0" / "report-val.json").is_file()
-    processes.scripts()
+    processes.verbs()
     processes.crash = lambda command: False
     assert execute(trainings()) == {}
-    assert processes.scripts() == ["train.py", "evaluate.py"]
+    assert processes.verbs() == ["train", "evaluate"]
 
 
 def test_a_failed_evaluation_does_not_train_again(trainings, processes):
-    processes.crash = lambda command: command[0] == "evaluate.py"
+    processes.crash = lambda command: command[0] == "evaluate"
     assert len(execute(trainings())) == 2
-    processes.scripts()
+    processes.verbs()
     processes.crash = lambda command: False
     execute(trainings())
-    assert processes.scripts() == ["evaluate.py"] * 2
+    assert processes.verbs() == ["evaluate"] * 2
 
 
 def test_a_run_that_stopped_goes_on_from_its_checkpoint_or_starts_again(trainings, processes, tmp_path):
@@ -224,7 +226,7 @@ def test_a_run_that_stopped_goes_on_from_its_checkpoint_or_starts_again(training
     (tmp_path / "4b-with-CSC-seed-0" / "checkpoints" / "step-0000010").mkdir(parents=True)
     processes.started.clear()
     execute(trainings())
-    with_csc, without_csc = (command for command in processes.started if command[0] == "train.py")
+    with_csc, without_csc = (command for command in processes.started if command[0] == "train")
     assert with_csc[-2:] == ("--resume", "true")
     assert "--resume" not in without_csc
     assert (tmp_path / "4b-with-CSC-seed-0" / "log.jsonl").is_file()
@@ -247,7 +249,7 @@ def test_results_are_one_line_a_figure_and_the_markdown_their_mean(trainings, pr
     (table_csv, everything, markdown), summary = write_results("4b", TABLE, changes, planned, failed, tmp_path)
     assert [path.name for path in (table_csv, everything, markdown)] == ["4b-val.csv", "4b-val.json", "4b-val.md"]
     lines = list(csv.DictReader(table_csv.open()))
-    assert len(lines) == 2 * 2 * 6
+    assert len(lines) == 2 * 2 * 7
     assert lines[0] == {
         **{"table": "4b", "row": "with CSC", "seed": "0", "split": "val", "metric": "seg", "value": "52.0"},
         **{"network": "assignment", "run": str(tmp_path / "4b-with-CSC-seed-0")},
@@ -256,11 +258,11 @@ def test_results_are_one_line_a_figure_and_the_markdown_their_mean(trainings, pr
     text = markdown.read_text()
     assert "| with CSC | the recipe | 2 | 54.00 +- 2.83 |" in text
     assert "| without CSC | separation_weight 0.1 -> 0.0 | 2 | 56.00 +- 2.83 |" in text
-    assert "| 28.00 +- 1.41 | +2.00 |" in text
+    assert "| 28.00 +- 1.41 | 86.00 +- 2.83 | +2.00 |" in text
     assert summary["with CSC"]["seg"] == {"mean": 54.0, "std": pytest.approx(8**0.5), "n": 2}
     assert json.loads(everything.read_text())["summary"]["with CSC"]["seg"]["mean"] == 54.0
     for training in planned:
-        assert f"python {' '.join(training.train_command)}\npython {' '.join(training.evaluate_command)}" in text
+        assert f"cosa-hf {' '.join(training.train_command)}\ncosa-hf {' '.join(training.evaluate_command)}" in text
     assert "All rows are the assignment network." in text
 
 
@@ -279,19 +281,17 @@ def test_a_failed_row_is_named_and_has_no_figures(trainings, processes, tmp_path
     paths, summary = write_results("4b", TABLE, describe(row_recipes(TABLE, BASE), BASE), planned, failed, tmp_path)
     assert list(summary) == ["with CSC"]
     text = paths[2].read_text()
-    assert "| without CSC | separation_weight 0.1 -> 0.0 | 0 | - | - | - | - | - | - | - |" in text
+    assert "| without CSC | separation_weight 0.1 -> 0.0 | 0 | - | - | - | - | - | - | - | - |" in text
     assert "| with CSC | the recipe | 1 | 52.00 | 52.00 |" in text
     assert "## Failed" in text
     assert "KeyError: what happened" in text
 
 
-def test_an_interrupted_table_ends_what_it_started(trainings, tmp_path):
+def test_an_interrupted_table_ends_what_it_started(trainings, tmp_path, monkeypatch):
     # Started in the background of a shell, Python ignores the signal unless it is told not to.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    (tmp_path / "train.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(ablations.run, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(60)"))
     planned = trainings()
-    for training in planned:
-        training.train_command[0] = str(tmp_path / "train.py")
     here, log = threading.main_thread().ident, tmp_path / "4b-with-CSC-seed-0" / "train.log"
 
     def interrupt_once_started():

@@ -1,15 +1,14 @@
 """The tables as data: beside the paper's, and only fields that a recipe has."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
-from ablation_run import difference, row_recipes
-from ablation_tables import RELEASE, TABLES
+from ablations.run import difference, row_recipes
+from ablations.tables import RELEASE, TABLES
 
 from cosa_hf.training.config import TrainingConfig
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = TrainingConfig.directory
 
 
 @pytest.mark.parametrize("name", TABLES)

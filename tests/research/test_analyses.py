@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from analyses import (
     ANALYSES,
     PERPLEXITY_EDGES,
@@ -12,31 +13,36 @@ from analyses import (
     coexistence,
     cpl_accuracy,
     filtered_miou,
-    format_table,
     pseudo_label_miou,
     reliability_per_image,
 )
 from PIL import Image
 
-from cosa_hf.evaluation.evaluate import ImagePrediction
+from cosa_hf.inference import Segmentation
 
 NAMES = ["background", "cat", "dog"]
 CAT = [[0.97, 0.76, 0.52], [0.40, 0.10, 0.0]]
 TRUTH = [[1, 1, 0], [1, 0, 255]]
 
 
-def prediction(cat=CAT, truth=TRUTH, dog=None, aux_cat=None, spl=None, cam_mask=None, name="image"):
+def prediction(cat=CAT, truth=TRUTH, dog=None, aux_cat=None, spl=None, name="image"):
+    """An image with both tags and maps at its own size; the segmentation is the ground truth unless `spl` is given."""
+
     def maps(first, second=None):
         first = torch.tensor(first)
         return torch.stack([first, torch.zeros_like(first) if second is None else torch.tensor(second)])
 
     truth = torch.tensor(truth)
-    cams = maps(cat, dog)
-    masks = {"seg_tags": truth.clamp(max=2) if spl is None else torch.tensor(spl)}
-    if cam_mask is not None:
-        masks["cam"] = torch.tensor(cam_mask)
-    return ImagePrediction(
-        name, Image.new("RGB", truth.shape[::-1]), truth, cams, maps(aux_cat) if aux_cat else cams, masks
+    ids = truth.clamp(max=2) if spl is None else torch.tensor(spl)
+    cam = maps(cat, dog)
+    return Segmentation(
+        image_id=name,
+        image=Image.new("RGB", truth.shape[::-1]),
+        labels=torch.ones(2),
+        seg_logits=9.0 * F.one_hot(ids, 3).permute(2, 0, 1),
+        cam=cam,
+        aux_cam=maps(aux_cat) if aux_cat else cam,
+        ground_truth=truth,
     )
 
 
@@ -48,7 +54,7 @@ def test_bins_hold_their_lower_edge_and_the_last_one_both():
 
 
 def test_accuracy_by_confidence_and_by_perplexity():
-    # xi = 0.5 gives cat, cat, cat / background x 3; the truth is cat, cat, background / cat, background, ignored.
+    # xi = 0.5 gives cat, cat, cat / background x 3; ground truth: cat, cat, background / cat, background, ignored.
     rows = cpl_accuracy([prediction(), prediction()], Labelling(NAMES))
     confidence = {row["low"]: row for row in rows if row["against"] == "confidence" and row["pixels"]}
     assert {low: (row["pixels"], row["accuracy"]) for low, row in confidence.items()} == {
@@ -117,7 +123,7 @@ def test_reliability_is_each_images_own():
     nothing = prediction([[1.0, 0.0]], [[255, 255]], name="unlabelled")
     first, second, third = reliability_per_image([prediction(), sure, nothing], Labelling(NAMES))
     assert first["image_id"] == "image"
-    # The sixth pixel, ignored by the truth, has confidence 0 and so the least perplexity.
+    # The sixth pixel, ignored in the ground truth, has confidence 0 and so the least perplexity.
     distances = [0.94, 0.52, 0.04, 0.2, 0.8, 1.0]
     expected = sum(-math.log(0.8 * distance) for distance in distances) / 6
     assert first["perplexity"] == pytest.approx(expected, abs=1e-4)
@@ -128,10 +134,11 @@ def test_reliability_is_each_images_own():
 
 
 def test_coexistence_is_the_mean_over_the_named_classes():
-    labels = [[1, 1, 2], [2, 0, 0]]
-    image = prediction(truth=[[1, 1, 1], [2, 0, 0]], cam_mask=labels)
+    # The CAM at the model's own threshold, whatever the run's xi, labels the pixels 1, 1, 2 / 2, 0, 0.
+    cat, dog = [[0.9, 0.6, 0.0], [0.0, 0.4, 0.0]], [[0.0, 0.0, 0.9], [0.5, 0.0, 0.3]]
+    image = prediction(cat, truth=[[1, 1, 1], [2, 0, 0]], dog=dog)
     # cat 2 of 3, dog 1 of 2, background all
-    (row,) = coexistence([image], Labelling(NAMES, coexistence_classes=["cat"]))
+    (row,) = coexistence([image], Labelling(NAMES, threshold=0.2, coexistence_classes=["cat"]))
     assert row == {"c_miou": pytest.approx(200 / 3), "miou": pytest.approx(100 * (2 / 3 + 1 / 2 + 1) / 3)}
     assert coexistence([image], Labelling(NAMES))[0]["c_miou"] is None
 
@@ -144,6 +151,5 @@ def test_labels_are_the_strongest_class():
 
 @pytest.mark.parametrize("name", ANALYSES)
 def test_tables_have_the_same_columns_in_every_row(name):
-    rows = ANALYSES[name]([prediction(cam_mask=[[0, 0, 0], [0, 0, 0]])], Labelling(NAMES))
+    rows = ANALYSES[name]([prediction()], Labelling(NAMES))
     assert {tuple(row) for row in rows} == {tuple(rows[0])}
-    assert len(format_table(rows).splitlines()) == len(rows) + 1

@@ -1,10 +1,12 @@
-"""Pictures are written, one for every figure; without matplotlib a sentence says why there is none."""
+"""A plot is written for every figure; without matplotlib a sentence says why there is none."""
 
 import sys
 
 import pytest
+from analyses import ANALYSES
 from PIL import Image
-from plots import plot_ablation, plot_analysis
+from plots import plot_ablation, plot_figure
+from records import RECORDS
 
 SUMMARY = {
     "CoSA": {"seg": {"mean": 70.0, "std": 1.5, "n": 3}},
@@ -16,6 +18,8 @@ SUMMARY = {
 def rows_of(figure):
     """Two runs at two steps, one of them with values that could not be counted."""
     columns = {
+        "1a": [{"split": split, "images": 2, "cls_map": 90.0} for split in ("train", "val")],
+        "9": [{"xi": 0.4, "aux_xi": 0.3}],
         "3": [
             {
                 "against": against,
@@ -48,14 +52,14 @@ def rows_of(figure):
     ]
 
 
-@pytest.mark.parametrize("figure", ["3", "4", "6", "7", "4b"])
+@pytest.mark.parametrize("figure", [*ANALYSES, *RECORDS])
 def test_every_figure_is_drawn(figure, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "figure.png"
-    assert plot_analysis(figure, rows_of(figure), path) == str(path)
-    with Image.open(path) as picture:
-        assert picture.width > 300
-        assert len(picture.convert("RGB").getcolors(10**6)) > 10
+    assert plot_figure(figure, rows_of(figure), path) == str(path)
+    with Image.open(path) as image:
+        assert image.width > 300
+        assert len(image.convert("RGB").getcolors(10**6)) > 10
 
 
 def test_ablations_are_drawn_with_rows_that_have_no_figure_yet(tmp_path):

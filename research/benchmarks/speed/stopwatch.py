@@ -1,4 +1,4 @@
-"""Time by part of a step, the rate of matrix products, the peak of memory."""
+"""Time by phase of a step, the rate of matrix products, the peak of memory."""
 
 import resource
 import sys
@@ -14,14 +14,14 @@ STEP_REST = "rest"
 
 
 class Stopwatch:
-    """Gives every moment of a step to exactly one part, so that the parts add up to the step.
+    """Assigns every moment of a step to exactly one phase, so that the phases add up to the step.
 
-    A part inside another interrupts it. What lies in none is `rest`.
+    A phase inside another interrupts it. Time in no phase is `rest`.
 
     Args:
-        device: waited for at each change, where it works on its own.
+        device: synchronised at each change, where it works asynchronously.
         cpu_time: count what this process computes, not what it waits for: on a machine with other load, with one
-            thread. What a GPU does is not in it.
+            thread. The work of a GPU is not counted.
     """
 
     def __init__(self, device: torch.device, cpu_time: bool = False) -> None:
@@ -31,23 +31,23 @@ class Stopwatch:
         self.begin()
 
     def begin(self) -> None:
-        """A step begins here."""
-        self.parts: dict[str, float] = defaultdict(float)
+        """Begin a step."""
+        self.phases: dict[str, float] = defaultdict(float)
         self.last = self._now()
 
     def end(self) -> None:
-        """The step ends here."""
+        """End the step."""
         self.split(self.inside[-1])
-        self.steps.append(dict(self.parts))
+        self.steps.append(dict(self.phases))
 
     def split(self, name: str) -> None:
-        """Give the time since the last change to a part."""
+        """Assign the time since the last change to a phase."""
         now = self._now()
-        self.parts[name] += now - self.last
+        self.phases[name] += now - self.last
         self.last = now
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         self.split(self.inside[-1])
         self.inside.append(name)
         try:
@@ -57,10 +57,10 @@ class Stopwatch:
             self.inside.pop()
 
     def timed(self, name: str, function: Callable) -> Callable:
-        """The function, its time given to a part."""
+        """The function, its time assigned to a phase."""
 
         def call(*arguments: Any, **options: Any) -> Any:
-            with self.part(name):
+            with self.phase(name):
                 return function(*arguments, **options)
 
         return call
@@ -85,7 +85,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, cpu_time: bool) -> flo
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that the GPU has held for us, or else this process of the machine."""
+    """Peak memory in bytes: of the GPU, or without one of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

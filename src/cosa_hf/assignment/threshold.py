@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cosa_hf.objective.precision import at_least_float32
-from cosa_hf.objective.reliability import ProcessMean, single_process
+from cosa_hf.objective.targets import Reduce, one_process
+from cosa_hf.settings import Settings, setting
 
 BINS = 512
 # Confidences up to here are what min-max leaves of an inactive map. Their spike would be a Gaussian of its own and all
@@ -21,6 +23,28 @@ LOWEST: dict[Covariance, float] = {"full": FLOOR, "tied": 0.0}
 # Nats per value by which two Gaussians must explain the confidences better than one. A single narrow cluster gains
 # 1e-4, the confidences of real CAMs a hundred to a thousand times more.
 LEAST_GAIN = 1e-3
+
+
+@dataclass(kw_only=True)
+class ThresholdConfig(Settings):
+    """Where CAMs part foreground from background (Eq. 6). The defaults are the paper's."""
+
+    _argument_group_name = "Threshold (Eq. 6)"
+
+    dynamic_threshold: bool = setting(True, "DT (Eq. 6); false: stay at `threshold`")
+    threshold: float = setting(0.5, "xi at the start, or throughout", above=0, below=1)
+    threshold_decay: float = setting(
+        0.99,
+        "EMA decay of xi; 0.99 averages over about 100 steps, so use less for a run of a few hundred",
+        least=0,
+        below=1,
+    )
+    threshold_queue: int = setting(100, "batches that the mixture is fitted to", least=1)
+    threshold_covariance: Covariance = setting(
+        "full",
+        "Gaussians of Eq. 6: full, each as wide as fits the confidences above 0.05 (paper); tied, both equally wide, "
+        "fitted to all confidences (few images, clean CAMs)",
+    )
 
 
 class Mixture(NamedTuple):
@@ -46,18 +70,11 @@ class DynamicThreshold(nn.Module):
         mixture: what the last update fitted; None before the first, and where the fit said nothing.
 
     Args:
-        start: xi before the first fit, in (0, 1).
-        decay: of the EMA; 0.99 averages over about 100 steps, so use less for a run of a few hundred.
-        queue: batches remembered; 100 in the paper.
-        covariance: `full`, each Gaussian has its variance, fitted to what is above 0.05; `tied`, both share one, fitted
-            to all confidences. The paper's is `full`; docs/threshold.md compares them.
-
-    Raises:
-        ValueError: `start` outside (0, 1), `decay` outside [0, 1), an empty queue or another covariance.
+        config: start, decay, queue and covariance.
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> threshold = DynamicThreshold(decay=0.0)
+        >>> threshold = DynamicThreshold(ThresholdConfig(threshold_decay=0.0))
         >>> low, high = 0.2 + 0.05 * torch.randn(5000), 0.8 + 0.05 * torch.randn(5000)
         >>> threshold.update(torch.cat([low, high]).clamp(0, 1))
         >>> round(threshold.value, 1)
@@ -68,40 +85,30 @@ class DynamicThreshold(nn.Module):
     seen: Tensor
     current: Tensor
 
-    def __init__(
-        self, start: float = 0.5, decay: float = 0.99, queue: int = 100, covariance: Covariance = "full"
-    ) -> None:
+    def __init__(self, config: ThresholdConfig | None = None) -> None:
         super().__init__()
-        if not 0 < start < 1:
-            raise ValueError(f"the threshold must start inside (0, 1), got {start}")
-        if not 0 <= decay < 1:
-            raise ValueError(f"the threshold's decay must be in [0, 1), got {decay}")
-        if queue < 1:
-            raise ValueError(f"the threshold's queue must hold at least one batch, got {queue}")
-        if covariance not in LOWEST:
-            raise ValueError(f"the threshold's covariance must be one of {', '.join(LOWEST)}, got {covariance!r}")
-        self.decay = decay
-        self.covariance = covariance
+        config = config or ThresholdConfig()
+        self.decay, self.covariance = config.threshold_decay, config.threshold_covariance
         self.mixture: Mixture | None = None
-        self.register_buffer("histograms", torch.zeros(queue, BINS, dtype=torch.float64))
+        self.register_buffer("histograms", torch.zeros(config.threshold_queue, BINS, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
-        self.register_buffer("current", torch.tensor(start, dtype=torch.float64))
+        self.register_buffer("current", torch.tensor(config.threshold, dtype=torch.float64))
 
     @property
     def value(self) -> float:
         """xi, in (0, 1)."""
         return self.current.item()
 
-    def update(self, confidence: Tensor, mean: ProcessMean = single_process) -> None:
+    def update(self, confidence: Tensor, reduce: Reduce = one_process) -> None:
         """Take in one batch of confidences nu = max_c M' (any shape) and move xi.
 
-        With several processes `mean` gives all of them the same histogram, and so the same xi.
+        With several processes `reduce` gives all of them the same histogram, and so the same xi.
         """
         values = at_least_float32(confidence.detach())
         if self.covariance == "full":
             values = values[values > FLOOR]
         histogram = torch.histc(values, bins=BINS, min=LOWEST[self.covariance], max=1.0)
-        self.histograms[self.seen % len(self.histograms)] = mean(histogram).to(self.histograms)
+        self.histograms[self.seen % len(self.histograms)] = reduce(histogram).to(self.histograms)
         self.seen += 1
         self.mixture = fit_mixture(self.histograms.sum(dim=0), self.covariance)
         if self.mixture is not None:
@@ -118,7 +125,7 @@ def fit_mixture(
 
     Args:
         histogram: counts, (BINS,), float64, from LOWEST[covariance] to 1.
-        covariance: see `DynamicThreshold`.
+        covariance: see `ThresholdConfig`.
         iterations: the most EM steps.
         tolerance: stop once the means move less than this.
 

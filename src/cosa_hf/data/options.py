@@ -1,30 +1,38 @@
-"""What a reader has to be told about data that is not in one of the official layouts."""
+"""What a reader has to be told about a dataset."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from cosa_hf.settings import Settings, setting
 
 
 @dataclass(kw_only=True)
-class DatasetOptions:
-    """Options of the readers "folder" and "hub"; recipes and scripts have them as flags of the same names.
+class DatasetOptions(Settings):
+    """Options of the readers "folder" and "hub"; recipes and commands have them as flags of the same names.
 
     Example:
         >>> DatasetOptions(dataset_name="org/pets", label_column="label").image_column
         'image'
     """
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "hub: name on the Hub (org/name), or a local path that load_dataset takes"}
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "hub: which configuration, where it has several"}
-    )
-    image_column: str = field(default="image", metadata={"help": "hub: column of the images"})
-    label_column: str = field(default="labels", metadata={"help": "hub: column of the tags"})
-    mask_column: str = field(default="mask", metadata={"help": "hub: column of the masks, for evaluation"})
-    classes: list[str] | None = field(
-        default=None,
-        metadata={"help": "folder, hub: the classes in the order of their ids; without, all tags found, sorted"},
+    _argument_group_name = "Dataset"
+
+    dataset_name: str | None = setting(None, "hub: name on the Hub (org/name), or a local path that load_dataset takes")
+    dataset_config: str | None = setting(None, "hub: which configuration, where it has several")
+    image_column: str = setting("image", "hub: column of the images")
+    label_column: str = setting("labels", "hub: column of the tags")
+    mask_column: str = setting("mask", "hub: column of the masks, for evaluation")
+    classes: list[str] | None = setting(
+        None, "folder, hub: the classes in the order of their ids; default: all tags found, sorted"
     )
 
 
-__all__ = ["DatasetOptions"]
+@dataclass(kw_only=True)
+class DataConfig(DatasetOptions):
+    """Where a run's images come from, and what it is watched on."""
+
+    dataset: str = setting("voc", "voc, coco, folder, hub, or shapes (the demo set)")
+    data_dir: str | None = setting(None, "root of the dataset, e.g. VOCdevkit/VOC2012")
+    eval_split: str = setting("val", "split whose masks are compared with, if eval_every > 0")
+
+
+__all__ = ["DataConfig", "DatasetOptions"]

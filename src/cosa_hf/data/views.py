@@ -9,12 +9,31 @@ from PIL import Image, ImageFilter
 
 from cosa_hf.data.appearance import apply_appearance, draw_appearance
 from cosa_hf.data.images import IGNORE_INDEX
+from cosa_hf.settings import Settings, setting
 
 BLUR_PROBABILITY = 0.5
 # The paper gives the probability only. These are pixels of its 448-pixel crop; a smaller crop is blurred less, so that
 # the same share of an object's detail is lost.
 BLUR_SIGMA = (0.1, 2.0)
 BLUR_CROP = 448
+
+
+@dataclass(kw_only=True)
+class ViewConfig(Settings):
+    """How large images and crops are (Sec. 3.2, Tab. 8). The defaults are the paper's."""
+
+    _argument_group_name = "Views (Sec. 3.2)"
+
+    crop_size: int = setting(448, "side of the training crop, pixels", least=1)
+    input_size: int = setting(448, "side that images are resized to at inference, pixels", least=1)
+    scale_min: float = setting(0.5, "least random rescale", above=0)
+    scale_max: float = setting(2.0, "greatest random rescale", above=0)
+    num_workers: int = setting(4, "processes that read and augment images", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale_min > self.scale_max:
+            raise ValueError(f"scale_min must be at most scale_max = {self.scale_max}, got {self.scale_min}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,7 @@ class Views:
         crop_size: int,
         mean: Sequence[float],
         std: Sequence[float],
-        scale_range: tuple[float, float] = (0.5, 2.0),
+        scale_range: tuple[float, float] = (ViewConfig.scale_min, ViewConfig.scale_max),
     ):
         if crop_size < 1:
             raise ValueError(f"crop_size must be at least 1 pixel, got {crop_size}")

@@ -1,4 +1,4 @@
-"""Eq. 11: the objective of the online network, as one object that returns its named parts."""
+"""Eq. 11: the objective of the online network, from the targets of a step to its named terms."""
 
 import math
 from collections.abc import Callable
@@ -12,85 +12,108 @@ from torch import Tensor
 from cosa_hf.objective.classification import classification_loss
 from cosa_hf.objective.dense_energy import dense_energy_loss
 from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels, present_classes
-from cosa_hf.objective.reliability import ProcessMean, perplexity, reliability_weights, single_process
-from cosa_hf.objective.separation import contrastive_separation_loss
+from cosa_hf.objective.reliability import perplexity
+from cosa_hf.objective.separation import LEAST_TEMPERATURE, contrastive_separation_loss
 from cosa_hf.objective.swapping import cam2seg_loss, seg2cam_loss
+from cosa_hf.objective.targets import Reduce, Targets, anchors, normalized, one_process
+from cosa_hf.settings import Settings, setting
+
+UNKNOWN = -100  # an id that no class can have, however many there are
 
 
-@dataclass(frozen=True)
-class CoSAObjective:
+@dataclass(kw_only=True)
+class ObjectiveConfig(Settings):
+    """Weights and switches of Eq. 3-11. The defaults are the paper's; "release" names what the released code differs in."""
+
+    _argument_group_name = "Objective (Eq. 3-11)"
+
+    cam2seg_weight: float = setting(0.1, "lambda_c2s, labels from M'", least=0)
+    aux_cam2seg_weight: float = setting(0.1, "lambda_c2s, labels from M†'", least=0)
+    seg2cam_weight: float = setting(0.05, "lambda_s2c", least=0)
+    separation_weight: float = setting(0.1, "lambda_csc (CSC)", least=0)
+    reliability_weighting: bool = setting(True, "RAW")
+    perplexity_alpha: float = setting(
+        0.8,
+        "lambda_alpha of Eq. 4; towards 1 the least perplexity goes to 0, and its reciprocal, a weight, to infinity",
+        above=0,
+        most=0.999,
+    )
+    perplexity_beta: float = setting(1.0, "lambda_beta of Eq. 4", least=0)
+    perplexity_epsilon: float = setting(1.0, "highest perplexity of a token in Omega (Eq. 9)", least=0, infinite=True)
+    separation_temperature: float = setting(0.5, "of the contrast, Eq. 10", least=LEAST_TEMPERATURE)
+    separation_scope: Literal["image", "batch"] = setting("image", "which tokens see each other in Eq. 10")
+    detach: Literal["none", "features", "classifier"] = setting(
+        "none", "what the gradient of Seg2CAM does not reach: nothing, F or W_fc (Tab. 4a)"
+    )
+    supervision_stride: int = setting(1, "CAM2Seg looks at one point in so many pixels, in both directions", least=1)
+    background_threshold: float | None = setting(
+        None, "CAM2Seg ignores confidences from here to a fixed `threshold` (release); default: none", least=0
+    )
+    balanced: bool = setting(False, "background and foreground make up half of CAM2Seg each (release)")
+    relu_cams: bool = setting(False, "Seg2CAM sees relu(M), which floors it at ln 2 for a background (release)")
+    dense_energy_weight: float = setting(0.0, "of the bilateral regulariser (release: 0.05)", least=0)
+    dense_energy_scale: float = setting(
+        0.5, "side of its grid, relative to the crop; its time grows with the fourth power", above=0, most=1
+    )
+
+
+@dataclass(kw_only=True)
+class CoSAObjective(ObjectiveConfig):
     """Classification, CAM2Seg from M' and M†', Seg2CAM and contrastive separation, weighted (Eq. 11).
 
-    A part whose weight is 0 is not computed. Without pseudo-labels (warm-up) only the classification parts remain. The
-    defaults are the paper's; the released code differs in the attributes that say so.
-
-    Attributes:
-        cam2seg_weight: lambda_c2s for the labels from M'.
-        aux_cam2seg_weight: lambda_c2s for the labels from M†'.
-        seg2cam_weight: lambda_s2c.
-        separation_weight: lambda_csc.
-        reliability_weighting: RAW on or off.
-        alpha: lambda_alpha of Eq. 4.
-        beta: lambda_beta of Eq. 4.
-        epsilon: the highest perplexity of a token in Omega (Eq. 9).
-        separation_temperature: of Eq. 10.
-        separation_scope: tokens of one image, or of the batch, see each other.
-        detach: what the gradient of Seg2CAM does not reach: nothing, F, or W_fc (Tab. 4a).
-        supervision_stride: CAM2Seg looks at one point in so many pixels, in both directions.
-        background_threshold: CAM2Seg ignores confidences from here up to xi (released code); None: no such range.
-        balanced: background and foreground make up half of CAM2Seg each (released code).
-        relu_cams: Seg2CAM sees relu(M), which floors it at ln 2 for a background (released code).
-        dense_energy_weight: of the regulariser (released code: 0.05).
-        dense_energy_scale: see `dense_energy_loss`.
-        ignore_index: the id that no loss counts; none that a class can have, however many there are.
+    First `targets`, once for all images of an optimiser step; then the objective itself, for each of its micro-batches. A
+    term whose weight is 0 is not computed. Without targets (warm-up) only the classification terms remain.
 
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> outputs = SimpleNamespace(cls_logits=torch.zeros(1, 2), aux_cls_logits=torch.zeros(1, 2))
-        >>> losses = CoSAObjective()(outputs, torch.ones(1, 2), torch.ones(1, 32, 32, dtype=torch.bool), None)
-        >>> sorted(losses)
+        >>> sorted(CoSAObjective()(outputs, labels=torch.ones(1, 2)))
         ['aux_cls', 'cls', 'loss']
     """
 
-    cam2seg_weight: float = 0.1
-    aux_cam2seg_weight: float = 0.1
-    seg2cam_weight: float = 0.05
-    separation_weight: float = 0.1
-    reliability_weighting: bool = True
-    alpha: float = 0.8
-    beta: float = 1.0
-    epsilon: float = 1.0
-    separation_temperature: float = 0.5
-    separation_scope: Literal["image", "batch"] = "image"
-    detach: Literal["none", "features", "classifier"] = "none"
-    supervision_stride: int = 1
-    background_threshold: float | None = None
-    balanced: bool = False
-    relu_cams: bool = False
-    dense_energy_weight: float = 0.0
-    dense_energy_scale: float = 0.5
-    ignore_index: int = -100
+    def targets(
+        self, pseudo_labels: PseudoLabels, valid: Tensor, micro_batches: int = 1, reduce: Reduce = one_process
+    ) -> Targets:
+        """Pseudo-labels as ids and weights, normalised over all micro-batches and processes of the step.
+
+        Args:
+            pseudo_labels: of this process's images of the step.
+            valid: V, (B, H, W).
+            micro_batches: that the images will be taken in, all of one size.
+            reduce: mean over processes; called once.
+        """
+        cpl, cpl_weights = self._cam2seg(pseudo_labels.cams, pseudo_labels.threshold, valid)
+        aux_cpl, aux_cpl_weights = self._cam2seg(pseudo_labels.aux_cams, pseudo_labels.aux_threshold, valid)
+        spl = pseudo_labels.segmentation
+        tokens = valid_tokens(valid, spl)
+        guided = tokens & spl.any(dim=1)  # ground truth leaves pixels open
+        members = self._omega(pseudo_labels, tokens)
+        anchored = torch.cat([anchors(part, self.separation_scope) for part in members.chunk(micro_batches)])
+
+        weights = [*cpl_weights, *aux_cpl_weights, guided.to(cpl_weights[0]), anchored.to(cpl_weights[0])]
+        *halves, spl_weights, anchor_weights = normalized(weights, micro_batches, reduce)
+        count = len(cpl_weights)
+        cpl_share, aux_cpl_share = (torch.stack(part).sum(dim=0) / count for part in (halves[:count], halves[count:]))
+        return Targets(cpl, cpl_share, aux_cpl, aux_cpl_share, spl, spl_weights, members, anchor_weights)
 
     def __call__(
         self,
         outputs: Any,
         labels: Tensor,
-        valid: Tensor,
-        pseudo_labels: PseudoLabels | None,
-        mean: ProcessMean = single_process,
+        targets: Targets | None = None,
+        valid: Tensor | None = None,
         images: Tensor | None = None,
         classifier: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The parts and their weighted sum.
+        """The terms and their weighted sum.
 
         Args:
             outputs: of the online network on the strong view (`cls_logits`, `cam_logits`, `logits`, ...; with `detach`
                 also `hidden_states`).
             labels: multi-hot tags, (B, C).
-            valid: V at pixel resolution, (B, H, W).
-            pseudo_labels: what the assignment network said about the weak view; None during warm-up.
-            mean: see `reliability.ProcessMean`.
+            targets: of these images; None during warm-up.
+            valid: V, (B, H, W); for the dense energy alone.
             images: what `outputs` were made of, (B, 3, H, W) in steps of 0..255; for the dense energy alone.
             classifier: W_fc, (C, D, 1, 1); for `detach` alone.
 
@@ -102,36 +125,62 @@ class CoSAObjective:
             "aux_cls": classification_loss(outputs.aux_cls_logits, labels),
         }
         total = losses["cls"] + losses["aux_cls"]
-        if pseudo_labels is not None:
-            cams, xi = pseudo_labels.cams, pseudo_labels.threshold
-            aux_cams, aux_xi = pseudo_labels.aux_cams, pseudo_labels.aux_threshold
-            parts: dict[str, tuple[float, Callable[..., Tensor], tuple]] = {
-                "c2s": (self.cam2seg_weight, self._cam2seg, (outputs, cams, xi)),
-                "aux_c2s": (self.aux_cam2seg_weight, self._cam2seg, (outputs, aux_cams, aux_xi)),
-                "s2c": (self.seg2cam_weight, self._seg2cam, (outputs, classifier, pseudo_labels)),
-                "csc": (self.separation_weight, self._separation, (outputs, pseudo_labels)),
-                "energy": (self.dense_energy_weight, self._dense_energy, (outputs, images, cams, xi)),
-            }
-            for name, (weight, part, arguments) in parts.items():
-                if weight:
-                    losses[name] = part(*arguments, valid, mean)
-                    total = total + weight * losses[name]
+        for name, (weight, term) in self._terms(outputs, targets, valid, images, classifier).items():
+            if weight:
+                losses[name] = term()
+                total = total + weight * losses[name]
         return losses | {"loss": total}
 
-    def _cam2seg(self, outputs: Any, cams: Tensor, threshold: float, valid: Tensor, mean: ProcessMean) -> Tensor:
+    def _terms(
+        self, outputs: Any, targets: Targets | None, valid: Any, images: Any, classifier: Tensor | None
+    ) -> dict[str, tuple[float, Callable[[], Tensor]]]:
+        """What the pseudo-labels teach: by name, lambda and the loss."""
+        if targets is None:
+            return {}
+        cpl, cpl_weights, aux_cpl, aux_cpl_weights, spl, spl_weights, members, anchor_weights = targets
+        temperature, scope = self.separation_temperature, self.separation_scope
+        return {
+            "c2s": (self.cam2seg_weight, lambda: cam2seg_loss(outputs.logits, cpl, cpl_weights)),
+            "aux_c2s": (self.aux_cam2seg_weight, lambda: cam2seg_loss(outputs.logits, aux_cpl, aux_cpl_weights)),
+            "s2c": (
+                self.seg2cam_weight,
+                lambda: seg2cam_loss(self._guided_cams(outputs, classifier), spl, spl_weights),
+            ),
+            "csc": (
+                self.separation_weight,
+                lambda: contrastive_separation_loss(outputs.cam_logits, members, anchor_weights, temperature, scope),
+            ),
+            "energy": (
+                self.dense_energy_weight,
+                # A mean over images, of which every micro-batch and process has as many: nothing to normalise.
+                lambda: dense_energy_loss(outputs.logits, images, valid, cpl_weights > 0, self.dense_energy_scale),
+            ),
+        }
+
+    def _cam2seg(self, cams: Tensor, threshold: float, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """CPL (Eq. 3) at pixel resolution, and weights whose shares of the loss are equal: one, or two if balanced."""
         grid = [math.ceil(side / self.supervision_stride) for side in valid.shape[-2:]]
         cams, classes = present_classes(cams)
         cams = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
-        valid = valid_tokens(valid, cams)
-        ids = cam_pseudo_labels(cams, threshold, valid, self.ignore_index, self.background_threshold, classes)
-        weights = None
+        ids = cam_pseudo_labels(cams, threshold, valid_tokens(valid, cams), UNKNOWN, self.background_threshold, classes)
+        known = ids != UNKNOWN
+        weights = known.to(torch.promote_types(cams.dtype, torch.float32))
         if self.reliability_weighting:
-            weights = reliability_weights(self._perplexity(cams, threshold), valid, mean)
-        return cam2seg_loss(outputs.logits, ids, weights, self.ignore_index, mean, self.balanced)
+            weights = weights / self._perplexity(cams, threshold)  # RAW: reliability, to be normalised
+        ids = ids.masked_fill(~known, 0)
+        return ids, [weights * (ids == 0), weights * (ids > 0)] if self.balanced else [weights]
 
-    def _seg2cam(
-        self, outputs: Any, classifier: Tensor | None, targets: PseudoLabels, valid: Tensor, mean: ProcessMean
-    ) -> Tensor:
+    def _omega(self, pseudo_labels: PseudoLabels, tokens: Tensor) -> Tensor:
+        """Eq. 9: the labels of the tokens that M†' is certain of, -1 elsewhere."""
+        cams, threshold = pseudo_labels.aux_cams, pseudo_labels.aux_threshold
+        certain = self._perplexity(cams, threshold) <= self.perplexity_epsilon
+        return cam_pseudo_labels(cams, threshold, certain & tokens, ignore_index=-1)
+
+    def _perplexity(self, cams: Tensor, threshold: float) -> Tensor:
+        return perplexity(cams.amax(dim=1), threshold, self.perplexity_alpha, self.perplexity_beta)
+
+    def _guided_cams(self, outputs: Any, classifier: Tensor | None) -> Tensor:
+        """M as Seg2CAM sees it."""
         cam_logits = outputs.cam_logits
         if self.detach != "none":
             # M over again, with the gradient stopped in one of its two factors; CSC goes on seeing the whole of it.
@@ -139,34 +188,27 @@ class CoSAObjective:
             features = outputs.hidden_states[-1]
             factors = (features.detach(), classifier) if self.detach == "features" else (features, classifier.detach())
             cam_logits = F.conv2d(*factors)
-        if self.relu_cams:
-            cam_logits = cam_logits.relu()
-        known = targets.segmentation.any(dim=1)  # true masks leave pixels open
-        return seg2cam_loss(cam_logits, targets.segmentation, valid_tokens(valid, cam_logits) & known, mean)
+        return cam_logits.relu() if self.relu_cams else cam_logits
 
-    def _separation(self, outputs: Any, targets: PseudoLabels, valid: Tensor, mean: ProcessMean) -> Tensor:
-        certain = self._perplexity(targets.aux_cams, targets.aux_threshold) <= self.epsilon
-        return contrastive_separation_loss(
-            outputs.cam_logits,
-            cam_pseudo_labels(targets.aux_cams, targets.aux_threshold),
-            certain & valid_tokens(valid, outputs.cam_logits),
-            self.separation_temperature,
-            self.separation_scope,
-            mean,
-        )
 
-    def _dense_energy(
-        self, outputs: Any, images: Tensor | None, cams: Tensor, threshold: float, valid: Tensor, _mean: ProcessMean
-    ) -> Tensor:
-        assert images is not None
-        cams, _ = present_classes(cams)
-        cams = F.interpolate(cams, size=valid.shape[-2:], mode="bilinear", align_corners=False)
-        ids = cam_pseudo_labels(cams, threshold, valid, self.ignore_index, self.background_threshold)
-        # A mean over images, of which every process has as many: its gradients need no common count.
-        return dense_energy_loss(outputs.logits, images, valid, ids != self.ignore_index, self.dense_energy_scale)
+def mask_targets(masks: Tensor, ignore_index: int, micro_batches: int = 1, reduce: Reduce = one_process) -> Targets:
+    """Ground truth in the place of CPL, for the supervised bound: all that is known weighs alike.
 
-    def _perplexity(self, cams: Tensor, threshold: float) -> Tensor:
-        return perplexity(cams.amax(dim=1), threshold, self.alpha, self.beta)
+    Args:
+        masks: class ids, (B, H, W).
+        ignore_index: the id that does not count.
+        micro_batches: as in `CoSAObjective.targets`.
+        reduce: as there.
+
+    Example:
+        >>> targets = mask_targets(torch.tensor([[[2, 255]]]), ignore_index=255)
+        >>> targets.cpl.tolist(), targets.cpl_weights.tolist()
+        ([[[2, 0]]], [[[1.0, 0.0]]])
+    """
+    known = masks != ignore_index
+    (weights,) = normalized([known.float()], micro_batches, reduce)
+    ids, nothing = masks.masked_fill(~known, 0), torch.zeros_like(weights)
+    return Targets(ids, weights, ids, nothing, nothing[:, None], nothing, ids.new_full(ids.shape, -1), nothing)
 
 
 def valid_tokens(valid: Tensor, maps: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 A checkpoint is written whole or not at all, checked when read, and nothing in it could run code.
 """
 
+import hashlib
 import json
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cosa_hf._version import __version__
 from cosa_hf.files import remove_unfinished, whole_file
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.training.config import TrainingConfig
+
+FORMAT = "2"
+"""Of the files written here. Files of the first format do not say so, nor by which version they were written."""
+FIRST_VERSION = "0.1.0"
 
 
 class Stateful(Protocol):
@@ -76,6 +82,63 @@ class Progress:
         self._started = time.monotonic() - state["seconds"]
 
 
+class TrainingData:
+    """Which classes, images and tags a run learns from: what was learned as cat must not go on as dog.
+
+    Raises:
+        ValueError: at loading, the checkpoint's run learned from others; the message says how they differ.
+
+    Args:
+        classes: their names in order.
+        rows: ids and tags (class indices) of all images; None of a stream, which is not known beforehand.
+        allow_changed: take other images and tags, but never other classes.
+
+    Example:
+        >>> before = TrainingData(["cat", "dog"], [("a", [0]), ("b", [1])]).state_dict()
+        >>> TrainingData(["zebra", "dog"], [("a", [0]), ("b", [1])]).load_state_dict(before)
+        Traceback (most recent call last):
+        ValueError: the checkpoint's run has the classes cat, dog; this one has zebra, dog: ...
+    """
+
+    def __init__(
+        self, classes: Sequence[str], rows: Iterable[tuple[str, list[int]]] | None, allow_changed: bool = False
+    ) -> None:
+        self.classes, self.allow_changed = list(classes), allow_changed
+        self.images, self.tags, self.sha256 = 0, [0] * len(self.classes), None
+        if rows is not None:
+            digest = hashlib.sha256()
+            for image_id, labels in rows:
+                digest.update(json.dumps([image_id, sorted(labels)]).encode())
+                self.images += 1
+                for label in labels:
+                    self.tags[label] += 1
+            self.sha256 = digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("classes", "images", "tags", "sha256")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["classes"] != self.classes:
+            raise ValueError(
+                f"the checkpoint's run has the classes {', '.join(state['classes'])}; this one has "
+                f"{', '.join(self.classes)}: give the data its former classes, or start anew in another output_dir"
+            )
+        if state["sha256"] != self.sha256 and not self.allow_changed:
+            changes = [
+                f"{name} {before} -> {now}"
+                for name, before, now in zip(
+                    ["images", *self.classes], [state["images"], *state["tags"]], [self.images, *self.tags], strict=True
+                )
+                if before != now
+            ]
+            raise ValueError(
+                "images or tags are not those of the checkpoint's run "
+                f"({', '.join(changes) or 'as many of each class, but other ids or tags'}): restore them, pass "
+                "--allow_changed_data true if the change is meant, or start anew in another output_dir"
+            )
+
+
 class Checkpoints:
     """The checkpoints of one run, `output_dir/checkpoints/step-N.safetensors`, the newest `keep` of them.
 
@@ -104,30 +167,25 @@ class Checkpoints:
         self.parts: dict[str, Stateful] = parts
         self.before_update = before_update
         self.saved_step = 0
-        self._held: dict[str, Any] | None = None
+        self._snapshot: dict[str, Any] | None = None
 
-    @property
-    def held(self) -> bool:
-        """Whether the state as of the last whole step can be saved: not while the weights are being changed."""
-        return self._held is not None
-
-    def hold(self) -> None:
+    def snapshot(self) -> None:
         """Between two steps: remember what the next changes before it changes the weights, so that `save` can leave
         that out."""
-        self._held = {name: _pack(self.parts[name].state_dict(), copy=True) for name in self.before_update}
-        self._held["random"] = self._random_state()
+        self._snapshot = {name: _pack(self.parts[name].state_dict(), copy=True) for name in self.before_update}
+        self._snapshot["random"] = self._random_state()
 
-    def release(self) -> None:
-        """The step is to be kept: weights change from here on, and the next save is of what there is then."""
-        self._held = None
+    def drop_snapshot(self) -> None:
+        """Weights change from here on, and the next save is of what there is then."""
+        self._snapshot = None
 
     def is_finite(self) -> bool:
         """Whether all numbers that `save` would write are."""
         return all(bool(tensor.isfinite().all()) for tensor in _tensors(self._packed()))
 
     def _packed(self) -> dict[str, Any]:
-        held = self._held or {"random": self._random_state()}
-        return {name: _pack(part.state_dict()) for name, part in self.parts.items() if name not in held} | held
+        snapshot = self._snapshot or {"random": self._random_state()}
+        return {name: _pack(part.state_dict()) for name, part in self.parts.items() if name not in snapshot} | snapshot
 
     def save(self, step: int) -> Path:
         """Write the state after `step` steps and remove what is older than the newest `keep`. For all processes.
@@ -155,7 +213,7 @@ class Checkpoints:
             whole = self.all()
             raise OSError(
                 f"cannot write the checkpoint of step {step} to {self.directory}: {reason}. "
-                + (f"The last whole one is {whole[-1].name}" if whole else "There is none before it")
+                + (f"The last complete one is {whole[-1].name}" if whole else "There is none before it")
             ) from failure
         self.saved_step = step
         return final
@@ -167,7 +225,7 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: there is none to resume from.
-            ValueError: it is of another kind of run; the message names what differs.
+            ValueError: it is of another version or another kind of run; the message names what differs.
         """
         with self.accelerator.main_process_first():
             path, packed = self._newest_whole()
@@ -184,6 +242,7 @@ class Checkpoints:
 
     def _newest_whole(self) -> tuple[Path, dict[str, Any]]:
         for path in reversed(self.all()):
+            _require_known_format(path)
             try:
                 return path, read_checkpoint(path)
             except (OSError, SafetensorError, ValueError) as error:
@@ -260,7 +319,21 @@ def _write(path: Path, packed: dict[str, Any]) -> None:
         return [name_tensors(item) for item in value] if isinstance(value, list) else value
 
     tree = json.dumps(name_tensors(packed))
-    save_file(tensors, path, metadata={"tree": tree, "checksum": _checksum(tree, tensors)})
+    about = {"format": FORMAT, "version": __version__}
+    save_file(tensors, path, metadata=about | {"tree": tree, "checksum": _checksum(tree, tensors)})
+
+
+def _require_known_format(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return  # whoever reads it says that it is damaged
+    if "tree" in metadata and metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was written by cosa_hf {metadata.get('version', FIRST_VERSION)}, whose checkpoints this version "
+            f"({__version__}) does not read: finish the run with that version, or start anew in another output_dir"
+        )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

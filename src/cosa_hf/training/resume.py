@@ -19,7 +19,7 @@ def require_unused(output_dir: Path, checkpoints: Checkpoints) -> None:
         raise ValueError(f"{found[-1]} is of an earlier run: --resume it, remove it, or choose another output_dir")
 
 
-def resume(recipe: RunConfig, checkpoints: Checkpoints, progress: Progress, accelerator: Accelerator) -> None:
+def resume(config: RunConfig, checkpoints: Checkpoints, progress: Progress, accelerator: Accelerator) -> None:
     """Go on from the newest checkpoint, and say which settings are others from here on.
 
     The recipe of the run so far is kept then, as `recipe-to-step-N.yaml`: with the new one it repeats the run.
@@ -29,23 +29,23 @@ def resume(recipe: RunConfig, checkpoints: Checkpoints, progress: Progress, acce
         ValueError: it is of another kind of run, of more steps, or of other values of what it holds; the message names
             which.
     """
-    file = Path(recipe.output_dir) / "recipe.yaml"
-    earlier = type(recipe).from_yaml(file) if file.is_file() else recipe
-    _require_same(recipe, earlier)
+    file = Path(config.output_dir) / "recipe.yaml"
+    earlier = type(config).from_yaml(file) if file.is_file() else config
+    _require_same(config, earlier)
     checkpoint = checkpoints.load()
-    if progress.step > recipe.max_steps:
-        raise ValueError(f"{checkpoint} is beyond max_steps = {recipe.max_steps}: ask for more steps")
+    if progress.step > config.max_steps:
+        raise ValueError(f"{checkpoint} is beyond max_steps = {config.max_steps}: ask for more steps")
     accelerator.print(f"resumed at step {progress.step} from {checkpoint}")
-    if changes := _changes(recipe, earlier):
+    if changes := _changes(config, earlier):
         kept = file.with_name(f"recipe-to-step-{progress.step:07d}.yaml")
         accelerator.print(f"other settings from here on: {', '.join(changes)}; those so far are in {kept}")
         if accelerator.is_main_process:
             earlier.to_yaml(kept)
 
 
-def _require_same(recipe: RunConfig, earlier: RunConfig) -> None:
-    for name in recipe.in_checkpoint:
-        held, asked = getattr(earlier, name), getattr(recipe, name)
+def _require_same(config: RunConfig, earlier: RunConfig) -> None:
+    for name in config.in_checkpoint:
+        held, asked = getattr(earlier, name), getattr(config, name)
         if asked != held:
             raise ValueError(
                 f"{name} of a resumed run stays {held}, which its checkpoint holds, got {asked}: keep it, or start "
@@ -53,7 +53,11 @@ def _require_same(recipe: RunConfig, earlier: RunConfig) -> None:
             )
 
 
-def _changes(recipe: RunConfig, earlier: RunConfig) -> list[str]:
-    names = [spec.name for spec in dataclasses.fields(recipe) if spec.name not in ("resume", "output_dir")]
-    pairs = [(name, getattr(earlier, name), getattr(recipe, name)) for name in names]
+def _changes(config: RunConfig, earlier: RunConfig) -> list[str]:
+    names = [
+        spec.name
+        for spec in dataclasses.fields(config)
+        if spec.name not in ("resume", "allow_changed_data", "output_dir")
+    ]
+    pairs = [(name, getattr(earlier, name), getattr(config, name)) for name in names]
     return [f"{name} {before} -> {now}" for name, before, now in pairs if before != now]

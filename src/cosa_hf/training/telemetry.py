@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from torch import Tensor
 
 from cosa_hf.assignment.threshold import DynamicThreshold
@@ -18,47 +17,50 @@ from cosa_hf.files import whole_file
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels
 from cosa_hf.objective.reliability import perplexity
+from cosa_hf.progress import progress
 from cosa_hf.training.config import RunConfig
 
 
 class Telemetry:
-    """Averages what it is told between log entries, over all processes, and sends it to bar, `log.jsonl` and tracker.
+    """Averages what it is told between log entries, over all processes; sends it to bar, `log.jsonl` and tracker.
 
     What has been summed up since the last entry is its state, so that a resumed run's entries equal the other's. A
     tracker that fails is warned about once and then left alone.
 
     Args:
         accelerator: only its main process writes.
-        recipe: gives the cadence and what the tracker shows as the run's settings.
+        config: gives the cadence and what the tracker shows as the run's settings.
         images_per_step: over all processes.
         shown: entries in the progress bar.
     """
 
     def __init__(
-        self, accelerator: Accelerator, recipe: RunConfig, images_per_step: int, shown: Sequence[str] = ("loss",)
+        self, accelerator: Accelerator, config: RunConfig, images_per_step: int, shown: Sequence[str] = ("loss",)
     ) -> None:
-        self.accelerator, self.recipe, self.images_per_step = accelerator, recipe, images_per_step
+        self.accelerator, self.config, self.images_per_step = accelerator, config, images_per_step
         self.shown = shown
-        self.log = Path(recipe.output_dir) / "log.jsonl"
+        self.log = Path(config.output_dir) / "log.jsonl"
         self.sums: dict[str, Tensor] = {}
         self.batches = 0
-        self.shares: dict[str, Tensor] = {}
+        self.label_statistics: dict[str, Tensor] = {}
         self.tracking = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "batches": self.batches, "shares": self.shares}
+        return {"sums": self.sums, "batches": self.batches, "label_statistics": self.label_statistics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.accelerator.device
-        self.sums, self.shares = (
-            {name: value.to(device) for name, value in state[part].items()} for part in ("sums", "shares")
+        self.sums, self.label_statistics = (
+            {name: value.to(device) for name, value in state[part].items()} for part in ("sums", "label_statistics")
         )
         self.batches = state["batches"]
 
     def begin(self, step: int) -> None:
         """Start after `step` steps: drop the entries of those that a resumed run will take again."""
-        self.bar = tqdm(total=self.recipe.max_steps, initial=step, unit="step", dynamic_ncols=True)
-        settings = {name: str(value) for name, value in vars(self.recipe).items()}
+        self.bar = progress(
+            total=self.config.max_steps, initial=step, unit="step", disable=not self.accelerator.is_main_process
+        )
+        settings = {name: str(value) for name, value in vars(self.config).items()}
         self._track(self.accelerator.init_trackers, "cosa_hf", config=settings)
         if self.accelerator.is_main_process:
             kept = [line for line in self._entries() if json.loads(line)["step"] <= step] if step else []
@@ -67,35 +69,33 @@ class Telemetry:
         self.accelerator.wait_for_everyone()
         self.steps, self.since = 0, time.perf_counter()
 
-    def add(self, losses: Sequence[dict[str, Tensor]], shares: dict[str, Tensor]) -> None:
-        """Take in the loss parts of a step's batches, and sums over the tokens of what it learned from."""
+    def add(self, losses: Sequence[dict[str, Tensor]], statistics: dict[str, Tensor]) -> None:
+        """Take in the loss terms of a step's micro-batches, and sums over the tokens of what they learned from."""
         self.batches += len(losses)
-        for part in losses:
-            for name, value in part.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-        for name, value in shares.items():
-            self.shares[name] = self.shares.get(name, 0.0) + value
+        for terms in losses:
+            _add(self.sums, {name: value.detach() for name, value in terms.items()})
+        _add(self.label_statistics, statistics)
 
-    def step(self, step: int, vitals: Callable[[], dict[str, float]]) -> None:
+    def step(self, step: int, metrics: Callable[[], dict[str, float]]) -> None:
         """Count one optimiser step; every `log_every` of them, write an entry.
 
         Args:
             step: its number.
-            vitals: gives what is to be logged as it is then, the same on every process.
+            metrics: gives what is to be logged as it is then, the same on every process.
         """
         self.steps += 1
         self.bar.update()
-        if step % self.recipe.log_every and step != self.recipe.max_steps:
+        if step % self.config.log_every and step != self.config.max_steps:
             return
         means = {name: value / self.batches for name, value in self._over_processes(self.sums).items()}
-        shares = self._over_processes(self.shares)
-        tokens = max(shares.pop("tokens", 0.0), 1.0)
-        values = means | {name: value / tokens for name, value in shares.items()} | vitals()
+        statistics = self._over_processes(self.label_statistics)
+        tokens = max(statistics.pop("tokens", 0.0), 1.0)
+        values = means | {name: value / tokens for name, value in statistics.items()} | metrics()
         self.bar.set_postfix({name: f"{values[name]:.3f}" for name in self.shown})
         seconds = time.perf_counter() - self.since
         values["images_per_second"] = self.images_per_step * self.steps / seconds
         self.write(step, values | {"memory_gb": memory(self.accelerator.device)})
-        self.sums, self.batches, self.shares = {}, 0, {}
+        self.sums, self.batches, self.label_statistics = {}, 0, {}
         self.steps, self.since = 0, time.perf_counter()
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -131,9 +131,14 @@ class Telemetry:
             # Whatever a service may raise: no dashboard is worth a run.
             self.tracking = False
             warnings.warn(
-                f"tracker {self.recipe.tracker} failed and is left out from now on, {self.log} goes on: {error!r}",
+                f"tracker {self.config.tracker} failed and is left out from now on, {self.log} goes on: {error!r}",
                 stacklevel=2,
             )
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 def label_statistics(pseudo_labels: PseudoLabels, valid: Tensor, alpha: float, beta: float) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ class Table:
     """One table of runs that differ in nothing but its switches.
 
     Attributes:
-        title: what the table asks.
+        title: what the table compares.
         metric: what the paper's table shows, as a column of the results.
         switches: the only recipe fields in which two rows may differ.
         rows: name -> recipe fields that the row sets; the first row is the reference.
@@ -31,7 +31,7 @@ class Table:
 
 
 # What "off" and "on" mean for the five components. Seg2CAM and contrastive separation have the weight that the recipe
-# gives them wherever they are on; M†' teaches the segmentation in every row, since it is no column of the paper's.
+# gives them wherever they are on; M†' supervises the segmentation in every row, since the paper has no column for it.
 OFF: dict[str, dict[str, Any]] = {
     "GC": {"guidance": "none"},
     "SA": {"swapping_assignments": False},
@@ -157,7 +157,7 @@ TABLES: dict[str, Table] = {
         },
     ),
     "fig1": Table(
-        title="CAMs without guidance, guided by SPL, by the truth (an oracle) and by noise (Fig. 1)",
+        title="CAMs without guidance, guided by SPL, by the ground truth (an oracle) and by noise (Fig. 1)",
         metric="cam",
         switches=("guidance",),
         rows={

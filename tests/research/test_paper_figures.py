@@ -1,4 +1,4 @@
-"""research/analyze.py as a user runs it, on runs that were written and not trained."""
+"""research/figures.py as a user runs it, on runs that were written and not trained."""
 
 import csv
 import json
@@ -7,18 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import figures
 import pytest
 import torch
-from in_process import run_script
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, SHAPES_COEXISTENCE, load_shapes
-from cosa_hf.evaluation.evaluate import evaluate_model
+from cosa_hf.evaluation.evaluate import evaluate
+from cosa_hf.inference import Segmenter
 from cosa_hf.training.checkpoints import save_networks, snapshot_directory
 from cosa_hf.training.config import TrainingConfig
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "analyze.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "research" / "figures.py"
 QUICK = ("--dataset", "shapes", "--num_images", "4", "--scales", "1", "--no_flip")
 
 
@@ -52,14 +53,20 @@ def runs(tmp_path_factory):
     return directory
 
 
-def analyze(monkeypatch, output_dir, figure, *models, data=QUICK):
-    """The rows that the script writes."""
+def draw(monkeypatch, output_dir, figure, *models, data=QUICK):
+    """The rows that the command writes."""
     if data is QUICK:
-        # Drawing two hundred pictures to look at four would be most of the test.
+        # Drawing two hundred images to look at four would take most of the test's time.
         few = load_shapes("val", num_images=4, masks=True)
         monkeypatch.setattr("cosa_hf.data.load_dataset_by_name", lambda *_, **__: few)
-    run_script(monkeypatch, "research/analyze.py", *models, *data, "--figure", figure, "--output_dir", output_dir)
+    figures.main([*map(str, models), *data, "--figure", figure, "--output_dir", str(output_dir)])
     return list(csv.DictReader((output_dir / f"figure-{figure}.csv").open()))
+
+
+def report_of(run, **settings):
+    """What evaluation says of the run's assignment network on the same four images."""
+    segmenter = Segmenter.from_pretrained(run / "assignment", device="cpu")
+    return evaluate(segmenter, load_shapes("val", num_images=4, masks=True), progress=False, **settings)
 
 
 def test_networks_over_time_as_a_user_asks_for_them(runs, tmp_path):
@@ -81,10 +88,7 @@ def test_networks_over_time_as_a_user_asks_for_them(runs, tmp_path):
     assert len(done.stdout.splitlines()) == 1 + len(rows) + 2
     assert f"{tmp_path}/new/figure-6.png" in done.stdout.splitlines()[-1]
 
-    model = CoSAForWeaklySupervisedSegmentation.from_pretrained(runs / "with" / "assignment")
-    processor = CoSAImageProcessor.from_pretrained(runs / "with" / "assignment")
-    dataset = load_shapes("val", num_images=4, masks=True)
-    report = evaluate_model(model, processor, dataset, (1.0,), flip=False, cam_threshold=0.6, progress=False)
+    report = report_of(runs / "with", cam_threshold=0.6)
     found = {(row["step"], row["network"], row["labels"]): row["miou"] for row in rows if row["run"] == "with"}
     assert float(found["20", "assignment", "SPL"]) == pytest.approx(report["seg_tags"]["miou"], abs=0.05)
     assert float(found["20", "assignment", "CPL"]) == pytest.approx(report["cam"]["miou"], abs=0.05)
@@ -92,7 +96,7 @@ def test_networks_over_time_as_a_user_asks_for_them(runs, tmp_path):
 
 @pytest.mark.parametrize("figure", ["3", "4", "7"])
 def test_a_run_is_looked_at_through_the_network_that_labelled_it(figure, runs, tmp_path, monkeypatch):
-    rows = analyze(monkeypatch, tmp_path, figure, f"SA={runs / 'with'}", f"no SA={runs / 'without'}")
+    rows = draw(monkeypatch, tmp_path, figure, f"SA={runs / 'with'}", f"no SA={runs / 'without'}")
     assert {(row["run"], row["step"], row["network"]) for row in rows} == {
         ("SA", "10", "assignment"),
         ("SA", "20", "assignment"),
@@ -105,12 +109,9 @@ def test_a_run_is_looked_at_through_the_network_that_labelled_it(figure, runs, t
 
 
 def test_coexistence_is_the_end_of_the_run_as_evaluation_has_it(runs, tmp_path, monkeypatch):
-    (row,) = analyze(monkeypatch, tmp_path, "4b", runs / "with")
+    (row,) = draw(monkeypatch, tmp_path, "4b", runs / "with")
     assert row["step"] == "20"
-    model = CoSAForWeaklySupervisedSegmentation.from_pretrained(runs / "with" / "assignment")
-    processor = CoSAImageProcessor.from_pretrained(runs / "with" / "assignment")
-    dataset = load_shapes("val", num_images=4, masks=True)
-    report = evaluate_model(model, processor, dataset, (1.0,), flip=False, progress=False)["cam"]
+    report = report_of(runs / "with")["cam"]
     assert float(row["miou"]) == pytest.approx(report["miou"], abs=0.05)
     assert float(row["c_miou"]) == pytest.approx(report["coexistence_miou"], abs=0.05)
 
@@ -121,7 +122,7 @@ def test_a_single_model_has_no_time_and_its_own_threshold(published, runs, tmp_p
     if published:  # with its recipe
         model = shutil.copytree(model, tmp_path / "online")
         shutil.copy(runs / "with" / "recipe.yaml", model)
-    rows = analyze(monkeypatch, tmp_path, "3", model)
+    rows = draw(monkeypatch, tmp_path, "3", model)
     assert {(row["run"], row["step"], row["network"], row["threshold"]) for row in rows} == {
         ("online", "0", "model", "0.5")
     }
@@ -137,7 +138,7 @@ def test_a_folder_is_read_with_the_classes_of_the_model_or_those_given(classes, 
         lines.append(f"{row['image_id']}.png,{row['image_id']}_mask.png,{tags},val")
     (tmp_path / "metadata.csv").write_text("\n".join(lines))
     folder = ("--dataset", "folder", "--data_dir", str(tmp_path), *classes, "--scales", "1", "--no_flip")
-    rows = analyze(monkeypatch, tmp_path / "out", "7", runs / "with" / "online", data=folder)
+    rows = draw(monkeypatch, tmp_path / "out", "7", runs / "with" / "online", data=folder)
     assert [row["image_id"] for row in rows] == ["val-00000", "val-00001"]
 
 
@@ -152,7 +153,7 @@ def test_a_folder_is_read_with_the_classes_of_the_model_or_those_given(classes, 
 def test_mistakes_are_named(models, message, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(runs)
     with pytest.raises(SystemExit, match=message):
-        analyze(monkeypatch, tmp_path / "none", "3", *models)
+        draw(monkeypatch, tmp_path / "none", "3", *models)
     assert not (tmp_path / "none").exists()
 
 
@@ -161,7 +162,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(place, tmp_path, monkey
     (tmp_path / "file").touch()
     (tmp_path / "directory/figure-3.png").mkdir(parents=True)
     with pytest.raises(SystemExit, match=r"error: cannot write \S*figure-3\.(csv|png): "):
-        analyze(monkeypatch, tmp_path / place, "3", "no-model-is-needed-to-see-that")
+        draw(monkeypatch, tmp_path / place, "3", "no-model-is-needed-to-see-that")
 
 
 def test_a_network_without_cams_is_refused(tmp_path, monkeypatch):
@@ -171,4 +172,31 @@ def test_a_network_without_cams_is_refused(tmp_path, monkeypatch):
     SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "segformer")
     SegformerImageProcessor().save_pretrained(tmp_path / "segformer")
     with pytest.raises(SystemExit, match="error: a SegformerForSemanticSegmentation only segments and has no CAMs"):
-        analyze(monkeypatch, tmp_path / "out", "3", tmp_path / "segformer")
+        draw(monkeypatch, tmp_path / "out", "3", tmp_path / "segformer")
+
+
+@pytest.mark.parametrize(
+    ("figure", "files", "expected"),
+    [
+        ("1a", {"report-val.json": {"cls_map": 91.5, "images": 4, "protocol": {"split": "val"}}}, {"cls_map": "91.5"}),
+        ("9", {}, {"step": "10", "xi": "0.3", "aux_xi": "0.4"}),
+    ],
+)
+def test_figures_of_records_need_no_dataset(figure, files, expected, runs, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(runs / "with", tmp_path / "guided")
+    for name, content in files.items():
+        (run / name).write_text(json.dumps(content))
+    rows = draw(monkeypatch, tmp_path / "out", figure, run, f"again={run}", data=())
+    assert expected.items() <= rows[0].items()
+    assert {row["run"] for row in rows} == {"guided", "again"}
+    assert "figure-" in capsys.readouterr().out
+
+
+def test_a_figure_of_images_needs_a_dataset(runs, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="error: figure 3 is measured on images: name a --dataset"):
+        draw(monkeypatch, tmp_path, "3", runs / "with", data=())
+
+
+def test_a_table_is_printed_with_its_numbers_to_the_right():
+    rows = [{"run": "CoSA", "miou": 76.19}, {"run": "no CSC", "miou": None}]
+    assert figures.format_table(rows) == "run      miou\nCoSA    76.19\nno CSC      -"

@@ -1,16 +1,16 @@
-"""How near the dynamic threshold comes to the best one: mIoU of CAM pseudo-labels on training crops, by xi.
+"""How close the dynamic threshold comes to the best fixed one: mIoU of CAM pseudo-labels on training crops, by xi.
 
-Masks are opened, so nothing may be chosen by this for a run that claims to have seen none.
+    python research/threshold.py runs/voc/assignment --recipe voc-lite0 --data_dir VOC2012
 
-    python benchmarks/threshold.py runs/voc/assignment --recipe voc-lite0 --data_dir VOC2012
-
-Prints, for M' and M†', the share of tokens at 0, the mIoU at each fixed xi, and at the xi of either mixture of Eq. 6.
+It reads masks, so it must not choose anything for a run that claims to have seen none. Prints, for M' and M†', the
+share of tokens at 0, the mIoU at each fixed xi, and at the xi of either mixture of Eq. 6.
 """
 
 import argparse
 
 import torch
 import torch.nn.functional as F
+from arguments import one_line_errors
 from torch.utils.data import DataLoader
 
 from cosa_hf.assignment.threshold import Covariance, DynamicThreshold
@@ -25,17 +25,19 @@ FIXED = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7)
 COVARIANCES: tuple[Covariance, ...] = ("full", "tied")
 
 
-def main(args: argparse.Namespace) -> None:
+@one_line_errors()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     recipe = TrainingConfig.named(args.recipe, data_dir=args.data_dir)
     model, processor = load_model(args.model, "cpu")
     dataset = load_dataset_by_name(recipe.dataset, recipe.data_dir, recipe.train_split, masks=True, options=recipe)
     scale_range = (recipe.scale_min, recipe.scale_max)
     views = Views(recipe.crop_size, processor.image_mean, processor.image_std, scale_range)
-    stream = TrainingDataset(dataset, views, length=args.images, seed=args.seed, masks=True)
+    crops = TrainingDataset(dataset, views, length=args.images, seed=args.seed, masks=True)
     cams: dict[str, list[torch.Tensor]] = {"M'": [], "M†'": []}
     tokens, masks = [], []
     with torch.inference_mode():
-        for batch in DataLoader(stream, batch_size=8):
+        for batch in DataLoader(crops, batch_size=8):
             fused = forward_multiscale(model, batch["weak"], recipe.label_scales)
             tokens.append(valid_tokens(batch["valid"], fused.cam_logits))
             masks.append(batch["mask"].masked_fill(~batch["valid"], 255))
@@ -66,11 +68,15 @@ def miou(cams: torch.Tensor, threshold: float, masks: torch.Tensor, names: list[
     return metric.compute()["miou"]
 
 
-if __name__ == "__main__":
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
-    parser.add_argument("--recipe", required=True, help="of its training: dataset, crops and scales")
+    parser.add_argument("--recipe", required=True, help="recipe of its training: dataset, crops and scales")
     parser.add_argument("--data_dir", help="directory of the dataset; not for shapes")
-    parser.add_argument("--images", type=int, default=160, help="crops (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=3, help="of the crops (default: %(default)s)")
-    main(parser.parse_args())
+    parser.add_argument("--images", type=int, default=160, help="number of crops (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=3, help="seed of the crops (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

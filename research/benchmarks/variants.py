@@ -1,10 +1,10 @@
-"""What single ways to a faster step give: seconds without and with each, in turns, in one process.
+"""What single optimisations of a training step gain: seconds of each variant, in turns, in one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/ways.py
-    OMP_NUM_THREADS=1 python benchmarks/ways.py --ways compiled --rounds 5
+    OMP_NUM_THREADS=1 python research/benchmarks/variants.py
+    OMP_NUM_THREADS=1 python research/benchmarks/variants.py --only compiled --rounds 5
 
 CPU time, the median of the rounds, on a machine without a GPU; the first call, in which a compiler runs, in wall time.
-Weights are random and images noise. docs/speed.md says which ways are kept, and why.
+Weights are random and images noise. notes/speed.md says which optimisations are kept, and why.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from typing import Any
 
 import timm
 import torch
+from speed.naive_baseline import materialise_attention
 from speed.stopwatch import Stopwatch
-from speed.straight import write_attention_out
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,13 +27,13 @@ from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 
-# Every way is a group of variants that compute the same, the first of them without it.
+# An optimisation is a group of variants that compute the same, the first of them without it.
 Variants = dict[str, Callable[[], object]]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Network:
-    """lite0 as in docs/speed.md, or a small ViT, with a batch; only ratios count."""
+    """lite0 as in notes/speed.md, or a small ViT, with a batch; only ratios count."""
 
     def __init__(self, name: str) -> None:
         backbone, aux_layer, batch = {
@@ -94,9 +94,9 @@ def packed(scales: tuple[float, ...] = (1.0, 0.5, 1.5), side: int = 28) -> Varia
 
 def fused_attention(network: Network) -> Variants:
     plain = copy.deepcopy(network.model)
-    write_attention_out(plain)
+    materialise_attention(plain)
     return {
-        "matrix written out": lambda: forward_and_backward(plain, network.images),
+        "matrix materialised": lambda: forward_and_backward(plain, network.images),
         "SDPA": lambda: forward_and_backward(network.model, network.images),
     }
 
@@ -147,7 +147,7 @@ def average(network: Network) -> Variants:
 
 
 def stride(network: Network) -> Variants:
-    """Both CAM2Seg losses and their gradient; not the same loss, unlike the other ways."""
+    """Both CAM2Seg losses and their gradient; not the same loss, unlike the other variants."""
     with torch.no_grad():
         outputs = network.model(network.images)
     cams = torch.zeros_like(outputs.cam_logits)
@@ -163,7 +163,7 @@ def stride(network: Network) -> Variants:
     return {f"stride {every}": lambda every=every: losses(every) for every in (1, 2, 4)}
 
 
-WAYS: dict[str, Callable[[], Variants]] = {
+OPTIMISATIONS: dict[str, Callable[[], Variants]] = {
     "flips, lite0": lambda: flips(Network("lite0")),
     "flips, ViT-S": lambda: flips(Network("ViT-S")),
     "packed scales, a block of ViT-B": packed,
@@ -198,21 +198,26 @@ def measure(variants: Variants, rounds: int) -> dict[str, tuple[float, float]]:
     return {name: (first[name], statistics.median(several)) for name, several in seconds.items()}
 
 
-def main(args: argparse.Namespace) -> None:
+def main() -> None:
+    args = parse()
     print(f"torch {torch.__version__}, {DEVICE.type}, {torch.get_num_threads()} threads, {args.rounds} rounds\n")
-    print("| way | | seconds | as fast as the first | first call, s |\n|---|---|---|---|---|")
-    for way, variants in WAYS.items():
-        if args.ways and not any(word in way for word in args.ways):
+    print("| optimisation | variant | seconds | speed-up | first call, s |\n|---|---|---|---|---|")
+    for title, variants in OPTIMISATIONS.items():
+        if args.only and not any(word in title for word in args.only):
             continue
         torch.manual_seed(0)
         found = measure(variants(), args.rounds)
         (_, without), *_ = found.values()
         for name, (first, seconds) in found.items():
-            print(f"| {way} | {name} | {seconds:.4f} | {without / seconds:.2f} x | {first:.1f} |", flush=True)
+            print(f"| {title} | {name} | {seconds:.4f} | {without / seconds:.2f} x | {first:.1f} |", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only those with one of these words in their name")
+    parser.add_argument("--rounds", type=int, default=5, help="calls of each variant (default: %(default)s)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ways", nargs="+", metavar="WORD", help="only those with one of these words in their name")
-    parser.add_argument("--rounds", type=int, default=5, help="calls of each variant (default: %(default)s)")
-    main(parser.parse_args())
+    main()

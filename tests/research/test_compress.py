@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from in_process import run_script
-from narrowing import narrow_decoder, save_half
+from compress import main, narrow_decoder, save_half
 from safetensors.torch import load_file
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
@@ -70,19 +69,19 @@ def test_what_half_precision_cannot_hold_is_refused(redundant, tmp_path):
     assert not (tmp_path / "half").exists()
 
 
-def test_script(redundant, tmp_path, monkeypatch, capsys):
+def test_command(redundant, tmp_path, capsys):
     redundant.save_pretrained(tmp_path / "model")
     CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "model")
     options = ["--decoder_channels", "8", "--dataset", "shapes", "--split", "val", "--num_images", "3"]
-    run_script(monkeypatch, "research/compress.py", tmp_path / "model", tmp_path / "small", *options)
+    main([str(tmp_path / "model"), str(tmp_path / "small"), *options])
     assert capsys.readouterr().out.endswith("M parameters\n")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "model")]
     assert sizes[0] < sizes[1] / 2
     assert CoSAImageProcessor.from_pretrained(tmp_path / "small").size["height"] == 64
     with pytest.raises(SystemExit, match="error: no model at"):
-        run_script(monkeypatch, "research/compress.py", tmp_path / "none", tmp_path / "other", *options)
+        main([str(tmp_path / "none"), str(tmp_path / "other"), *options])
     before = (tmp_path / "model/model.safetensors").read_bytes()
     for target, message in (("model", "is not empty: name a new directory"), ("model/config.json/x", "is a file")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            run_script(monkeypatch, "research/compress.py", tmp_path / "model", tmp_path / target, *options)
+            main([str(tmp_path / "model"), str(tmp_path / target), *options])
     assert (tmp_path / "model/model.safetensors").read_bytes() == before

@@ -1,7 +1,7 @@
-"""The straight version: eager, fp32, after the released code's plan. What the package is compared with.
+"""The naive baseline that the package is compared with: eager, fp32, organised as the released code is.
 
-The assignment network runs during warm-up too, once for each scale and each mirror image; attention writes its matrix
-out; images, classes and maps go one by one in Python; the mixture is scikit-learn's, fitted to all values of a hundred
+The assignment network runs during warm-up too, once for each scale and each mirror image; attention materialises its
+matrix; Python loops go over images, classes and maps; the mixture is scikit-learn's, fitted to all values of a hundred
 batches; all logits are upsampled to all pixels; the dense energy is part of the loss.
 """
 
@@ -23,7 +23,8 @@ from cosa_hf.data.views import Views
 from cosa_hf.objective.dense_energy import dense_energy_loss
 from cosa_hf.training import cosa
 from cosa_hf.training.config import TrainingConfig
-from speed.stopwatch import Stopwatch
+
+from .stopwatch import Stopwatch
 
 QUEUE = 100
 
@@ -36,7 +37,7 @@ class SklearnThreshold:
 
     def update(self, confidence: Tensor) -> None:
         values = confidence[confidence > FLOOR].float().cpu().numpy()
-        # Filled from the first step on: a step of a long run is what is to be timed.
+        # Full from the first step on, because the step to be timed is one of a long run.
         self.queue.extend([values] * (1 if self.queue else QUEUE))
         split = sklearn_split(np.concatenate(self.queue))
         if split is not None:
@@ -44,7 +45,7 @@ class SklearnThreshold:
 
 
 def sklearn_split(values: np.ndarray) -> float | None:
-    """Where both fitted Gaussians are equally likely, between their means; None where they nowhere are."""
+    """Where both fitted Gaussians are equally likely, between their means; None if there is no such value."""
     from sklearn.mixture import GaussianMixture
 
     if len(np.unique(values)) < 2:
@@ -57,42 +58,42 @@ def sklearn_split(values: np.ndarray) -> float | None:
 
 
 def update_with_sklearn(self: DynamicThreshold, confidence: Tensor, mean: Any = None) -> None:
-    """In place of `DynamicThreshold.update`."""
+    """Replaces `DynamicThreshold.update`."""
     fitted = self.__dict__.setdefault("fitted_by_sklearn", SklearnThreshold(self.value, self.decay))
     fitted.update(confidence)
     self.current.fill_(fitted.value)
 
 
 def train(recipe: TrainingConfig, dataset: Dataset, watch: Stopwatch, device: torch.device) -> list[dict[str, float]]:
-    """Steps of the straight version; returns the parts of the loss of each."""
+    """Train by the naive baseline; returns the loss terms of each step."""
     online = cosa.build_model(recipe, dataset).to(device).train()
-    write_attention_out(online)
+    materialise_attention(online)
     assignment = copy.deepcopy(online).eval()
     optimizer = torch.optim.AdamW(online.parameters(), lr=recipe.learning_rate, foreach=False)
     thresholds = [SklearnThreshold(recipe.threshold, recipe.threshold_decay) for _ in range(2)]
     config = online.backbone.data_config
     views = Views(recipe.crop_size, config["mean"], config["std"], scale_range=(recipe.scale_min, recipe.scale_max))
-    stream = TrainingDataset(dataset, views, length=recipe.max_steps * recipe.batch_size, seed=recipe.seed)
-    batches, history = iter(DataLoader(stream, batch_size=recipe.batch_size)), []
+    items = TrainingDataset(dataset, views, length=recipe.max_steps * recipe.batch_size, seed=recipe.seed)
+    batches, history = iter(DataLoader(items, batch_size=recipe.batch_size)), []
     for _ in range(recipe.max_steps):
         watch.begin()
-        with watch.part("data"):
+        with watch.phase("data"):
             batch = {name: value.to(device) for name, value in next(batches).items() if isinstance(value, Tensor)}
         losses = step_losses(online, assignment, batch, thresholds, recipe, watch)
         history.append({name: value.item() for name, value in losses.items()})
-        with watch.part("backward"):
+        with watch.phase("backward"):
             losses["loss"].backward()
-        with watch.part("optimiser"):
+        with watch.phase("optimiser"):
             optimizer.step()
             optimizer.zero_grad()
-        with watch.part("EMA"), torch.no_grad():
+        with watch.phase("EMA"), torch.no_grad():
             for own, other in zip(assignment.parameters(), online.parameters(), strict=True):
                 own.copy_(recipe.ema_momentum * own + (1 - recipe.ema_momentum) * other)
         watch.end()
     return history
 
 
-def write_attention_out(model: nn.Module) -> None:
+def materialise_attention(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
@@ -106,12 +107,12 @@ def step_losses(
     recipe: TrainingConfig,
     watch: Stopwatch,
 ) -> dict[str, Tensor]:
-    """The parts of Eq. 11 with the dense energy, and their sum."""
+    """The loss terms of Eq. 11 with the dense energy, and their sum."""
     labels, valid = batch["labels"], batch["valid"]
     with torch.no_grad():
-        with watch.part("AN forward"):
+        with watch.phase("AN forward"):
             passes = labelling_passes(assignment, batch["weak"], recipe.label_scales)
-        with watch.part("pseudo-labels"):
+        with watch.phase("pseudo-labels"):
             grid = passes[0].logits.shape[-2:]
             tokens = [F.adaptive_avg_pool2d(mask[None].float(), grid)[0] >= 0.5 for mask in valid]
             cams, aux_cams = [], []
@@ -121,14 +122,14 @@ def step_losses(
                     collected.append(normalized(maps, tags, inside))
             logits = torch.stack([resized(maps["logits"], grid) for maps in passes]).mean(0)
             spl = [sharpened(maps, tags, recipe.spl_temperature) for maps, tags in zip(logits, labels, strict=True)]
-        with watch.part("threshold"):
+        with watch.phase("threshold"):
             for threshold, maps in zip(thresholds, (cams, aux_cams), strict=True):
                 seen = [cam.amax(0)[inside] for cam, inside in zip(maps, tokens, strict=True)]
                 threshold.update(torch.cat(seen))
-    with watch.part("ON forward"):
+    with watch.phase("ON forward"):
         outputs = online(batch["strong"])
     xi, aux_xi = (threshold.value for threshold in thresholds)
-    with watch.part("objective"):
+    with watch.phase("objective"):
         losses = {
             "cls": F.multilabel_soft_margin_loss(outputs.cls_logits, labels),
             "aux_cls": F.multilabel_soft_margin_loss(outputs.aux_cls_logits, labels),
@@ -137,7 +138,7 @@ def step_losses(
             "s2c": seg2cam(outputs.cam_logits, spl, tokens),
             "csc": separation(outputs.cam_logits, aux_cams, aux_xi, tokens, recipe),
         }
-    with watch.part("dense energy"):
+    with watch.phase("dense energy"):
         losses["energy"] = energy(outputs.logits, batch["strong"], valid, online, recipe)
     weights = {"c2s": 0.1, "aux_c2s": 0.1, "s2c": 0.05, "csc": 0.1, "energy": 0.05}
     losses["loss"] = sum(weights.get(name, 1.0) * value for name, value in losses.items())
@@ -224,6 +225,6 @@ def separation(
 
 
 def energy(logits: Tensor, images: Tensor, valid: Tensor, online: Any, recipe: TrainingConfig) -> Tensor:
-    """Exact, as the package's; the released code's filter is a compiled approximation, and several times as fast."""
+    """Exact, as in the package; the released code's filter is a compiled approximation, several times as fast."""
     colors = images * (255 * torch.tensor(online.backbone.data_config["std"], device=images.device).view(3, 1, 1))
     return dense_energy_loss(logits, colors, valid, valid, recipe.dense_energy_scale)

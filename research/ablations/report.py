@@ -1,4 +1,4 @@
-"""What a table of ablations came to: CSV, JSON and Markdown from the reports of its runs."""
+"""The results of a table of ablations: CSV, JSON and Markdown from the reports of its runs."""
 
 import csv
 import dataclasses
@@ -9,28 +9,29 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ablation_run import Training, slug
-from ablation_tables import Table
-
+from ablations.run import Training, slug
+from ablations.tables import Table
 from cosa_hf.evaluation.evaluate import PROTOCOLS
 
 __all__ = ["metrics_of", "summarize", "write_results"]
 
-#: The columns of a table: mIoU under each protocol, and C-mIoU of the CAM.
-METRICS = (*PROTOCOLS, "cam_coexistence")
+#: The columns of a table: mIoU under each protocol, C-mIoU of the CAM, and precision of the classification (Fig. 1a).
+METRICS = (*PROTOCOLS, "cam_coexistence", "cls_map")
 
 Summary = dict[str, dict[str, dict[str, Any]]]
 
 
 def metrics_of(report: dict[str, Any]) -> dict[str, float]:
-    """The figures of one report that a table shows; those without a value are left out.
+    """The scores of one report that a table shows; those without a value are left out.
 
     Example:
-        >>> metrics_of(dict.fromkeys(PROTOCOLS, {"miou": 75.0, "coexistence_miou": None}))
-        {'seg': 75.0, 'seg_tags': 75.0, 'cam': 75.0, 'cam_aux': 75.0, 'cam_mean': 75.0}
+        >>> scores = {"miou": 75.0, "coexistence_miou": None}
+        >>> metrics_of({"seg": scores, "cam": scores, "cls_map": None})
+        {'seg': 75.0, 'cam': 75.0}
     """
-    values = {protocol: report[protocol]["miou"] for protocol in PROTOCOLS}
+    values = {protocol: report[protocol]["miou"] for protocol in PROTOCOLS if protocol in report}
     values["cam_coexistence"] = report["cam"]["coexistence_miou"]
+    values["cls_map"] = report.get("cls_map")
     return {metric: value for metric, value in values.items() if value is not None}
 
 
@@ -67,11 +68,11 @@ def write_results(
     """Gather the reports into `NAME-SPLIT.csv` (a line for each row, seed and metric), `.json` and `.md`.
 
     Args:
-        name: the table's.
-        table: for its title and the metric that its paper's twin shows.
-        changes: in what each row differs, from `ablation_run.describe`.
-        trainings: the runs, from `ablation_run.plan`.
-        failed: from `ablation_run.execute`; these are named, and have no figures.
+        name: of the table.
+        table: for its title and the metric that the paper's table shows.
+        changes: how each row differs, from `ablations.run.describe`.
+        trainings: the runs, from `ablations.run.plan`.
+        failed: from `ablations.run.execute`; these are named and have no scores.
         output_dir: where to write.
 
     Returns:
@@ -130,7 +131,7 @@ def _markdown(
         f"mIoU in percent on `{protocol.split}` of `{dataset}`, scales {scales}, {flips}: "
         f"mean +- standard deviation over n seeds. The last column compares `{table.metric}`, which the paper's "
         "table shows, with the first row's. `seg`: tags unknown; all others: tags given; `cam_coexistence`: C-mIoU of "
-        "the CAM.",
+        "the CAM; `cls_map`: mean average precision of the classification.",
         "",
         _row("row", "changed", "n", *metrics, "difference"),
         "|" + "---|" * (len(metrics) + 4),
@@ -169,5 +170,5 @@ def _cell(value: dict[str, Any] | None) -> str:
 
 
 def _commands(training: Training) -> list[str]:
-    """What a reader types to have the run and its scores again."""
-    return [f"python {shlex.join(command)}" for command in (training.train_command, training.evaluate_command)]
+    """What a reader types to repeat the run and its scores."""
+    return [f"cosa-hf {shlex.join(command)}" for command in (training.train_command, training.evaluate_command)]

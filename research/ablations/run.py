@@ -1,4 +1,4 @@
-"""A table of ablations, run: each row and seed trained and scored once, in a process of its own, and found again."""
+"""Running a table of ablations: each row and seed is trained and scored once, in a process of its own."""
 
 import dataclasses
 import json
@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ablation_tables import Table
-
+from ablations.tables import Table
 from cosa_hf.data.options import DatasetOptions
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.cosa import recommendation
 
 __all__ = ["Protocol", "Training", "describe", "difference", "execute", "plan", "row_recipes", "slug"]
+
+#: The program that trains and scores; its commands are those of `cosa-hf`.
+PROGRAM = (sys.executable, "-m", "cosa_hf.cli")
 
 # Where a run is and what it is scored on: a run that differs in nothing else need not be trained again.
 NOT_THE_TRAINING = {"output_dir", "resume", "eval_split"}
@@ -50,8 +52,8 @@ class Training:
         recipe: complete, with seed and output directory.
         rows: the rows that it stands for; several where their recipes are the same.
         protocol: how it is scored.
-        train_command: script and arguments that repeat the training.
-        evaluate_command: script and arguments that repeat the scores.
+        train_command: arguments of `cosa-hf` that repeat the training.
+        evaluate_command: arguments of `cosa-hf` that repeat the scores.
         network: which of the run's two networks is scored, the recommended one.
         report: where the scores are, or will be.
     """
@@ -70,7 +72,7 @@ class Training:
         return Path(self.recipe.output_dir)
 
     def state(self) -> str:
-        """How far it is: "new", "resumable" (a checkpoint is there), "trained" or "scored"."""
+        """How far the run is: "new", "resumable" (a checkpoint is there), "trained" or "scored"."""
         if not (self.directory / "recipe.yaml").is_file():
             return "new"
         if not (self.directory / "run.json").is_file():
@@ -86,11 +88,11 @@ class Training:
 
 
 def row_recipes(table: Table, base: TrainingConfig, rows: Sequence[str] | None = None) -> dict[str, TrainingConfig]:
-    """The recipe of each row, all at the base's seed and directory.
+    """The recipe of each row, all with the base's seed and directory.
 
     Args:
         table: what to run.
-        base: the fields that no row sets.
+        base: values of the fields that no row sets.
         rows: names of the rows wanted, in the table's order; all when None.
 
     Raises:
@@ -98,7 +100,7 @@ def row_recipes(table: Table, base: TrainingConfig, rows: Sequence[str] | None =
             differ in more than the table's switches.
 
     Example:
-        >>> from ablation_tables import TABLES
+        >>> from ablations.tables import TABLES
         >>> row_recipes(TABLES["4b"], TrainingConfig())["without CSC"].separation_weight
         0.0
     """
@@ -122,7 +124,7 @@ def row_recipes(table: Table, base: TrainingConfig, rows: Sequence[str] | None =
 
 
 def difference(one: TrainingConfig, other: TrainingConfig) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two recipes differ, with both values.
+    """Fields in which two recipes differ, with both values.
 
     Example:
         >>> difference(TrainingConfig(), TrainingConfig(seed=1))
@@ -134,10 +136,11 @@ def difference(one: TrainingConfig, other: TrainingConfig) -> dict[str, tuple[An
 
 
 def describe(recipes: dict[str, TrainingConfig], base: TrainingConfig) -> dict[str, str]:
-    """In what each row differs: the first from the recipe as it was given, the others from the first.
+    """How each row differs: the first from the recipe as it was given, the others from the first.
 
     Example:
-        >>> describe({"CoSA": TrainingConfig(), "without SA": TrainingConfig(swapping_assignments=False)}, TrainingConfig())
+        >>> recipe = TrainingConfig()
+        >>> describe({"CoSA": recipe, "without SA": TrainingConfig(swapping_assignments=False)}, recipe)
         {'CoSA': 'the recipe', 'without SA': 'swapping_assignments True -> False'}
     """
     texts: dict[str, str] = {}
@@ -145,8 +148,8 @@ def describe(recipes: dict[str, TrainingConfig], base: TrainingConfig) -> dict[s
     for row, recipe in recipes.items():
         twin = next((name for name in texts if recipes[name] == recipe), None)
         changes = difference(base if recipe is reference else reference, recipe)
-        told = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
-        texts[row] = f"nothing: the runs of {twin!r}" if twin else told or "the recipe"
+        listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
+        texts[row] = f"nothing: the runs of {twin!r}" if twin else listed or "the recipe"
     return texts
 
 
@@ -158,7 +161,6 @@ def plan(
     seeds: int,
     output_dir: Path,
     protocol: Protocol,
-    scripts: Path,
 ) -> list[Training]:
     """Which trainings the rows need, each with its directory and its commands; nothing is run yet.
 
@@ -166,14 +168,13 @@ def plan(
     the same recipe share one run. A run of the same name but of another recipe is left as it is.
 
     Args:
-        name: the table's, for the names of new directories.
+        name: of the table, for the names of new directories.
         table: whose rows the recipes are.
         recipes: from `row_recipes`.
-        flags: of scripts/train.py, that gave the base recipe.
+        flags: arguments of `cosa-hf train` that gave the base recipe.
         seeds: how many, counted up from the recipe's.
         output_dir: where the runs of all tables live.
         protocol: how to score.
-        scripts: directory of train.py and evaluate.py.
     """
     known = _runs_in(output_dir)
     trainings: list[Training] = []
@@ -192,26 +193,29 @@ def plan(
             fields = table.rows[row] | {"seed": recipe.seed, "output_dir": directory}
             network = recommendation(recipe)[0]
             report = directory / f"report-{slug(protocol.split)}.json"
-            evaluation = {"dataset": recipe.dataset, "data_dir": recipe.data_dir, "split": protocol.split}
-            evaluation |= _options_set(recipe)
             trainings.append(
                 Training(
-                    dataclasses.replace(recipe, output_dir=str(directory)),
-                    [row],
-                    protocol,
-                    [str(scripts / "train.py"), *flags, *_as_flags(fields)],
-                    [
-                        *(str(scripts / "evaluate.py"), str(directory / network)),
-                        *_as_flags({field: value for field, value in evaluation.items() if value is not None}),
-                        *("--scales", *(f"{scale:g}" for scale in protocol.scales)),
-                        *(() if protocol.flip else ("--no_flip",)),
-                        *("--report", str(report)),
-                    ],
-                    network,
-                    report,
+                    recipe=dataclasses.replace(recipe, output_dir=str(directory)),
+                    rows=[row],
+                    protocol=protocol,
+                    train_command=["train", *flags, *_as_flags(fields)],
+                    evaluate_command=_evaluate_command(recipe, directory / network, protocol, report),
+                    network=network,
+                    report=report,
                 )
             )
     return trainings
+
+
+def _evaluate_command(recipe: TrainingConfig, model: Path, protocol: Protocol, report: Path) -> list[str]:
+    data = {"dataset": recipe.dataset, "data_dir": recipe.data_dir, "split": protocol.split} | _options_set(recipe)
+    return [
+        *("evaluate", str(model)),
+        *_as_flags({name: value for name, value in data.items() if value is not None}),
+        *("--scales", *(f"{scale:g}" for scale in protocol.scales)),
+        *(() if protocol.flip else ("--no_flip",)),
+        *("--report", str(report)),
+    ]
 
 
 def execute(trainings: Sequence[Training], parallel: int = 1) -> dict[Path, str]:
@@ -233,15 +237,15 @@ def execute(trainings: Sequence[Training], parallel: int = 1) -> dict[Path, str]
 
     def call(command: Sequence[str], log: Path) -> None:
         with log.open("w", encoding="utf-8") as output:
-            process = subprocess.Popen([sys.executable, *command], env=environment, stdout=output, stderr=output)
+            process = subprocess.Popen([*PROGRAM, *command], env=environment, stdout=output, stderr=output)
             running.add(process)
             if interrupted.is_set():  # while this one was being started
                 process.kill()
             code = process.wait()
             running.discard(process)
         if code:
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-            raise RuntimeError(f"{said[-1]} (exit code {code}, see {log})")
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+            raise RuntimeError(f"{lines[-1]} (exit code {code}, see {log})")
 
     def run(number: int, training: Training) -> None:
         title, directory = f"[{number}/{len(trainings)}] {training}", training.directory
@@ -270,7 +274,7 @@ def execute(trainings: Sequence[Training], parallel: int = 1) -> dict[Path, str]
                     failed[jobs[job].directory] = str(error)
                     print(f"FAILED {jobs[job]}: {error}", flush=True)
         except BaseException:
-            # Whoever is still running would train for nobody.
+            # Nobody waits any longer for the runs that are still going.
             interrupted.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in tuple(running):
@@ -290,13 +294,13 @@ def slug(text: str) -> str:
 
 
 def _runs_in(output_dir: Path) -> dict[Path, TrainingConfig]:
-    """The runs that are there, whole or not. Fields that a run does not know yet had today's default."""
+    """The runs found there, finished or not. A field that a run's recipe lacks had today's default."""
     runs = {}
     for path in sorted(output_dir.glob("*/recipe.yaml")):
         try:
             runs[path.parent] = TrainingConfig.from_yaml(path)
         except ValueError as error:
-            print(f"not looked at: {path}, of another version of the package ({error})")
+            print(f"skipped {path}: written by another version of the package ({error})")
     return runs
 
 
@@ -305,7 +309,7 @@ def _same(one: TrainingConfig, other: TrainingConfig) -> bool:
 
 
 def _unused(directory: Path, taken: set[Path]) -> Path:
-    """`directory`, or the first of `directory-2`, `directory-3`, ... that is no run's."""
+    """`directory`, or the first of `directory-2`, `directory-3`, ... that does not hold a run."""
     number, candidate = 1, directory
     while candidate in taken or (candidate / "recipe.yaml").is_file():
         number += 1
@@ -314,12 +318,12 @@ def _unused(directory: Path, taken: set[Path]) -> Path:
 
 
 def _options_set(recipe: TrainingConfig) -> dict[str, Any]:
-    """What a reader has to be told about the recipe's data, other than by default."""
+    """Options of the dataset reader that the recipe changes."""
     options = {spec.name: (getattr(recipe, spec.name), spec.default) for spec in dataclasses.fields(DatasetOptions)}
     return {name: value for name, (value, default) in options.items() if value != default}
 
 
 def _as_flags(fields: dict[str, Any]) -> list[str]:
-    """Values as the scripts take them, those of a list one after the other."""
+    """Values as command-line flags, those of a list one after the other."""
     values = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
     return [part for name, several in values.items() for part in (f"--{name}", *map(str, several))]

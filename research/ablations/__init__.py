@@ -1,0 +1,1 @@
+"""The ablation tables: their rows as data, their runs, their results."""

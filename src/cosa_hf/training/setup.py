@@ -1,0 +1,177 @@
+"""What a run is made of before its first step: accelerator, images, networks, optimiser."""
+
+import dataclasses
+import os
+import platform
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cosa_hf.configuration_cosa import CoSAConfig
+from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, without_untagged
+from cosa_hf.data.dataset import TrainingDataset
+from cosa_hf.data.streaming import streaming_loader
+from cosa_hf.data.views import Views
+from cosa_hf.image_processing_cosa import CoSAImageProcessor
+from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.training.config import RunConfig, TrainingConfig
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Accelerate as a run needs it.
+
+    Raises:
+        ValueError: processes that do not know of each other, a precision or a way of sharing that does not work here.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        # The loader hands out whole steps, so its end is no reason to cut one short.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output_dir,
+        # Warm-up leaves the decoder without gradients, and a weight of 0 what only it reaches.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but they do not know of each other and would overwrite each other's "
+            "runs: on a machine without GPUs set ACCELERATE_USE_CPU=1 (docs/training.md)"
+        )
+    if config.mixed_precision == "fp16" and accelerator.scaler is None:
+        # Accelerate would go on in fp32 without a word.
+        raise ValueError(
+            f"mixed_precision fp16 needs an accelerator, this is {accelerator.device.type}: take bf16 or no"
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} splits the network among processes, which its average and the "
+            "checkpoints here do not follow: use plain processes, with gradient_checkpointing and bf16 to save memory "
+            "(docs/training.md)"
+        )
+    return accelerator
+
+
+def training_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, list[str]]:
+    """Tagged images, with masks only where the run reads them; and the ids of those without a tag, left out.
+
+    A stream leaves them out as it meets them, and the list fills up then.
+    """
+    if config.streaming:
+        return stream_hub(config, config.train_split), []
+    dataset = load_dataset_by_name(
+        config.dataset, config.data_dir, config.train_split, masks=config.reads_masks, options=config
+    )
+    return without_untagged(dataset)
+
+
+def evaluation_data(config: RunConfig, classes: list[str]) -> Dataset | None:
+    """The first `eval_images` of the evaluation split, with masks; None for a run that is not watched."""
+    if not config.eval_every:
+        return None
+    options = dataclasses.replace(config, classes=classes)
+    dataset = load_dataset_by_name(config.dataset, config.data_dir, config.eval_split, masks=True, options=options)
+    return dataset.select(range(min(config.eval_images, len(dataset))))
+
+
+def training_loader(
+    config: TrainingConfig,
+    dataset: Dataset | IterableDataset,
+    untagged: list[str],
+    processor: CoSAImageProcessor,
+    accelerator: Accelerator,
+) -> DataLoader:
+    """The whole run as one sequence of steps, each a batch here: position in it is all that a resume has to know."""
+    scales = (config.scale_min, config.scale_max)
+    views = Views(config.crop_size, processor.image_mean, processor.image_std, scale_range=scales)
+    batch_size = config.batch_size * config.gradient_accumulation_steps
+    items = config.max_steps * batch_size  # of one process
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": config.num_workers,
+        "pin_memory": torch.cuda.is_available(),
+        # Its own, or starting it would draw from the global one, and a resumed run starts it once more.
+        "generator": torch.Generator(),
+    }
+    if isinstance(dataset, IterableDataset):
+        loader = streaming_loader(
+            dataset, views, items, config.seed, shuffle_buffer=config.shuffle_buffer, untagged=untagged,
+            process=(accelerator.process_index, accelerator.num_processes), **options,
+        )  # fmt: skip
+        # It gives this process its own rows already; Accelerate is left to move them to the device.
+        return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+    length = items * accelerator.num_processes
+    return accelerator.prepare(
+        DataLoader(TrainingDataset(dataset, views, length, config.seed, masks=config.reads_masks), **options)
+    )
+
+
+def build_student(config: TrainingConfig, names: list[str]) -> CoSAForWeaklySupervisedSegmentation:
+    """The online network that the configuration asks for.
+
+    Args:
+        config: backbone, its weights, decoder.
+        names: the C classes.
+    """
+    labels = ["background", *names]
+    model_config = CoSAConfig(
+        backbone=config.backbone,
+        aux_layer=config.aux_layer,
+        output_stride=config.output_stride,
+        decoder_channels=config.decoder_channels,
+        decoder_dilation=config.decoder_dilation,
+        id2label=dict(enumerate(labels)),
+        label2id={name: index for index, name in enumerate(labels)},
+        coexistence_classes=list(COEXISTENCE_CLASSES.get(config.dataset, ())),
+    )
+    if config.pretrained:
+        model = CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(model_config, config.backbone_weights)
+    else:
+        model = CoSAForWeaklySupervisedSegmentation(model_config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    # Convolutions run up to twice as fast with channels last; a ViT does not mind.
+    nn.Module.to(model, memory_format=torch.channels_last)
+    return model
+
+
+def build_processor(config: RunConfig, model: CoSAForWeaklySupervisedSegmentation) -> CoSAImageProcessor:
+    """The image processor that is saved beside the model."""
+    data_config = model.backbone.data_config
+    return CoSAImageProcessor(
+        size={"height": config.input_size, "width": config.input_size},
+        image_mean=list(data_config["mean"]),
+        image_std=list(data_config["std"]),
+    )
+
+
+def build_optimizer(config: RunConfig, model: CoSAForWeaklySupervisedSegmentation) -> torch.optim.Optimizer:
+    """AdamW, as in Sec. 4.1, with a learning rate of its own for the heads."""
+    head_rate = config.learning_rate * config.head_lr_multiplier
+    return torch.optim.AdamW(
+        [
+            {"params": list(model.backbone_parameters())},
+            {"params": list(model.head_parameters()), "lr": head_rate},
+        ],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        # One pass over the weights rather than a dozen. Under a gradient scaler it would skip steps unseen.
+        fused=config.mixed_precision != "fp16",
+    )
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """What the run runs on, as a model card says it."""
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name(accelerator.device)
+    else:
+        device = f"{platform.machine()} {accelerator.device.type} with {torch.get_num_threads()} threads"
+    return f"{accelerator.num_processes} x {device}"
