@@ -7,14 +7,41 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch
 from hypothesis import settings
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
+
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.inference import Segmenter
+from cosa_hf.pseudo_labels.export import export_pseudo_labels
 
 # The same examples in every run: a check that fails now and then tells a contributor nothing about the change at hand.
 settings.register_profile("same every run", deadline=None, derandomize=True, max_examples=60)
 # Looks for new ones: pytest --hypothesis-profile search
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("same every run")
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory):
+    """Exports CAM pseudo-labels of six drawn images, once for each format, by an untrained CoSA model."""
+    made = {}
+
+    def directory(format):
+        if format not in made:
+            torch.manual_seed(0)
+            config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
+            model = CoSAForWeaklySupervisedSegmentation(config).eval()
+            segmenter = Segmenter(model, CoSAImageProcessor(size={"height": 48, "width": 48}))
+            made[format] = tmp_path_factory.mktemp("export") / format
+            images = load_shapes("train", num_images=6, image_size=48)
+            export_pseudo_labels(
+                segmenter, images, made[format], source="cam_mean", format=format, split="train", progress=False
+            )
+        return made[format]
+
+    return directory
 
 
 @pytest.fixture(scope="session")

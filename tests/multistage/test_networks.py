@@ -181,7 +181,7 @@ def test_the_stride_is_followed_where_it_can_be(network):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"decoder_channels": 0}, "decoder_channels must be positive, got 0"),
+        ({"decoder_channels": 0}, "decoder_channels must be at least 1, got 0"),
         ({"backbone_weights": "r101.pth"}, "backbone_weights r101.pth need pretrained: true"),
     ],
 )

@@ -1,0 +1,100 @@
+"""What a network of CoSA-MS learns: exported masks, or new ones, and what each of their pixels weighs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from cosa_hf.data.dataset import Item
+from cosa_hf.data.images import IGNORE_INDEX
+from cosa_hf.inference import Segmenter, segmentation_logits
+from cosa_hf.multistage.config import MultistageConfig
+from cosa_hf.objective.precision import at_least_float32
+from cosa_hf.objective.reliability import perplexity
+from cosa_hf.objective.upsampled import upsampled_cross_entropy
+from cosa_hf.pseudo_labels.export import export_pseudo_labels
+from cosa_hf.pseudo_labels.load import Exported, check_masks, load_pseudo_labels
+
+
+def labels_to_learn(config: MultistageConfig, device: torch.device, rank: int = 0, processes: int = 1) -> Exported:
+    """The pseudo-labels of a run, found and checked; with `self_training`, new ones of the same images.
+
+    Args:
+        config: of the run.
+        device: where the network that `self_training` names is to label.
+        rank: of this process, which checks its share.
+        processes: how many there are.
+
+    Raises:
+        FileNotFoundError, ValueError: pseudo-labels that cannot be trained on; the message names them.
+    """
+    exported = load_pseudo_labels(str(config.pseudo_labels), config.train_split)
+    if config.self_training:
+        exported = _relabelled(config, exported.dataset, device)
+    if config.confidence_weighting and ("confidence" not in exported.dataset.column_names or not exported.record):
+        raise ValueError(
+            f"confidence_weighting: {config.pseudo_labels} does not carry confidence and what it means: export "
+            "with --format parquet, and keep its export.json"
+        )
+    if not config.resume:
+        check_masks(exported.dataset, rank, processes)
+    return exported
+
+
+def _relabelled(config: MultistageConfig, dataset: Dataset, device: torch.device) -> Exported:
+    """The same images with masks of the network that `self_training` names, within the images' tags."""
+    segmenter = Segmenter.from_pretrained(
+        config.self_training, device=device, scales=config.label_scales, flip=True, batch_size=config.batch_size
+    )
+    directory = Path(config.output_dir) / "pseudo_labels"
+    images = dataset.select_columns(["image", "labels", "image_id"])
+    export_pseudo_labels(segmenter, images, directory, source="seg", format="parquet", split="train")
+    return load_pseudo_labels(str(directory))
+
+
+def confidence_weights(confidence: Tensor, mask: Tensor, threshold: float | None) -> Tensor:
+    """What an export's confidence makes of its pixels: relative weights, 0 where they are not labelled.
+
+    A CAM is sure far from xi, on either side: its weight is the reliability of Eq. 4-5. A segmentation's confidence
+    is a probability, and the weight itself.
+
+    Args:
+        confidence: (B, H, W) in [0, 1].
+        mask: (B, H, W) ids, 255 = ignore.
+        threshold: xi of a CAM export; None for a segmentation's.
+
+    Example:
+        >>> mask = torch.tensor([[[1, 0, 255]]])
+        >>> confidence_weights(torch.tensor([[[0.9, 0.3, 0.9]]]), mask, None)
+        tensor([[[0.9000, 0.3000, 0.0000]]])
+    """
+    weights = confidence.clamp_min(1e-3) if threshold is None else perplexity(confidence, threshold).reciprocal()
+    return weights * (mask != IGNORE_INDEX)
+
+
+def collate(items: list[Item], threshold: float | None) -> dict[str, Any]:
+    """A micro-batch for the Trainer: weak views, and masks with the weight of each pixel, all 1 without confidence."""
+    batch: dict[str, Any] = torch.utils.data.default_collate(items)
+    mask = batch["mask"]
+    labelled = mask != IGNORE_INDEX
+    weights = confidence_weights(batch["confidence"], mask, threshold) if "confidence" in batch else labelled.float()
+    labels = {"ids": mask.masked_fill(~labelled, 0), "weights": weights}
+    return {"pixel_values": batch["weak"], "labels": labels | {k: batch[k] for k in ("image_id", "unreadable")}}
+
+
+def weighted_loss(outputs: Any, labels: dict[str, Any], num_items_in_batch: Tensor) -> Tensor:
+    """This micro-batch's share of the mean cross-entropy over all labelled pixels of the step.
+
+    Args:
+        outputs: of the network.
+        labels: `ids` and `weights`, (B, H, W).
+        num_items_in_batch: the sum of the weights over all micro-batches and processes of the step.
+    """
+    logits = at_least_float32(segmentation_logits(outputs))
+    total = num_items_in_batch.clamp_min(torch.finfo(torch.float32).tiny)
+    return upsampled_cross_entropy(logits, labels["ids"], labels["weights"] / total)
+
+
+__all__ = ["collate", "confidence_weights", "labels_to_learn", "weighted_loss"]

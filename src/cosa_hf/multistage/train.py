@@ -1,0 +1,283 @@
+"""CoSA-MS (Tab. 2): ordinary supervised segmentation on exported pseudo-labels, by `transformers.Trainer`."""
+
+import dataclasses
+import itertools
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, parse_flag_from_env
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from cosa_hf.data import COEXISTENCE_CLASSES, class_names
+from cosa_hf.data.dataset import TrainingDataset
+from cosa_hf.data.views import Views
+from cosa_hf.evaluation.evaluate import evaluate
+from cosa_hf.evaluation.figures import save_visualizations
+from cosa_hf.inference import Segmenter
+from cosa_hf.multistage.config import MultistageConfig
+from cosa_hf.multistage.labels import collate, labels_to_learn, weighted_loss
+from cosa_hf.multistage.networks import build_network, encoder_of
+from cosa_hf.pseudo_labels.load import Exported
+from cosa_hf.training.setup import evaluation_data, hardware
+
+MODEL = "model"
+MOMENTUM = 0.9
+
+
+def train_multistage(config: MultistageConfig) -> Path:
+    """Train a network of CoSA-MS on pseudo-labels; returns the directory of the model, `output_dir/model`.
+
+    Leaves in `output_dir` beside it: `recipe.yaml`, `run.json` (what the labels were made by, on what hardware and how
+    long it ran), `trainer_state.json` (losses and scores by step) and the Trainer's `checkpoint-N`, each a model that
+    loads by itself.
+
+    Raises:
+        FileNotFoundError, ValueError: pseudo-labels or settings that cannot be trained on; the message names them.
+        FloatingPointError: the loss is no longer finite; the message names the images.
+        SystemExit: after SIGTERM, once a checkpoint is saved.
+    """
+    output_dir, checkpoint, arguments = Path(config.output_dir), _checkpoint(config), _arguments(config)
+    terminate = signal.getsignal(signal.SIGTERM)
+    set_seed(config.seed)
+    exported = labels_to_learn(config, arguments.device, arguments.process_index, arguments.world_size)
+    trainer = MultistageTrainer(config, arguments, exported)
+    if arguments.should_save:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        dataclasses.replace(config, resume=False).to_yaml(output_dir / "recipe.yaml")
+        (output_dir / "run.json").unlink(missing_ok=True)  # it says that a run is done
+    _announce(config, trainer)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except Exception as error:
+        error.add_note(_ended(trainer))
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
+    if trainer.state.global_step < config.max_steps:
+        print(f"SIGTERM: {_ended(trainer)}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM)
+    return trainer.finish(exported)
+
+
+class MultistageTrainer(Trainer):
+    """The Trainer, with weighted pixels counted over the whole step and the package's evaluation.
+
+    Args:
+        config: of the run; names the network.
+        arguments: the Trainer's share of it.
+        exported: what is learned.
+    """
+
+    def __init__(self, config: MultistageConfig, arguments: TrainingArguments, exported: Exported) -> None:
+        names = ["background", *class_names(exported.dataset)]
+        coexistence = [name for name in COEXISTENCE_CLASSES.get(config.dataset, ()) if name in names]
+        network, processor = build_network(config, names, coexistence)
+        network.accepts_loss_kwargs = False  # the loss is computed here, not by the network
+        nn.Module.to(network, memory_format=torch.channels_last)
+        self.config, self.started, self.unreadable = config, time.monotonic(), set[str]()
+        norms = [part for part in encoder_of(network).modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        self.frozen = norms if config.freeze_batch_norm else []
+        scales = (config.scale_min, config.scale_max)
+        super().__init__(
+            network,
+            arguments,
+            data_collator=partial(collate, threshold=exported.threshold),
+            train_dataset=TrainingDataset(
+                exported.dataset,
+                Views(config.crop_size, processor.image_mean, processor.image_std, scale_range=scales),
+                length=config.max_steps * _images_per_step(arguments),
+                seed=config.seed,
+                masks=True,
+                confidence=config.confidence_weighting,
+            ),
+            eval_dataset=evaluation_data(config, names[1:]),
+            processing_class=processor,
+            compute_loss_func=weighted_loss,
+            optimizers=(_optimizer(config, network), None),
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of a step, and what all their pixels weigh together, on all processes."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        self.unreadable.update(itertools.chain(*(filter(None, batch["labels"]["unreadable"]) for batch in batches)))
+        total = torch.stack([batch["labels"]["weights"].sum() for batch in batches]).sum()
+        return batches, self.accelerator.reduce(total, "sum")
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        images = inputs["labels"]["image_id"]
+        for norm in self.frozen:
+            norm.eval()  # the Trainer has just put all of the network into training mode
+        try:
+            loss = super().compute_loss(model, inputs, *arguments, **options)
+        except ValueError as error:  # some decoders pool an image to one point, and batch norm needs two
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(f"batch_size must be 2 or more for network {self.config.network!r}, got 1") from error
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"loss is not finite at step {self.state.global_step + 1}: {loss.item()} of images {images}"
+            )
+        return loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """mIoU at one scale and visualizations, as a glance and not the protocol."""
+        segmenter = Segmenter(self.model, self.processing_class)
+        report = evaluate(segmenter, self.eval_dataset, progress=False, accelerator=self.accelerator)
+        if self.args.should_save:
+            shown = self.eval_dataset.select(range(min(self.config.eval_panels, len(self.eval_dataset))))
+            directory = Path(self.args.output_dir) / "panels" / f"step-{self.state.global_step:07d}"
+            save_visualizations(segmenter, shown, directory)
+        scores = {f"eval_{name}": report[name]["miou"] for name in ("seg", "seg_tags")}
+        self.log(scores)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        return scores
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds `seconds` of training, of the run before it was resumed too."""
+        earlier = next((entry["seconds"] for entry in reversed(self.state.log_history) if "seconds" in entry), 0.0)
+        since, self.started = self.started, time.monotonic()
+        super().log(logs | {"seconds": round(earlier + self.started - since, 2)}, start_time)
+
+    def finish(self, exported: Exported) -> Path:
+        """Writes the model and the record of the run."""
+        directory = Path(self.args.output_dir)
+        unreadable = sorted(set(gather_object(sorted(self.unreadable))))
+        self.save_state()
+        if self.args.should_save:
+            self.model.save_pretrained(directory / MODEL)
+            self.processing_class.save_pretrained(directory / MODEL)
+            summary = {
+                "recommended": MODEL,
+                "reason": "the weights after the last step",
+                "images": len(exported.dataset),
+                "unreadable_replaced": unreadable,
+                "hardware": hardware(self.accelerator),
+                "seconds": round(self.state.log_history[-1]["seconds"]),
+                "pseudo_labels": exported.record or None,
+            }
+            (directory / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        return directory / MODEL
+
+
+def _arguments(config: MultistageConfig) -> TrainingArguments:
+    use_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if config.mixed_precision == "fp16" and use_cpu:
+        raise ValueError("mixed_precision fp16 needs an accelerator, this is a CPU: take bf16 or no")
+    arguments = TrainingArguments(
+        output_dir=config.output_dir,
+        use_cpu=use_cpu,
+        seed=config.seed,
+        bf16=config.mixed_precision == "bf16",
+        fp16=config.mixed_precision == "fp16",
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        average_tokens_across_devices=True,
+        train_sampling_strategy="sequential",  # the dataset has the order
+        remove_unused_columns=False,
+        dataloader_num_workers=config.num_workers,
+        dataloader_pin_memory=not use_cpu,
+        lr_scheduler_type="polynomial",
+        lr_scheduler_kwargs={"power": config.lr_power, "lr_end": 0.0},
+        learning_rate=config.learning_rate,
+        warmup_steps=config.lr_warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        report_to=config.tracker,
+        disable_tqdm=not sys.stderr.isatty(),
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every or None,
+        save_strategy="steps" if config.checkpoint_every else "no",
+        save_steps=config.checkpoint_every or config.max_steps,
+        save_total_limit=config.keep_checkpoints,
+        enable_jit_checkpoint=threading.current_thread() is threading.main_thread(),  # SIGTERM saves one
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process for each GPU, never nn.DataParallel
+    return arguments
+
+
+def _optimizer(config: MultistageConfig, network: PreTrainedModel) -> torch.optim.Optimizer:
+    """Decay on all weights, as for CoSA; the decoder at a rate of its own."""
+    encoder = {id(parameter) for parameter in encoder_of(network).parameters()}
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if id(parameter) in encoder]},
+        {
+            "params": [parameter for parameter in trained if id(parameter) not in encoder],
+            "lr": config.learning_rate * config.head_lr_multiplier,
+        },
+    ]
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=MOMENTUM, **options)
+    return torch.optim.AdamW(groups, fused=config.mixed_precision != "fp16", **options)  # fused hides skipped steps
+
+
+def _checkpoints(output_dir: Path) -> dict[int, Path]:
+    """Those that are complete, by step: their state is written last."""
+    found = (path.parent for path in output_dir.glob("checkpoint-[0-9]*/trainer_state.json"))
+    return {int(path.name.removeprefix("checkpoint-")): path for path in found}
+
+
+def _checkpoint(config: MultistageConfig) -> Path | None:
+    """The newest one of a run to resume; None for a new run."""
+    output_dir = Path(config.output_dir)
+    found = _checkpoints(output_dir)
+    if not config.resume:
+        if found:
+            raise ValueError(
+                f"{found[max(found)]} is of an earlier run: --resume it, remove it, or choose another output_dir"
+            )
+        return None
+    if not found:
+        raise FileNotFoundError(f"no checkpoint-N in {output_dir} to resume from (checkpoints/ is of earlier versions)")
+    if max(found) > config.max_steps:
+        raise ValueError(f"{found[max(found)]} is beyond max_steps = {config.max_steps}: ask for more steps")
+    earlier = MultistageConfig.from_yaml(output_dir / "recipe.yaml")
+    for name in config.in_checkpoint:
+        if (asked := getattr(config, name)) != (held := getattr(earlier, name)):
+            raise ValueError(
+                f"{name} of a resumed run stays {held}, which its checkpoint holds, got {asked}: keep it, or start "
+                "anew in another output_dir"
+            )
+    return found[max(found)]
+
+
+def _ended(trainer: Trainer) -> str:
+    saved = _checkpoints(Path(trainer.args.output_dir))
+    where = f"go on from {saved[max(saved)]} with --resume" if saved else "there is no checkpoint to go on from"
+    return f"the run ended after {trainer.state.global_step} whole steps; {where}"
+
+
+def _images_per_step(arguments: TrainingArguments) -> int:
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def _announce(config: MultistageConfig, trainer: MultistageTrainer) -> None:
+    labels = f"labels of {config.self_training}" if config.self_training else config.pseudo_labels
+    per_step = _images_per_step(trainer.args)
+    millions = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
+    trainer.accelerator.print(
+        f"{config.network} ({type(trainer.model).__name__}, {millions:.1f} M parameters) on {labels}: "
+        f"{config.max_steps} steps of {per_step} images"
+    )
+    if per_step != config.images_per_step:
+        trainer.accelerator.print(
+            f"the schedule is made for {config.images_per_step} images a step, this run takes {per_step}: batch_size x "
+            "gradient_accumulation_steps x processes. Change one of them, or images_per_step if it is meant"
+        )
+
+
+__all__ = ["MODEL", "MultistageTrainer", "train_multistage"]

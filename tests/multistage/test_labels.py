@@ -1,0 +1,75 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cosa_hf.multistage.labels import collate, confidence_weights, labels_to_learn, weighted_loss
+
+
+def items(number, generator, confidence=True):
+    made = []
+    for index in range(number):
+        mask = torch.randint(3, (8, 8), generator=generator)
+        mask[torch.rand(8, 8, generator=generator) < 0.3 * index] = 255  # no two images have as many labelled pixels
+        item = {"weak": torch.zeros(3, 8, 8), "mask": mask, "image_id": str(index), "unreadable": ""}
+        made.append(item | ({"confidence": torch.rand(8, 8, generator=generator)} if confidence else {}))
+    return made
+
+
+def reference_weight(confidence, threshold):
+    """Eq. 4 with the paper's alpha and beta, or the probability itself."""
+    if threshold is None:
+        return max(confidence, 1e-3)
+    distance = (confidence - threshold) / (1 - threshold) if confidence >= threshold else 1 - confidence / threshold
+    return 1 / -math.log(0.8 * min(max(distance, 1e-4), 1.0))
+
+
+@pytest.mark.parametrize("threshold", [0.4, None])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_micro_batches_share_one_weighted_mean_over_the_step(weighted, threshold):
+    """Against a float64 loop over pixels."""
+    generator = torch.Generator().manual_seed(0)
+    images = items(3, generator, confidence=weighted)
+    logits = torch.randn(3, 3, 8, 8, generator=generator)
+    batches = [collate(images[:1], threshold), collate(images[1:], threshold)]
+    total = sum(batch["labels"]["weights"].sum() for batch in batches)
+    parts = [
+        weighted_loss(SimpleNamespace(logits=maps), batch["labels"], total)
+        for maps, batch in zip((logits[:1], logits[1:]), batches, strict=True)
+    ]
+    above = below = 0.0
+    for image, maps in zip(images, logits.double(), strict=True):
+        for row in range(8):
+            for column in range(8):
+                if (label := image["mask"][row, column].item()) == 255:
+                    continue
+                weight = reference_weight(image["confidence"][row, column].item(), threshold) if weighted else 1.0
+                above -= weight * maps[:, row, column].log_softmax(0)[label].item()
+                below += weight
+    assert sum(parts).item() == pytest.approx(above / below, abs=1e-5)
+
+
+def test_a_step_without_a_labelled_pixel_costs_nothing():
+    (item,) = items(1, torch.Generator().manual_seed(0))
+    item["mask"][:] = 255
+    labels = collate([item], None)["labels"]
+    logits = torch.randn(1, 3, 8, 8, requires_grad=True)
+    loss = weighted_loss(SimpleNamespace(logits=logits), labels, labels["weights"].sum())
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+def test_a_cam_is_trusted_away_from_its_threshold_on_both_sides():
+    mask = torch.tensor([[[0, 0, 1, 1, 255]]])
+    weights = confidence_weights(torch.tensor([[[0.0, 0.45, 0.55, 1.0, 1.0]]]), mask, 0.5)[0, 0]
+    assert weights[4] == 0
+    assert weights[0] == weights[3] > 5 * weights[1]
+    torch.testing.assert_close(weights[1], weights[2])
+
+
+def test_confidence_needs_a_format_that_carries_it(tiny, export):
+    config = tiny(pseudo_labels=str(export("png")), confidence_weighting=True)
+    with pytest.raises(ValueError, match=r"confidence_weighting: .*png does not carry confidence"):
+        labels_to_learn(config, torch.device("cpu"))
