@@ -32,7 +32,7 @@ _MODULES = {
     "demo_model": "demo",
     "evaluate": "evaluation.evaluate",
     "export_pseudo_labels": "pseudo_labels.export",
-    "train": "training.loop",
+    "train": "training.trainer",
 }
 
 

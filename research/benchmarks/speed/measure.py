@@ -11,13 +11,13 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from cosa_hf.evaluation.maps import SCALES, predict_maps
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from torch.utils.flop_counter import FlopCounterMode
 from views import photos
 
 from cosa_hf.assignment import network as assignment
 from cosa_hf.assignment.threshold import DynamicThreshold
-from cosa_hf.evaluation.maps import SCALES, predict_maps
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.inference import forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
