@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from arguments import one_line_errors
 from torch.utils.data import DataLoader
 
-from cosa_hf.assignment.threshold import Covariance, DynamicThreshold
+from cosa_hf.assignment.threshold import Covariance, DynamicThreshold, ThresholdConfig
 from cosa_hf.data import TrainingDataset, Views, load_dataset_by_name
 from cosa_hf.evaluation.metrics import SegmentationMetric
 from cosa_hf.inference import forward_multiscale, load_model

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
+from cosa_hf.evaluation.weights import weights_sha256
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
 import cosa_hf
 from cosa_hf.data import VOC_CLASSES
-from cosa_hf.evaluation.weights import weights_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path(cosa_hf.demo_model())

@@ -55,7 +55,7 @@ class Settings:
         ValueError: temperature must be above 0 and at most 300, got 400.0
     """
 
-    parts: ClassVar[tuple[type, ...]] = ()
+    parts: ClassVar[tuple[Any, ...]] = ()
     """The groups that the fields of a larger configuration come from, as `--help` shows them."""
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from cosa_hf.evaluation.maps import predict_maps
 from datasets import Dataset, load_dataset
 from pets import CLASSES
 from PIL import Image, ImageOps
@@ -20,7 +21,6 @@ from cosa_hf.data import class_names, load_voc
 from cosa_hf.data.images import read_image, read_mask, undecoded
 from cosa_hf.data.tags import tag_features
 from cosa_hf.evaluation.evaluate import predict_dataset
-from cosa_hf.evaluation.maps import predict_maps
 from cosa_hf.files import whole_file
 from cosa_hf.pseudo_labels import formats
 from cosa_hf.pseudo_labels.export import SOURCES, export_pseudo_labels

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cosa_hf.evaluation.weights import weights_sha256
 from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForSemanticSegmentation,
@@ -19,7 +20,6 @@ from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImagePr
 from cosa_hf.data import VOC_CLASSES
 from cosa_hf.data.coco import COCO_CLASSES
 from cosa_hf.evaluation.evaluate import PROTOCOLS
-from cosa_hf.evaluation.weights import weights_sha256
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.publishing.card import model_card

@@ -8,6 +8,8 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
+from cosa_hf.training.cosa import recommendation
+from cosa_hf.training.loop import train
 from fp16_on_cpu import HalfAccelerator
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,8 +19,6 @@ from cosa_hf.data import VOC_CLASSES, load_shapes
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.training import cosa, loop
 from cosa_hf.training.config import TrainingConfig
-from cosa_hf.training.cosa import recommendation
-from cosa_hf.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
 

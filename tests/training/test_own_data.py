@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosa_hf.training.loop import train
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from cosa_hf.data import load_shapes, undecoded
 from cosa_hf.training import loop
 from cosa_hf.training.checkpoints import Checkpoints
-from cosa_hf.training.loop import train
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState, debug_launcher
 from accelerate.state import AcceleratorState
+from cosa_hf.training.loop import train
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.evaluation.evaluate import evaluate_model
 from cosa_hf.training import checkpoints
-from cosa_hf.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
 

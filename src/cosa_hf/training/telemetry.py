@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
+from cosa_hf.assignment.threshold import DynamicThreshold
 from cosa_hf.files import whole_file
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels
