@@ -396,15 +396,7 @@ class Segmenter:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        device: torch.device | str | None = None,
-        size: int | None = None,
-        scales: Sequence[float] = (1.0,),
-        flip: bool = False,
-        batch_size: int = 8,
-        crf: CRF | None = None,
+        cls, name: str | Path, *, device: torch.device | str | None = None, size: int | None = None, **settings: Any
     ) -> "Segmenter":
         """A saved model as a segmenter.
 
@@ -412,14 +404,14 @@ class Segmenter:
             name: a directory of a saved model, or its name on the Hub.
             device: default: an accelerator if there is one.
             size: side of the square that images are resized to, in pixels; default: the processor's own.
-            scales: and the others, as above.
+            settings: `scales`, `flip`, `batch_size` and `crf`, as above.
 
         Raises:
             FileNotFoundError, ValueError: as `load_model`; or as above.
         """
         device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        settings = {} if size is None else {"size": {"height": size, "width": size}}
-        return cls(*load_model(str(name), device, **settings), scales, flip, batch_size, crf)
+        resized = {} if size is None else {"size": {"height": size, "width": size}}
+        return cls(*load_model(str(name), device, **resized), **settings)
 
     @property
     def names(self) -> list[str]:
@@ -530,14 +522,7 @@ class Segmenter:
         maps = zip(labels, fused.seg_logits, scores, cams, aux_cams, strict=True)
         threshold = getattr(self.model.config, "cam_threshold", 0.5)
         return [
-            Segmentation(
-                each.image_id,
-                each.image,
-                *own,
-                ground_truth=each.ground_truth,
-                cam_threshold=threshold,
-                crf=self.crf,
-            )
+            Segmentation(each.image_id, each.image, *own, each.ground_truth, threshold, self.crf)
             for each, own in zip(inputs, maps, strict=True)
         ]
 

@@ -5,8 +5,19 @@ import pytest
 import torch
 from PIL import Image
 
-from cosa_hf.evaluation.figures import SMALL_TILE, TILE_HEIGHT, TILE_WIDTH, comparison, overlay, visualization
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.evaluation.figures import (
+    SMALL_TILE,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    comparison,
+    overlay,
+    save_visualizations,
+    visualization,
+)
 from cosa_hf.evaluation.palette import voc_palette
+from cosa_hf.inference import Segmenter
 
 NAMES = ["background", "cat", "dog"]
 
@@ -63,6 +74,24 @@ def test_each_input_changes_its_own_tile_only():
     for place, picture in enumerate(pictures, start=1):
         columns = np.flatnonzero((np.asarray(picture) != np.asarray(base)).any(axis=(0, 2)))
         assert place * tile - 5 <= columns.min() < columns.max() < (place + 1) * tile + 5
+
+
+def test_a_visualization_of_every_image_is_saved(tmp_path):
+    config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
+    processor = CoSAImageProcessor(size={"height": 32, "width": 32})
+    segmenter = Segmenter(CoSAForWeaklySupervisedSegmentation(config), processor)
+    dataset = load_shapes("val", num_images=2, masks=True)
+    save_visualizations(segmenter, dataset, tmp_path / "new" / "panels")
+    files = sorted((tmp_path / "new" / "panels").iterdir())
+    assert [file.stem for file in files] == dataset["image_id"][:]
+    for one, file in zip(segmenter.predict(dataset), files, strict=True):
+        tags = ", ".join(segmenter.names[int(index) + 1] for index in one.labels.nonzero())
+        row = visualization(
+            one.image, one.cam, one.aux_cam, one.label("seg")[0], one.ground_truth, segmenter.names,
+            title=f"{one.image_id}   tags: {tags}",
+        )  # fmt: skip
+        with Image.open(file) as saved:
+            assert saved.tobytes() == row.tobytes()
 
 
 def test_overlay_paints_classes_and_leaves_background_alone():

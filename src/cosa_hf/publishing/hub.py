@@ -76,7 +76,7 @@ def stage(
     scores = _matching_report(Path(report), digest) if report else None
     recipe_file = Path(recipe) if recipe else model.parent / "recipe.yaml"
     settings, run = _recipe_and_run(recipe_file, config) if recipe or recipe_file.is_file() else (None, None)
-    pictures = _pictures(Path(panels)) if panels else []
+    images = _images(Path(panels)) if panels else []
     if notes and not Path(notes).is_file():
         raise FileNotFoundError(f"no notes {notes}")
 
@@ -85,10 +85,10 @@ def stage(
         shutil.copyfile(model / name, folder / name)
     if settings:
         settings.to_yaml(folder / "recipe.yaml")
-    if pictures:
+    if images:
         (folder / "panels").mkdir()
-    for picture in pictures:
-        shutil.copyfile(picture, folder / "panels" / picture.name)
+    for image in images:
+        shutil.copyfile(image, folder / "panels" / image.name)
     if scores:
         _write_eval_results(scores, folder / ".eval_results", benchmark)
     model_card(
@@ -98,7 +98,7 @@ def stage(
         run=run,
         report=scores,
         weights_sha256=digest,
-        panels=[picture.name for picture in pictures],
+        panels=[image.name for image in images],
         license=license,
         notes=Path(notes).read_text(encoding="utf-8").strip() if notes else None,
     ).save(folder / "README.md")
@@ -171,16 +171,16 @@ def _recipe_and_run(path: Path, config: Any) -> tuple[RunConfig, dict[str, Any] 
     check_network(recipe, config, path)
     file = path.with_name("run.json")
     run = _read_object(file) if file.is_file() else None
-    if taught := (run or {}).get("pseudo_labels"):
-        taught["model"] = place_name(taught["model"]) or "MODEL"
+    if export := (run or {}).get("pseudo_labels"):
+        export["model"] = place_name(export["model"]) or "MODEL"
     return recipe.portable(), run
 
 
-def _pictures(directory: Path) -> list[Path]:
-    pictures = sorted(directory.glob("*.png"))
-    if not pictures:
+def _images(directory: Path) -> list[Path]:
+    images = sorted(directory.glob("*.png"))
+    if not images:
         raise FileNotFoundError(f"no PNG files in {directory}: `cosa-hf evaluate --panels` writes them")
-    return pictures
+    return images
 
 
 def _write_eval_results(report: dict[str, Any], directory: Path, benchmark: str | None) -> None:
