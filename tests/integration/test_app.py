@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cosa_hf.evaluation.maps import predict_maps
 from datasets import Dataset
 from huggingface_hub import metadata_load
 from in_process import run_script
@@ -20,7 +21,6 @@ from PIL import Image
 
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.data.tags import tag_features
-from cosa_hf.evaluation.maps import predict_maps
 from cosa_hf.inference import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
