@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cosa_hf.evaluation.weights import weights_sha256
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants
 from in_process import run_script
@@ -20,8 +21,11 @@ from transformers import pipeline
 import cosa_hf.publishing.hub
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
+<<<<<<< HEAD
+=======
 from cosa_hf.digest import weights_sha256
 from cosa_hf.inference import load_model
+>>>>>>> 7135f77
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.publishing.hub import publish, stage
