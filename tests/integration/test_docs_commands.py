@@ -41,7 +41,7 @@ CUT = {
 #: Too long even so, or never done; the tests named here run them.
 ELSEWHERE = {
     "demo": "integration/test_demo.py",
-    "app": "integration/test_app.py",
+    "app": "integration/test_space.py",
     "research/ablate.py": "research/test_ablate.py",
     "research/benchmark.py": "research/test_benchmark.py",
 }

@@ -62,9 +62,7 @@ def wheel(tmp_path_factory):
     (archive,) = directory.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         assert any(name.endswith("/LICENSE") for name in tar.getnames())
-    python(
-        *("-m", "pip", "wheel", archive, "--no-deps", "--no-build-isolation", "-q", "-w", directory), cwd=directory
-    )
+    python(*("-m", "pip", "wheel", archive, "--no-deps", "--no-build-isolation", "-q", "-w", directory), cwd=directory)
     (wheel,) = directory.glob("*.whl")
     return wheel
 
