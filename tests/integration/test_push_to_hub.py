@@ -21,11 +21,8 @@ from transformers import pipeline
 import cosa_hf.publishing.hub
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
-<<<<<<< HEAD
-=======
 from cosa_hf.digest import weights_sha256
 from cosa_hf.inference import load_model
->>>>>>> 7135f77
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.publishing.hub import publish, stage
