@@ -32,8 +32,8 @@ def dataset_parser(name: str, description: str | None) -> ConfigParser:
 
 def parse_dataset_args(parser: ConfigParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]:
     """What a `dataset_parser` finds."""
-    options, args = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
-    return args, options
+    args = parser.parse_args(arguments)
+    return args, DatasetOptions(**{spec.name: getattr(args, spec.name) for spec in dataclasses.fields(DatasetOptions)})
 
 
 def dataset_of(args: argparse.Namespace, options: DatasetOptions, segmenter: Segmenter, masks: bool = False) -> Dataset:
