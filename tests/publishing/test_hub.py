@@ -339,10 +339,10 @@ def test_the_card_of_a_taught_network_tells_what_taught_it(network, tmp_path):
     ) in text
     assert "| hardware | 1 x abacus |" in text
     assert (
-        "python scripts/export_pseudo_labels.py assignment --dataset voc --data_dir VOCdevkit/VOC2012 "
+        "cosa-hf label assignment --dataset voc --data_dir VOCdevkit/VOC2012 "
         "--split train_aug --source cam_mean --format parquet --threshold 0.45 --scales 1.0 0.5 --no_flip "
         "--output_dir VOC2012-pseudo\n"
-        "accelerate launch scripts/train_multistage.py --recipe recipe.yaml --pseudo_labels VOC2012-pseudo "
+        "cosa-hf multistage --recipe recipe.yaml --pseudo_labels VOC2012-pseudo "
         "--data_dir VOCdevkit/VOC2012\n"
     ) in text
     assert "| cat | 20.0 | 21.0 |\n" in text  # no columns for CAMs, which it has not
@@ -380,7 +380,7 @@ def test_the_card_claims_no_more_than_the_run_recorded(taught, fields, words, ne
     for each in words:
         assert each in text
     assert "someone" not in text
-    assert "export_pseudo_labels.py" not in text
+    assert "cosa-hf label" not in text
     assert "class activation maps of" not in text
 
 
