@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cosa_hf.evaluation.maps import predict_maps
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,7 +19,6 @@ from cosa_hf import demo_model
 from cosa_hf.assignment.threshold import BINS, FLOOR, fit_mixture
 from cosa_hf.data import load_dataset_by_name, load_shapes
 from cosa_hf.data.palette import to_palette_image
-from cosa_hf.evaluation.maps import predict_maps
 from cosa_hf.inference import load_model
 from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, segmentation_pseudo_labels
 from cosa_hf.objective.reliability import perplexity, reliability_weights

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cosa_hf.evaluation.weights import weights_sha256
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants
 from in_process import run_script
@@ -20,7 +21,11 @@ from transformers import pipeline
 import cosa_hf.publishing.hub
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
-from cosa_hf.evaluation.weights import weights_sha256
+<<<<<<< HEAD
+=======
+from cosa_hf.digest import weights_sha256
+from cosa_hf.inference import load_model
+>>>>>>> 7135f77
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.publishing.hub import publish, stage
@@ -151,7 +156,7 @@ def test_evaluated_pushed_and_loaded_by_a_stranger(of, model_name, model_files, 
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["weights_sha256"] == weights_sha256(model)
+    assert report["weights_sha256"] == weights_sha256(load_model(str(model), "cpu")[0])
 
     shown = ("--report", tmp_path / "report.json", "--panels", tmp_path / "panels")
     done = push(model, "--private", *shown, hub=hub, home=tmp_path)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cosa_hf.training.loop import train
 from safetensors.torch import load_file
 
 from cosa_hf.training.checkpoints import moments
 from cosa_hf.training.config import TrainingConfig
-from cosa_hf.training.loop import train
 
 
 @pytest.mark.usefixtures("few_shapes")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from cosa_hf.training.loop import train
 
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.training import checkpoints, cosa, loop
-from cosa_hf.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
 

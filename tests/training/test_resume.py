@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from cosa_hf.training.loop import train
 from safetensors.torch import save_file
 
 from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.training import checkpoints, cosa, loop
 from cosa_hf.training.checkpoints import Checkpoints, Progress, moments, read_checkpoint
 from cosa_hf.training.config import TrainingConfig
-from cosa_hf.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
 

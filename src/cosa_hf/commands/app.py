@@ -1,6 +1,8 @@
-"""Open a page to try a model on (extra `app`).
+"""Open a page to try a model on: upload a photo, tick what is in it or nothing, see the mask and the CAM of a class.
 
-cosa-hf app runs/demo/model
+Needs gradio: pip install 'cosa-hf[app]'. Without a model it is the small one that comes with the package.
+
+    cosa-hf app runs/demo/model
 """
 
 from collections.abc import Sequence

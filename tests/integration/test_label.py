@@ -1,7 +1,7 @@
-"""scripts/export_pseudo_labels.py and research/pseudo_label_quality.py as a user runs, kills and repeats them."""
+"""`cosa-hf label` as a user runs, kills and repeats it."""
 
 import json
-import os
+import re
 import shlex
 import signal
 import subprocess
@@ -10,25 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from in_process import run_script
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes, load_voc
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SETTINGS = shlex.split("--dataset shapes --split val --source cam_mean --scales 1 --shard_size 20 --batch_size 4")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    names = dict(enumerate(["background", *SHAPES_CLASSES]))
-    config = CoSAConfig(backbone="test_vit", decoder_channels=16, id2label=names)
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +33,8 @@ def voc_dir(tmp_path_factory):
     return root
 
 
-def export_here(monkeypatch, model_dir, output_dir, *arguments):
-    run_script(
-        monkeypatch, "scripts/export_pseudo_labels.py", model_dir, *SETTINGS, *arguments, "--output_dir", output_dir
-    )
+def words(model_dir, output_dir, *arguments):
+    return ("label", model_dir, *SETTINGS, *arguments, "--output_dir", output_dir)
 
 
 def files(directory):
@@ -72,11 +55,11 @@ KILLED_AT = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", KILLED_AT)
-def test_killed_in_the_middle_and_run_again(format, model_dir, tmp_path, monkeypatch, capsys):
+def test_killed_in_the_middle_and_run_again(format, model_dir, tmp_path, cosa_hf):
     output_dir = tmp_path / "killed"
     pattern, number = KILLED_AT[format]
-    command = [sys.executable, SCRIPTS / "export_pseudo_labels.py", model_dir, *SETTINGS, "--format", format]
-    with subprocess.Popen([*map(str, command), "--output_dir", str(output_dir)], stderr=subprocess.DEVNULL) as process:
+    command = [sys.executable, "-m", "cosa_hf.cli", *words(model_dir, output_dir, "--format", format)]
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL) as process:
         while len(list(output_dir.glob(pattern))) < number:
             assert process.poll() is None, "the export ended before it could be killed"
             time.sleep(0.001)
@@ -90,9 +73,9 @@ def test_killed_in_the_middle_and_run_again(format, model_dir, tmp_path, monkeyp
     content = {name: (output_dir / name).read_bytes() for name in kept}
     parts = [*output_dir.glob(".parts/*.json"), *output_dir.glob("data/*.parquet")]
 
-    export_here(monkeypatch, model_dir, output_dir, "--format", format)
-    assert f"{20 * len(parts)} images were labelled before" in capsys.readouterr().out
-    export_here(monkeypatch, model_dir, tmp_path / "whole", "--format", format)
+    printed = cosa_hf(*words(model_dir, output_dir, "--format", format))
+    assert f"{20 * len(parts)} images were labelled before" in printed
+    cosa_hf(*words(model_dir, tmp_path / "whole", "--format", format))
     whole = contents(tmp_path / "whole")
     assert contents(output_dir) == whole
     for name in kept:
@@ -105,24 +88,21 @@ def test_killed_in_the_middle_and_run_again(format, model_dir, tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", KILLED_AT)
-def test_two_processes_write_what_one_writes(format, model_dir, tmp_path, monkeypatch):
+def test_two_processes_write_what_one_writes(format, model_dir, tmp_path, subprocess_of, cosa_hf):
     # Not `accelerate launch --cpu`: without MPI that starts one process, whatever --num_processes says.
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPTS / "export_pseudo_labels.py")
-    arguments = (model_dir, *SETTINGS, "--format", format, "--output_dir", tmp_path / "two")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *map(str, (*launch, *arguments))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cosa_hf.cli")
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess_of(*words(model_dir, tmp_path / "two", "--format", format), launch=launch, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("200 images labelled") == 1
     assert "export, process 1 of 2" in done.stderr
-    export_here(monkeypatch, model_dir, tmp_path / "one", "--format", format)
+    cosa_hf(*words(model_dir, tmp_path / "one", "--format", format))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_png_of_other_classes_reads_back(model_dir, voc_dir, tmp_path, monkeypatch, capsys):
+def test_png_of_other_classes_reads_back(model_dir, voc_dir, tmp_path, cosa_hf, complaint):
     settings = ("--dataset", "voc", "--data_dir", voc_dir, "--format", "png", "--no_flip")
-    export_here(monkeypatch, model_dir, tmp_path / "out", *settings)
-    output = capsys.readouterr().out
+    output = cosa_hf(*words(model_dir, tmp_path / "out", *settings))
     assert "6 images labelled, " in output
     assert output.splitlines()[-1] == f"export: {tmp_path / 'out'}"
     there, here = (load_voc(directory, "val", masks=True) for directory in (voc_dir, tmp_path / "out"))
@@ -130,48 +110,27 @@ def test_png_of_other_classes_reads_back(model_dir, voc_dir, tmp_path, monkeypat
     for column in ("image", "labels", "image_id"):
         assert here[column][:] == there[column][:]
     assert all(row["mask"].size == (96, 96) for row in here)
-    with pytest.raises(SystemExit, match=r"(?s)error: .*other settings.*  threshold: 0.5 there, 0.25 now"):
-        export_here(monkeypatch, model_dir, tmp_path / "out", *settings, "--threshold", "0.25")
+    said = complaint(*words(model_dir, tmp_path / "out", *settings, "--threshold", "0.25"))
+    assert re.match(r"error: .*other settings.* threshold: 0.5 there, 0.25 now", said)
 
 
-def test_untagged_images_need_tags_that_are_predicted(model_dir, voc_dir, tmp_path, monkeypatch):
+def test_untagged_images_need_tags_that_are_predicted(model_dir, voc_dir, tmp_path, cosa_hf, complaint):
     for name in ("JPEGImages", "ImageSets", "classes.txt"):
         (tmp_path / name).symlink_to(voc_dir / name)
     tags = json.loads((voc_dir / "image_labels.json").read_text())
     (tmp_path / "image_labels.json").write_text(json.dumps(tags | {"val-00002": []}))
     settings = ("--dataset", "voc", "--data_dir", tmp_path, "--format", "png")
-    with pytest.raises(SystemExit, match=r"error: 1 of 6 images have no tag: val-00002; .*--tags predicted"):
-        export_here(monkeypatch, model_dir, tmp_path / "out", *settings)
+    said = complaint(*words(model_dir, tmp_path / "out", *settings))
+    assert re.match(r"error: 1 of 6 images have no tag: val-00002; .*--tags predicted", said)
     # A random model gives no class a probability of nearly nothing.
     predicted = ("--tags", "predicted", "--class_threshold", "0.001")
-    export_here(monkeypatch, model_dir, tmp_path / "out", *settings, *predicted)
+    cosa_hf(*words(model_dir, tmp_path / "out", *settings, *predicted))
     found = json.loads((tmp_path / "out" / "image_labels.json").read_text())
     assert found == tags | {"val-00002": list(SHAPES_CLASSES)}
 
 
-def test_missing_model_is_one_clear_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SystemExit, match="error: no model at "):
-        export_here(monkeypatch, tmp_path / "nowhere", tmp_path / "out", "--format", "png")
-    assert not (tmp_path / "out").exists()
-
-
-def test_quality_is_not_measured_where_it_cannot_be_written(tmp_path, complaint):
-    report = tmp_path / "file/quality.json"
-    report.parent.touch()
-    command = ("research/pseudo_label_quality.py", "no-model-is-needed-to-see-that", "--dataset", "shapes")
-    assert complaint(*command, "--split", "val", "--report", report).startswith(f"error: cannot write {report}: ")
-
-
-def test_quality_prints_a_table_and_writes_it_down(model_dir, voc_dir, tmp_path, monkeypatch, capsys):
-    run_script(
-        monkeypatch,
-        *("research/pseudo_label_quality.py", model_dir, "--dataset", "voc", "--data_dir", voc_dir, "--split", "val"),
-        *("--scales", "1", "--no_flip", "--thresholds", "0.3", "0.6", "--report", tmp_path / "new" / "quality.json"),
+def test_missing_model_is_one_clear_line(tmp_path, complaint):
+    assert complaint(*words(tmp_path / "nowhere", tmp_path / "out", "--format", "png")).startswith(
+        "error: no model at "
     )
-    report = json.loads((tmp_path / "new" / "quality.json").read_text())
-    assert [row["threshold"] for row in report["cam_mean"]] == [0.3, 0.6]
-    assert (report["images"], report["protocol"]["scales"]) == (6, [1.0])
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[2:4]] == ["0.30", "0.60"]
-    assert f"{report['cam'][0]['miou']:.1f}" in table[2]
+    assert not (tmp_path / "out").exists()
