@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.format == "onnx":
         write_onnx(model, args.target, args.int8)
         return
-    checkpoint = to_official(model)
+    checkpoint = to_official(cast(CoSAForWeaklySupervisedSegmentation, model))
     args.target.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, args.target)
     print(f"{args.target}: a checkpoint for the authors' code; its encoder.head, unused, is zero")
