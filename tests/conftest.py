@@ -20,12 +20,11 @@ from transformers import (
     SwinConfig,
 )
 
-from cosa_hf.multistage.config import MultistageConfig
-from cosa_hf.multistage.networks import build_network
-
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.inference import Segmenter
+from cosa_hf.multistage.config import MultistageConfig
+from cosa_hf.multistage.networks import build_network
 from cosa_hf.pseudo_labels.export import export_pseudo_labels
 
 # The same examples in every run: a check that fails now and then tells a contributor nothing about the change at hand.

@@ -127,8 +127,21 @@ def test_the_command_works_where_nothing_else_is(installed, tmp_path):
         ("check", *data),
         ("train", "--recipe", "folder-lite0", "--data_dir", "photos", "--output_dir", "run", *cut.split()),
         ("predict", "run/assignment", "photos/0.png", "--output_dir", "masks"),
-        ("label", "run/assignment", *data, "--split", "train", "--source", "cam_mean", "--format", "png", "--scales", 1)
-        + ("--output_dir", "labels"),
+        (
+            "label",
+            "run/assignment",
+            *data,
+            "--split",
+            "train",
+            "--source",
+            "cam_mean",
+            "--format",
+            "png",
+            "--scales",
+            1,
+            "--output_dir",
+            "labels",
+        ),
     ):
         done = run(command, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
