@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from images_of import image_of
 from in_process import run_script
-from pictures import image_of
 from PIL import Image
 
 from cosa_hf.data import COCO_CLASSES, class_names, load_coco, read_image, read_mask, undecoded, without_untagged

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from pictures import image_of
+from images_of import image_of
 from PIL import Image, ImageFilter
 
 from cosa_hf.data import views as views_module
