@@ -57,7 +57,7 @@ class CoSABackbone(nn.Module):
     A timm encoder that returns its last feature map F and an earlier one, F†, on the same grid.
 
     F is the last layer after the final norm of a ViT, and the last level of the feature pyramid of any other
-    backbone. F† is the raw output of layer `config.aux_layer`. An image whose sides are no multiples of
+    backbone. F† is the raw output of layer `config.aux_layer`. An image whose sides are not multiples of
     the stride is resized to the nearest multiples (one token at least), so every token covers the same area.
     Batch norm keeps its statistics in training, and position embeddings are frozen.
 
@@ -99,8 +99,10 @@ class CoSABackbone(nn.Module):
         self.stride = int(self.model.feature_info[-1]["reduction"])
         self.num_features, self.aux_num_features, unused = self._probe()
         for name in unused:
-            parts = getattr(self.model, name)  # a list is gone through, whatever becomes of it
-            empty = nn.ModuleList(nn.Identity() for _ in parts) if isinstance(parts, nn.ModuleList) else nn.Identity()
+            modules = getattr(self.model, name)  # a list is gone through, whatever becomes of it
+            empty = (
+                nn.ModuleList(nn.Identity() for _ in modules) if isinstance(modules, nn.ModuleList) else nn.Identity()
+            )
             setattr(self.model, name, empty)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not tensor.is_meta:
@@ -144,7 +146,7 @@ class CoSABackbone(nn.Module):
         try:
             self._maps(twin, torch.empty(1, 3, height, width))
         except AssertionError as own:
-            return f"aux_layer={self.config.aux_layer} is no layer of {name!r}: {own}"
+            return f"aux_layer={self.config.aux_layer} is not a layer of {name!r}: {own}"
         except RuntimeError as own:
             return f"timm cannot return feature maps of backbone {name!r}: {own}"
         return f"backbone {name!r} takes images of {width}x{height}, not of any size: choose another"
@@ -173,7 +175,7 @@ class CoSABackbone(nn.Module):
         return features, aux_features  # (B, D, h, w), (B, D†, h, w)
 
     def train(self, mode: bool = True) -> "CoSABackbone":
-        """Switches the mode of everything but batch norm: a few crops are no basis for statistics."""
+        """Switches the mode of everything but batch norm: a few crops are too few for statistics."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -477,7 +479,7 @@ def _create_timm_model(config: CoSAConfig, pretrained: bool = False) -> nn.Modul
 
     if not timm.is_model(config.backbone):
         raise ValueError(
-            f"backbone={config.backbone!r} is no model of timm {timm.__version__}; see timm.list_models()."
+            f"backbone={config.backbone!r} is not a model of timm {timm.__version__}; see timm.list_models()."
         )
     # Every family has its own words for "any input size" and "this stride", and refuses the others'.
     variants: list[dict[str, Any]] = [

@@ -39,7 +39,7 @@ def check(folder, masks=True):
     return check_splits({split: load_folder(folder, split, masks) for split in ("train", "val")}, progress=False)
 
 
-def test_nothing_to_mend(folder):
+def test_no_errors(folder):
     found = check(folder)
     assert not found.errors
     assert set(found.warnings) == {"few images"}
@@ -75,7 +75,7 @@ def test_masks_that_cannot_be_used(folder):
     assert list(found.errors) == ["mask"]
     assert "mask of image 'cat' holds the ids [7]" in found.errors["mask"][0]
     assert "mask of image 'dog' is 3x8" in found.errors["mask"][1]
-    assert not check(folder, masks=False).mend
+    assert not check(folder, masks=False).errors
 
 
 def test_masks_and_tags_that_disagree(folder):
@@ -125,7 +125,7 @@ def _cats():
 def test_every_kind_is_explained_and_long_lists_are_counted(folder):
     found = check(folder)
     for kind in ADVICE:
-        found.errors[kind] = [f"picture {number}" for number in range(12)]
+        found.errors[kind] = [f"image {number}" for number in range(12)]
     text = format_findings(found, shown=10)
     assert text.count("... and 2 more") == len(ADVICE)
     assert all(advice in text for advice in ADVICE.values())

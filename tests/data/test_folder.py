@@ -136,7 +136,7 @@ def test_masks_are_looked_for_when_asked_for_only(photos):
     with pytest.raises(ValueError, match=r"'a' holds the ids \[2\]"):
         read_mask(row, (20, 10), num_classes=1)
     jsonl(photos, [*rows, {"file_name": "b.png", "labels": "cat"}])
-    with pytest.raises(FileNotFoundError, match=r"names no mask for 1 picture \(b.png\)"):
+    with pytest.raises(FileNotFoundError, match=r"names no mask for 1 image \(b.png\)"):
         load_folder(photos, masks=True)
 
 

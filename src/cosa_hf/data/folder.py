@@ -65,7 +65,7 @@ def load_folder(
 
     Args:
         data_dir: the folder.
-        split: which part of it.
+        split: which split of it.
         masks: add the column `mask` (ids 0 background, 1..C in the order of the classes, 255 ignore).
         classes: the classes in the order of their ids; a tag that is none of them is an error.
 
