@@ -222,7 +222,7 @@ def test_other_classes_are_never_gone_on_with_and_other_images_only_where_they_a
     assert [entry["step"] for entry in log_of(config)] == list(range(1, 9))
     said = capsys.readouterr().out
     assert "resumed at step 6" in said
-    assert "allow_changed_data" not in said  # not among the settings of which another config would be kept
+    assert "allow_changed_data" not in said  # no setting whose change would keep the earlier recipe
 
 
 def test_a_run_that_goes_on_in_another_way_says_so_and_keeps_both_recipes(tiny, capsys):
