@@ -15,21 +15,25 @@ from pathlib import Path
 from ablations.report import write_results
 from ablations.run import Protocol, describe, execute, plan, row_recipes
 from ablations.tables import TABLES
-from arguments import add_fusion, one_line_errors, positive, recipe_of
+from arguments import one_line_errors
 from plots import plot_ablation
+
+from cosa_hf.commands.arguments import HelpFormatter, positive
+from cosa_hf.commands.train import parse as parse_recipe
+from cosa_hf.inference import SCALES
 
 
 @one_line_errors()
 def main(arguments: list[str] | None = None) -> None:
     args, flags = parse(arguments)
-    table, base = TABLES[args.table], recipe_of(args.recipe, flags)
+    flags = ["--recipe", args.recipe, *flags]
+    table, base = TABLES[args.table], parse_recipe(flags)
     recipes = row_recipes(table, base, args.rows)
     changes = describe(recipes, base)
     print(f"{args.table}: {table.title}")
     for row, change in changes.items():
         print(f"  {row}: {change}")
     protocol = Protocol(base.eval_split, tuple(args.scales), not args.no_flip)
-    flags = ["--recipe", args.recipe, *flags]
     trainings = plan(args.table, table, recipes, flags, args.seeds, args.output_dir, protocol)
     failed = execute(trainings, args.parallel)
 
@@ -43,12 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--table", required=True, choices=TABLES, help="table or figure of the paper")
     parser.add_argument("--recipe", required=True, help="a YAML file, or the name of a recipe of the package")
-    parser.add_argument("--seeds", type=positive, default=1, help="runs of each row (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=1, help="runs of each row")
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="only these rows, compared with the first of them in the table"
     )
@@ -56,12 +58,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--output_dir",
         type=Path,
         default=Path("runs/ablations"),
-        help="directory for the runs of all tables (default: %(default)s)",
+        help="directory for the runs of all tables",
     )
-    parser.add_argument(
-        "--parallel", type=positive, default=1, help="runs side by side, each on one thread (default: %(default)s)"
-    )
-    add_fusion(parser)
+    parser.add_argument("--parallel", type=positive, default=1, help="runs side by side, each on one thread")
+    parser.add_argument("--scales", type=float, nargs="+", default=list(SCALES), help="scales of the evaluation")
+    parser.add_argument("--no_flip", action="store_true", help="evaluate without mirrored images")
     return parser.parse_known_args(arguments)
 
 

@@ -8,26 +8,25 @@ The images are spread evenly over the split.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 from arguments import (
-    add_inference,
-    check_output,
-    dataset_of,
     dataset_parser,
     named_paths,
     one_line_errors,
-    positive,
     segmenter_of,
 )
 from PIL import Image
-from transformers import AutoConfig
 
+from cosa_hf.commands.arguments import positive
+from cosa_hf.commands.inputs import add_inference, dataset_of, parse_dataset_args
 from cosa_hf.data import DatasetOptions
 from cosa_hf.evaluation.evaluate import PROTOCOLS
 from cosa_hf.evaluation.figures import comparison
-from cosa_hf.inference import label_names, require_cams
+from cosa_hf.files import check_output
+from cosa_hf.inference import require_cams
 
 
 @one_line_errors()
@@ -37,8 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     if Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"cannot write {args.output}: unknown image format; end the name in .png or .jpg")
     models = named_paths(args.models)
-    config = AutoConfig.from_pretrained(next(iter(models.values())))
-    dataset = dataset_of(args, options, config, masks=not args.no_truth)
+    first = segmenter_of(args, next(iter(models.values())))
+    dataset = dataset_of(args, options, first, masks=not args.no_truth)
     chosen = np.linspace(0, len(dataset) - 1, min(args.num_images, len(dataset))).round().astype(int)
     dataset = dataset.select(chosen)
     lines: dict[str, tuple] = {}
@@ -51,26 +50,25 @@ def main(arguments: list[str] | None = None) -> None:
             _, masks = lines.setdefault(image.image_id, (image.image, ground_truth))
             masks[name] = image.label(args.source)[0]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    comparison(list(lines.values()), label_names(config)).save(args.output)
+    comparison(list(lines.values()), first.names).save(args.output)
     print(f"{args.output}: {', '.join(lines)}")
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, DatasetOptions]:
     parser = dataset_parser(__doc__)
     parser.add_argument("models", metavar="MODEL", nargs="+", help="directory of a model; NAME=DIRECTORY names it")
-    parser.add_argument("--split", default="val", help="split of the dataset (default: %(default)s)")
-    parser.add_argument("--num_images", type=positive, default=6, help="number of images (default: %(default)s)")
+    parser.add_argument("--split", default="val", help="split of the dataset")
+    parser.add_argument("--num_images", type=positive, default=6, help="number of images")
     parser.add_argument(
         "--source",
         choices=PROTOCOLS,
         default="seg_tags",
-        help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + " (default: %(default)s)",
+        help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()) + "",
     )
     parser.add_argument("--no_truth", action="store_true", help="the data has no masks")
     parser.add_argument("--output", type=Path, required=True, help="image to write, PNG or JPEG")
     add_inference(parser)
-    options, args = parser.parse_args_into_dataclasses(arguments)
-    return args, options
+    return parse_dataset_args(parser, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

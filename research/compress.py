@@ -8,16 +8,20 @@ alone; score the segmentation again with `cosa-hf evaluate`.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from arguments import check_output, dataset_of, dataset_parser, one_line_errors, positive
+from arguments import dataset_parser, one_line_errors
 from torch import Tensor, nn
 
+from cosa_hf.commands.arguments import positive
+from cosa_hf.commands.inputs import add_model, dataset_of, parse_dataset_args
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import DatasetOptions, read_image, undecoded
-from cosa_hf.inference import load_model
+from cosa_hf.files import check_output
+from cosa_hf.inference import Segmenter
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 
 __all__ = ["narrow_decoder", "save_half"]
@@ -29,15 +33,16 @@ def main(arguments: list[str] | None = None) -> None:
     check_output(args.target, directory=True)
     if args.target.is_dir() and any(args.target.iterdir()):  # perhaps MODEL itself
         raise ValueError(f"{args.target} is not empty: name a new directory for the copy")
-    model, processor = load_model(args.model, "cpu")
-    dataset = undecoded(dataset_of(args, options, model.config))
+    segmenter = Segmenter.from_pretrained(args.model, device="cpu")
+    processor = segmenter.processor
+    dataset = undecoded(dataset_of(args, options, segmenter))
     chosen = dataset.shuffle(seed=0).select(range(min(args.num_images, len(dataset))))
 
     def images() -> Iterator[Tensor]:
         for row in chosen:
             yield processor(read_image(row), return_tensors="pt").pixel_values
 
-    small = narrow_decoder(model, images(), args.decoder_channels)
+    small = narrow_decoder(segmenter.model, images(), args.decoder_channels)
     save_half(small, args.target)
     processor.save_pretrained(args.target)
     size = (args.target / "model.safetensors").stat().st_size
@@ -149,13 +154,12 @@ def save_half(model: CoSAForWeaklySupervisedSegmentation, folder: str | Path) ->
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, DatasetOptions]:
     parser = dataset_parser(__doc__)
-    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
+    add_model(parser)
     parser.add_argument("target", metavar="OUT", type=Path, help="directory to write, new or empty")
     parser.add_argument("--decoder_channels", type=positive, required=True, help="width of the copy's decoder")
-    parser.add_argument("--split", default="train_aug", help="split of the dataset to fit to (default: %(default)s)")
-    parser.add_argument("--num_images", type=positive, default=128, help="drawn from the split (default: %(default)s)")
-    options, args = parser.parse_args_into_dataclasses(arguments)
-    return args, options
+    parser.add_argument("--split", default="train_aug", help="split of the dataset to fit to")
+    parser.add_argument("--num_images", type=positive, default=128, help="drawn from the split")
+    return parse_dataset_args(parser, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ Writes OUTPUT_DIR/figure-N.csv and .png. 1a and 9 need no dataset.
 
 import argparse
 import csv
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,21 +29,19 @@ from typing import Any
 
 from analyses import ANALYSES, Labelling
 from arguments import (
-    add_inference,
-    check_output,
-    dataset_of,
     dataset_parser,
     named_paths,
     one_line_errors,
-    positive,
     segmenter_of,
 )
 from datasets import Dataset
 from plots import plot_figure
 from records import RECORDS
-from transformers import AutoConfig
 
+from cosa_hf.commands.arguments import positive
+from cosa_hf.commands.inputs import add_inference, dataset_of, parse_dataset_args
 from cosa_hf.data import DatasetOptions
+from cosa_hf.files import check_output
 from cosa_hf.inference import require_cams
 from cosa_hf.progress import progress
 from cosa_hf.training.checkpoints import moments
@@ -86,7 +85,7 @@ def measure(runs: dict[str, Path], args: argparse.Namespace, options: DatasetOpt
     if args.dataset is None:
         raise ValueError(f"figure {args.figure} is measured on images: name a --dataset")
     subjects = [subject for name, path in runs.items() for subject in networks_of(name, path, args.figure)]
-    dataset = dataset_of(args, options, AutoConfig.from_pretrained(subjects[0].directory), masks=True)
+    dataset = dataset_of(args, options, segmenter_of(args, subjects[0].directory), masks=True)
     if args.num_images is not None:
         dataset = dataset.select(range(min(args.num_images, len(dataset))))
     return [row for subject in subjects for row in analyze(subject, args, dataset)]
@@ -158,12 +157,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, DatasetOptio
         "models", metavar="MODEL", nargs="+", help="directory of a run or a model; NAME=DIRECTORY names it"
     )
     parser.add_argument("--figure", required=True, choices=[*RECORDS, *ANALYSES], help="which figure, see above")
-    parser.add_argument("--split", default="val", help="split of the dataset (default: %(default)s)")
+    parser.add_argument("--split", default="val", help="split of the dataset")
     parser.add_argument("--output_dir", type=Path, required=True, help="directory for the CSV and the PNG")
     parser.add_argument("--num_images", type=positive, help="only the first N images (default: all)")
     add_inference(parser)
-    options, args = parser.parse_args_into_dataclasses(arguments)
-    return args, options
+    return parse_dataset_args(parser, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,19 @@ python research/label_quality.py runs/voc/assignment --dataset voc --data_dir VO
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import add_inference, check_output, dataset_of, dataset_parser, one_line_errors, segmenter_of
+from arguments import dataset_parser, one_line_errors, segmenter_of
 from datasets import Dataset
 
+from cosa_hf.commands.inputs import add_inference, add_model, dataset_of, parse_dataset_args
 from cosa_hf.data import DatasetOptions
 from cosa_hf.evaluation.metrics import SegmentationMetric
+from cosa_hf.files import check_output
 from cosa_hf.inference import Segmenter, require_cams
 from cosa_hf.progress import progress
 
@@ -32,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     args, options = parse(arguments)
     check_output(args.report)
     segmenter = segmenter_of(args, args.model)
-    dataset = dataset_of(args, options, segmenter.model.config, masks=True)
+    dataset = dataset_of(args, options, segmenter, masks=True)
     report = pseudo_label_quality(segmenter, dataset, args.thresholds)
     print(format_quality(report))
     args.report.parent.mkdir(parents=True, exist_ok=True)
@@ -157,17 +160,12 @@ def _scores(confusion: torch.Tensor, names: list[str], ignore_index: int) -> dic
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, DatasetOptions]:
     parser = dataset_parser(__doc__)
-    parser.add_argument("model", metavar="MODEL", help="directory of a saved model, or its name on the Hub")
+    add_model(parser)
     parser.add_argument("--split", required=True, help="split of the dataset to score")
-    parser.add_argument(
-        "--report", type=Path, default=Path("quality.json"), help="JSON file to write (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="values of xi (default: %(default)s)"
-    )
+    parser.add_argument("--report", type=Path, default=Path("quality.json"), help="JSON file to write")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="values of xi")
     add_inference(parser)
-    options, args = parser.parse_args_into_dataclasses(arguments)
-    return args, options
+    return parse_dataset_args(parser, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from arguments import one_line_errors
 from torch.utils.data import DataLoader
 
-from cosa_hf.assignment.threshold import Covariance, DynamicThreshold
+from cosa_hf.assignment.threshold import Covariance, DynamicThreshold, ThresholdConfig
 from cosa_hf.data import TrainingDataset, Views, load_dataset_by_name
 from cosa_hf.evaluation.metrics import SegmentationMetric
 from cosa_hf.inference import forward_multiscale, load_model
@@ -55,7 +55,7 @@ def report(name: str, cams: torch.Tensor, tokens: torch.Tensor, masks: torch.Ten
     best = max(by_threshold, key=by_threshold.__getitem__)
     print("  fixed  " + "  ".join(f"{xi}: {value:.1f}" for xi, value in by_threshold.items()) + f"  best {best}")
     for covariance in COVARIANCES:
-        threshold = DynamicThreshold(decay=0.0, covariance=covariance)
+        threshold = DynamicThreshold(ThresholdConfig(threshold_decay=0.0, threshold_covariance=covariance))
         threshold.update(confidence)
         print(f"  {covariance}   {threshold.value:.3f}: {miou(cams, threshold.value, masks, names):.1f}")
 

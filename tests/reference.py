@@ -169,6 +169,64 @@ def cam2seg_loss(
     return float(np.mean(losses)) if losses else 0.0
 
 
+# --- the affinity of tokens (frozen encoders; not in the paper) -------------------------------------------
+
+
+def feature_affinity(
+    features: Array, temperature: float = 0.15, power: float | None = None, valid: Array | None = None
+) -> Array:
+    """(B, N, N): cosines of tokens less their image's mean, through a softmax or a power, row by row."""
+    batch, channels = features.shape[:2]
+    tokens = features.reshape(batch, channels, -1)
+    inside = np.ones((batch, tokens.shape[2]), bool) if valid is None else valid.reshape(batch, -1)
+    result = np.zeros((batch, tokens.shape[2], tokens.shape[2]))
+    for image, row, column in np.ndindex(result.shape):
+        known = [n for n in range(tokens.shape[2]) if inside[image, n]]
+        mean = tokens[image][:, known].mean(axis=1) if known else np.zeros(channels)
+        # Shorter than this, what sets a token apart is rounding.
+        least = 1e-5 * max(np.linalg.norm(token) for token in tokens[image].T)
+        one, other = (tokens[image][:, n] - mean for n in (row, column))
+        lengths = max(np.linalg.norm(one), least) * max(np.linalg.norm(other), least)
+        cosine = one @ other / lengths if lengths else 0.0
+        result[image, row, column] = math.exp(cosine / temperature) if power is None else max(cosine, 0.0) ** power
+    return normalize_rows(result)
+
+
+def attention_affinity(attention: Array, power: float = 1.0) -> Array:
+    """(B, N, N): the mean of both directions of two tokens' attention, to a power, row by row."""
+    result = np.zeros(attention.shape)
+    for image, row, column in np.ndindex(result.shape):
+        result[image, row, column] = ((attention[image, row, column] + attention[image, column, row]) / 2) ** power
+    return normalize_rows(result)
+
+
+def normalize_rows(affinity: Array, valid: Array | None = None) -> Array:
+    """Rows that sum to 1 over valid columns; a token that nothing is like has itself alone."""
+    result = np.zeros(affinity.shape)
+    for image, row in np.ndindex(affinity.shape[:2]):
+        columns = [n for n in range(affinity.shape[2]) if valid is None or valid[image, n]]
+        total = sum(affinity[image, row, n] for n in columns)
+        for n in columns:
+            result[image, row, n] = affinity[image, row, n] / total if total else 0.0
+        if not total:
+            result[image, row, row] = 1.0
+    return result
+
+
+def spread(cams: Array, affinity: Array, steps: int = 1, valid: Array | None = None) -> Array:
+    """Token by token the mean over valid tokens, weighted by affinity, as often as asked; then min-max (Sec. 3.3)."""
+    batch, classes, height, width = cams.shape
+    valid = np.ones((batch, height, width), bool) if valid is None else valid
+    rows = normalize_rows(affinity, valid.reshape(batch, -1))
+    maps = cams.reshape(batch, classes, -1)
+    for _ in range(steps):
+        after = np.zeros(maps.shape)
+        for image, c, n in np.ndindex(maps.shape):
+            after[image, c, n] = sum(rows[image, n, m] * maps[image, c, m] for m in range(height * width))
+        maps = after
+    return normalize_cams(maps.reshape(cams.shape), np.ones((batch, classes)), valid)
+
+
 # --- the dynamic threshold (Eq. 6) ------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from ablations.tables import Table
 from cosa_hf.data.options import DatasetOptions
 from cosa_hf.training.config import TrainingConfig
-from cosa_hf.training.cosa import recommendation
+from cosa_hf.training.trainer import recommendation
 
 __all__ = ["Protocol", "Training", "describe", "difference", "execute", "plan", "row_recipes", "slug"]
 

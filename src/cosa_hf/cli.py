@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = _parser().parse_args(words[:1]).command
     try:
         import_module("cosa_hf.registration")
+        # Bars for loading and saving a model, which takes no time, would hide ours.
+        import_module("transformers.utils.logging").disable_progress_bar()
         return import_module(f"cosa_hf.commands.{name}").main(words[1:]) or 0
     except KeyboardInterrupt as interruption:
         _print("interrupted", interruption)

@@ -25,7 +25,7 @@ class CoSAMSForSemanticSegmentation(PreTrainedModel):
     """
     Segmentation network of CoSA-MS: images in, logits of K labels at the decoder's resolution out.
 
-    Images whose sides are no multiples of 32 are resized to the nearest. A model made from a config starts from
+    Images whose sides are not multiples of 32 are resized to the nearest. A model made from a config starts from
     random weights; `load_encoder` gives it pretrained ones.
 
     Raises:
@@ -196,7 +196,7 @@ def _timm() -> Any:
 def _parts(config: CoSAMSConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
     timm = _timm()
     if not timm.is_model(config.encoder):
-        raise ValueError(f"encoder={config.encoder!r} is no model of timm {timm.__version__}; see timm.list_models()")
+        raise ValueError(f"encoder={config.encoder!r} is not a model of timm {timm.__version__}: see timm.list_models")
     architecture = None if config.architecture == "largefov" else _smp_class(config.architecture)
     try:
         return _smp_parts(config, architecture) if architecture else _large_fov_parts(config)

@@ -55,7 +55,7 @@ class Settings:
         ValueError: temperature must be above 0 and at most 300, got 400.0
     """
 
-    parts: ClassVar[tuple[type, ...]] = ()
+    parts: ClassVar[tuple[Any, ...]] = ()
     """The groups that the fields of a larger configuration come from, as `--help` shows them."""
 
     def __post_init__(self) -> None:
@@ -103,6 +103,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
+        raise ValueError(f"{name} must be one of {', '.join(map(str, typing.get_args(hint)))}, got {value!r}")
     elif typing.get_origin(hint) is list:
         if isinstance(value, list) and value:
             return [_typed(name, item, typing.get_args(hint)[0]) for item in value]

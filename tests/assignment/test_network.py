@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
-from cosa_hf.assignment.network import AssignmentNetwork, assign
-from cosa_hf.assignment.threshold import DynamicThreshold
+from cosa_hf.assignment.network import AssignmentNetwork, TeacherConfig
+from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
 from cosa_hf.inference import forward_multiscale
 from cosa_hf.objective.guidance import mask_probabilities
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.pseudo_labels import normalize_cams, segmentation_pseudo_labels
 
-SCALES = (1.0, 0.5)
+SCALES = [1.0, 0.5]
 
 
 def build(backbone="test_vit", seed=0) -> CoSAForWeaklySupervisedSegmentation:
@@ -27,6 +27,12 @@ def build(backbone="test_vit", seed=0) -> CoSAForWeaklySupervisedSegmentation:
         for head in (model.classifier, model.aux_classifier):
             head.weight.mul_(50)
     return model
+
+
+def teacher_of(online, momentum=0.9, threshold=None, **labelling) -> AssignmentNetwork:
+    """An assignment network that labels at SCALES."""
+    config = TeacherConfig(ema_momentum=momentum, **{"label_scales": SCALES} | labelling)
+    return AssignmentNetwork(online, config, threshold or ThresholdConfig(threshold_decay=0.0, threshold_queue=4))
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def perturb(model: nn.Module, seed: int) -> None:
 @pytest.mark.parametrize("momentum", [1, 1.0, -0.1, 1.5, float("nan")])
 def test_momentum_that_freezes_or_repels_is_refused(online, momentum):
     with pytest.raises(ValueError, match="momentum"):
-        AssignmentNetwork(online, momentum)
+        teacher_of(online, momentum)
 
 
 def test_starts_as_a_copy_that_shares_nothing(online):
@@ -59,7 +65,7 @@ def test_starts_as_a_copy_that_shares_nothing(online):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9994])
 def test_updates_follow_the_recursion(online, momentum):
-    teacher = AssignmentNetwork(online, momentum)
+    teacher = teacher_of(online, momentum)
     expected = {name: parameter.detach().double().numpy() for name, parameter in online.named_parameters()}
     for step in range(6):
         perturb(online, seed=step)
@@ -94,7 +100,7 @@ def test_distance_is_relative_to_the_online_network(online):
 
 def test_buffers_are_copied():
     online = build("test_resnet")
-    teacher = AssignmentNetwork(online, momentum=0.9)
+    teacher = teacher_of(online)
     floats = 0
     for buffer in online.buffers():
         if buffer.is_floating_point():
@@ -110,7 +116,7 @@ def test_buffers_are_copied():
 
 def test_never_in_train_mode(online):
     online.train()
-    teacher = AssignmentNetwork(online, momentum=0.9)
+    teacher = teacher_of(online)
     assert online.training
 
     def modes():
@@ -127,7 +133,7 @@ def test_never_in_train_mode(online):
 
 def test_never_trained_by_gradient(online):
     trainable = {name for name, parameter in online.named_parameters() if parameter.requires_grad}
-    teacher = AssignmentNetwork(online, momentum=0.9)
+    teacher = teacher_of(online)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not teacher.network(torch.randn(1, 3, 32, 32)).logits.requires_grad
     # ... and the online network still is.
@@ -139,10 +145,10 @@ def test_never_trained_by_gradient(online):
 
 
 def test_state_dict_round_trip_continues_identically(online):
-    teacher = AssignmentNetwork(online, momentum=0.9)
+    teacher = teacher_of(online)
     perturb(online, seed=0)
     teacher.update(online)
-    restored = AssignmentNetwork(build(seed=1), momentum=0.9)
+    restored = teacher_of(build(seed=1))
     restored.load_state_dict(copy.deepcopy(teacher.state_dict()))
     perturb(online, seed=1)
     for network in (teacher, restored):
@@ -161,8 +167,7 @@ def batch():
     return weak_view, labels, valid
 
 
-def thresholds(covariance="full"):
-    return [DynamicThreshold(start, decay=0.0, queue=4, covariance=covariance) for start in (0.5, 0.4)]
+FIXED = ThresholdConfig(dynamic_threshold=False)
 
 
 def assert_unchanged(states, before):
@@ -171,10 +176,10 @@ def assert_unchanged(states, before):
             assert torch.equal(value, kept[name]), name
 
 
-def test_assign_is_the_fused_maps_filtered_by_the_tags(online, batch):
+def test_labels_is_the_fused_maps_filtered_by_the_tags(online, batch):
     weak_view, labels, valid = batch
     online.eval()
-    pseudo_labels = assign(online, *batch, thresholds(), SCALES, temperature=0.1, dynamic=False)
+    pseudo_labels = teacher_of(online, threshold=FIXED, spl_temperature=0.1).label(*batch)
     with torch.no_grad():
         fused = forward_multiscale(online, weak_view, SCALES, flip=True)
     tokens = valid_tokens(valid, fused.cam_logits)
@@ -184,12 +189,12 @@ def test_assign_is_the_fused_maps_filtered_by_the_tags(online, batch):
     assert not torch.equal(pseudo_labels.cams, pseudo_labels.aux_cams)
 
 
-def test_assign_takes_guidance_and_fusion_from_where_it_is_told(online, batch):
+def test_labels_takes_guidance_and_fusion_from_where_it_is_told(online, batch):
     weak_view, labels, valid = batch
     online.eval()
     masks = torch.randint(0, 4, valid.shape, generator=torch.Generator().manual_seed(0))
-    told = {"dynamic": False, "cam_fusion": "sum", "guidance": "gt", "masks": masks}
-    pseudo_labels = assign(online, *batch, thresholds(), SCALES, **told)
+    teacher = teacher_of(online, threshold=FIXED, cam_fusion="sum", guidance="gt")
+    pseudo_labels = teacher.label(*batch, masks=masks)
     with torch.no_grad():
         fused = forward_multiscale(online, weak_view, SCALES, cam_fusion="sum")
     assert torch.equal(pseudo_labels.segmentation, mask_probabilities(masks, 4, fused.seg_logits.shape[-2:]))
@@ -197,9 +202,9 @@ def test_assign_takes_guidance_and_fusion_from_where_it_is_told(online, batch):
     assert torch.equal(pseudo_labels.cams, normalize_cams(fused.cam_logits, labels, tokens))
 
 
-def test_assign_keeps_background_and_empties_absent_classes(online, batch):
+def test_labels_keeps_background_and_empties_absent_classes(online, batch):
     labels = batch[1]
-    pseudo_labels = assign(online, *batch, thresholds(), SCALES)
+    pseudo_labels = teacher_of(online).label(*batch)
     absent = labels == 0
     for maps in (pseudo_labels.cams, pseudo_labels.aux_cams):
         assert (maps[absent] == 0).all()
@@ -212,66 +217,87 @@ def test_assign_keeps_background_and_empties_absent_classes(online, batch):
     torch.testing.assert_close(segmentation.sum(dim=1), torch.ones(3, 4, 4))
     assert (segmentation[2, 0] == 1).all()
     # Background competes in tagged images too: with a flat softmax it cannot vanish.
-    flat = assign(online, *batch, thresholds(), SCALES, temperature=1e3, dynamic=False).segmentation
+    flat = teacher_of(online, threshold=FIXED, spl_temperature=1e3).label(*batch).segmentation
     torch.testing.assert_close(flat[0, 0], torch.full((4, 4), 1 / 3), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
-def test_assign_runs_in_eval_mode_and_restores_the_networks_own(batch, training, backbone):
+def test_labels_of_the_online_network_leave_its_mode(batch, training, backbone):
+    """Without swapping assignments (SA) the online network labels, in eval mode."""
     network = build(backbone).train(training)
     before = {name: module.training for name, module in network.named_modules()}
-    seen = []
+    teacher, seen = teacher_of(network, swapping_assignments=False), []
     network.register_forward_pre_hook(lambda module, _: seen.extend(m.training for m in module.modules()))
-    assign(network, *batch, thresholds(), SCALES)
+    teacher.label(*batch)
     assert seen
     assert not any(seen)
     assert {name: module.training for name, module in network.named_modules()} == before
 
 
-def test_assign_leaves_no_gradient(online, batch):
-    pseudo_labels = assign(online.train(), *batch, thresholds(), SCALES)
+def test_with_swapping_the_average_labels(online, batch):
+    teacher = teacher_of(online, threshold=FIXED)
+    kept = teacher.label(*batch)
+    perturb(online, seed=0)
+    assert torch.equal(teacher.label(*batch).cams, kept.cams)
+    assert not torch.equal(
+        teacher_of(online, threshold=FIXED, swapping_assignments=False).label(*batch).cams, kept.cams
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_labels_in_parts_are_those_of_the_whole(online, batch, size):
+    whole, parts = (teacher_of(online).label(*batch, batch_size=n) for n in (None, size))
+    torch.testing.assert_close(parts.cams, whole.cams, atol=1e-5, rtol=1e-4)
+    assert parts.threshold == pytest.approx(whole.threshold, abs=1e-4)
+
+
+def test_labels_leave_no_gradient(online, batch):
+    pseudo_labels = teacher_of(online.train(), swapping_assignments=False).label(*batch)
     for maps in (pseudo_labels.cams, pseudo_labels.aux_cams, pseudo_labels.segmentation):
         assert not maps.requires_grad
     assert torch.is_grad_enabled()
 
 
-def test_assign_with_fixed_thresholds_touches_none(online, batch):
-    states = thresholds()
-    before = copy.deepcopy([state.state_dict() for state in states])
-    pseudo_labels = assign(online, *batch, states, SCALES, dynamic=False)
-    assert_unchanged(states, before)
-    assert (pseudo_labels.threshold, pseudo_labels.aux_threshold) == (0.5, 0.4)
+def test_fixed_thresholds_are_left_alone(online, batch):
+    teacher = teacher_of(online, threshold=ThresholdConfig(dynamic_threshold=False, threshold=0.4))
+    before = copy.deepcopy([state.state_dict() for state in teacher.thresholds])
+    pseudo_labels = teacher.label(*batch)
+    assert_unchanged(teacher.thresholds, before)
+    assert (pseudo_labels.threshold, pseudo_labels.aux_threshold) == (0.4, 0.4)
 
 
 @pytest.mark.parametrize("covariance", ["full", "tied"])  # tied counts zeros too: padding would show
-def test_assign_moves_each_threshold_by_its_own_valid_maps(online, batch, covariance):
-    _, _, valid = batch
-    states, expected = thresholds(covariance), thresholds(covariance)
-    pseudo_labels = assign(online, *batch, states, SCALES)
-    tokens = valid_tokens(valid, pseudo_labels.cams)
+def test_each_threshold_moves_by_its_own_valid_maps(online, batch, covariance):
+    config = ThresholdConfig(threshold_decay=0.0, threshold_queue=4, threshold_covariance=covariance)
+    teacher, expected = teacher_of(online, threshold=config), [DynamicThreshold(config) for _ in range(2)]
+    pseudo_labels = teacher.label(*batch)
+    tokens = valid_tokens(batch[2], pseudo_labels.cams)
     for state, maps in zip(expected, (pseudo_labels.cams, pseudo_labels.aux_cams), strict=True):
         state.update(torch.stack([maps[i, :, y, x].max() for i, y, x in tokens.nonzero().tolist()]))
-    assert_unchanged(states, [state.state_dict() for state in expected])
+    assert_unchanged(teacher.thresholds, [state.state_dict() for state in expected])
     # The batch is labelled with the threshold that has already seen it (Alg. 1 line 13 comes before 14).
-    assert (pseudo_labels.threshold, pseudo_labels.aux_threshold) == tuple(state.value for state in states)
-    assert pseudo_labels.threshold != 0.5
-    assert pseudo_labels.aux_threshold not in (0.4, pseudo_labels.threshold)
+    values = (pseudo_labels.threshold, pseudo_labels.aux_threshold)
+    assert values == tuple(state.value for state in teacher.thresholds)
+    assert len({0.5, *values}) == 3
 
 
-def test_assign_passes_the_process_mean_on(online, batch):
-    calls = []
-    states = thresholds()
-    assign(online, *batch, states, SCALES, mean=lambda value: calls.append(value.clone()) or value * 3)
+def test_thresholds_see_the_histogram_of_all_processes(online, batch):
+    calls, teacher = [], teacher_of(online)
+    teacher.label(*batch, reduce=lambda value: calls.append(value.clone()) or value * 3)
     assert len(calls) == 2
-    for state, call in zip(states, calls, strict=True):
+    for state, call in zip(teacher.thresholds, calls, strict=True):
         torch.testing.assert_close(state.histograms.sum(dim=0), 3 * call.double())
 
 
-def test_assign_of_nothing_but_padding(online, batch):
+def test_neither_thresholds_nor_the_online_network_are_in_the_state(online):
+    assert all(name.startswith("average.") for name in teacher_of(online, swapping_assignments=False).state_dict())
+
+
+def test_labels_of_nothing_but_padding(online, batch):
     weak_view, labels, valid = batch
-    pseudo_labels = assign(online, torch.zeros_like(weak_view), labels, torch.zeros_like(valid), thresholds(), SCALES)
+    pseudo_labels = teacher_of(online).label(torch.zeros_like(weak_view), labels, torch.zeros_like(valid))
     assert (pseudo_labels.cams == 0).all()
     assert (pseudo_labels.aux_cams == 0).all()
     assert torch.isfinite(pseudo_labels.segmentation).all()
-    assert (pseudo_labels.threshold, pseudo_labels.aux_threshold) == (0.5, 0.4)
+    assert (pseudo_labels.threshold, pseudo_labels.aux_threshold) == (0.5, 0.5)

@@ -9,13 +9,21 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-from cosa_hf.assignment.threshold import BINS, FLOOR, DynamicThreshold, fit_mixture
+from cosa_hf.assignment.threshold import BINS, FLOOR, DynamicThreshold, ThresholdConfig, fit_mixture
 from cosa_hf.data import load_voc, multi_hot, read_image, undecoded
 from cosa_hf.objective.pseudo_labels import normalize_cams
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared"
 LITE0 = SHARED / "weights/tf_efficientnet_lite0.in1k.fp16.safetensors"
 VOC = SHARED / "data/VOC2012"
+
+
+def following(**settings) -> DynamicThreshold:
+    """A threshold with settings by their names after `threshold_`; `start` is `threshold` itself."""
+    names = {"start": "threshold"}
+    return DynamicThreshold(
+        ThresholdConfig(**{names.get(name, f"threshold_{name}"): value for name, value in settings.items()})
+    )
 
 
 def draw(seed, weight=0.5, low=(0.2, 0.05), high=(0.8, 0.05), size=4000) -> torch.Tensor:
@@ -90,7 +98,7 @@ def mixtures(draw_value):
 @settings(max_examples=40)
 def test_split_is_the_best_of_drawn_mixtures(mixture, seed):
     values = draw(seed, *mixture)
-    threshold = DynamicThreshold(decay=0.0)
+    threshold = following(decay=0.0)
     threshold.update(values)
     assert_is_the_best_split(threshold.value, values.numpy())
 
@@ -120,7 +128,7 @@ def real_confidences() -> torch.Tensor:
 
 
 def test_split_is_the_best_of_real_cam_values(real_confidences):
-    threshold = DynamicThreshold(decay=0.0)
+    threshold = following(decay=0.0)
     for batch in real_confidences.split(8):
         threshold.update(batch)
     values = real_confidences[real_confidences > FLOOR].numpy()
@@ -133,7 +141,7 @@ def test_split_is_the_best_of_real_cam_values(real_confidences):
 def test_tied_split_is_the_best_of_real_cam_values(real_confidences, cut):
     """As they are, and with nearly half of them at zero, as in CAMs that were guided."""
     confidences = (real_confidences - cut).relu() / (1 - cut)
-    threshold = DynamicThreshold(decay=0.0, covariance="tied")
+    threshold = following(decay=0.0, covariance="tied")
     for batch in confidences.split(8):
         threshold.update(batch)
     values = confidences.flatten().numpy()
@@ -145,7 +153,7 @@ def test_tied_split_is_the_best_of_real_cam_values(real_confidences, cut):
 def test_tied_gaussians_find_the_border_of_what_stands_on_an_empty_ground(share):
     """Clean CAMs: zero but for the objects, which rise from nothing to one."""
     values = torch.cat([torch.zeros(int(20_000 * (1 - share))), torch.rand(int(20_000 * share))])
-    full, tied = (DynamicThreshold(decay=0.0, covariance=covariance) for covariance in ("full", "tied"))
+    full, tied = (following(decay=0.0, covariance=covariance) for covariance in ("full", "tied"))
     full.update(values)
     tied.update(values)
     assert_is_the_best_split(tied.value, values.numpy(), "tied")
@@ -177,7 +185,7 @@ def test_inactive_pixels_belong_to_no_cluster():
     """Without the floor, the zeros of empty maps would be the background."""
     values = draw(1)
     with_zeros = torch.cat([values, torch.zeros(50_000), torch.full((50_000,), FLOOR * 0.9)])
-    one, other = DynamicThreshold(decay=0.0), DynamicThreshold(decay=0.0)
+    one, other = following(decay=0.0), following(decay=0.0)
     one.update(values)
     other.update(with_zeros)
     assert one.value == other.value
@@ -200,7 +208,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("start", [0.5, 0.31])
 def test_degenerate_input_keeps_the_value(name, start):
-    threshold = DynamicThreshold(start=start, decay=0.5)
+    threshold = following(start=start, decay=0.5)
     for _ in range(3):
         threshold.update(DEGENERATE[name])
         assert threshold.value == start
@@ -210,7 +218,7 @@ def test_degenerate_input_keeps_the_value(name, start):
 @pytest.mark.parametrize("width", [0.02, 0.06])
 def test_one_cluster_keeps_the_value(mean, width):
     """A single Gaussian has no two clusters to part, though EM can always cut it into two."""
-    threshold = DynamicThreshold(start=0.5, decay=0.5)
+    threshold = following(start=0.5, decay=0.5)
     threshold.update(draw(3, 1.0, (mean, width), size=20_000))
     assert threshold.value == 0.5
 
@@ -219,7 +227,7 @@ def test_one_cluster_keeps_the_value(mean, width):
 def test_value_goes_on_after_degenerate_input(name):
     if name in ("constant", "all ones", "ones and zeros", "one narrow cluster", "one value"):
         pytest.skip("those values stay in the queue and count")
-    threshold, untouched = DynamicThreshold(decay=0.0), DynamicThreshold(decay=0.0)
+    threshold, untouched = following(decay=0.0), following(decay=0.0)
     threshold.update(DEGENERATE[name])
     for state in (threshold, untouched):
         state.update(draw(4))
@@ -229,7 +237,7 @@ def test_value_goes_on_after_degenerate_input(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_adversarial_input_stays_inside_the_unit_interval(dtype):
     generator = torch.Generator().manual_seed(0)
-    threshold = DynamicThreshold(decay=0.0, queue=2)
+    threshold = following(decay=0.0, queue=2)
     extremes = [
         torch.tensor([0.0, 1.0] * 50),
         torch.tensor([0.051] * 99 + [1.0]),
@@ -248,7 +256,7 @@ def test_adversarial_input_stays_inside_the_unit_interval(dtype):
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.99])
 def test_ema_decay_is_exact(decay):
     threshold, expected, total = (
-        DynamicThreshold(start=0.4, decay=decay),
+        following(start=0.4, decay=decay),
         0.4,
         torch.zeros(BINS, dtype=torch.float64),
     )
@@ -262,7 +270,7 @@ def test_ema_decay_is_exact(decay):
 
 def test_queue_forgets_the_oldest_batches():
     early, late = draw(0, low=(0.1, 0.03), high=(0.4, 0.03)), draw(1, low=(0.6, 0.03), high=(0.9, 0.03))
-    threshold, fresh = DynamicThreshold(decay=0.0, queue=3), DynamicThreshold(decay=0.0, queue=3)
+    threshold, fresh = following(decay=0.0, queue=3), following(decay=0.0, queue=3)
     for _ in range(5):
         threshold.update(early)
     for step in range(4):
@@ -274,7 +282,7 @@ def test_queue_forgets_the_oldest_batches():
 
 def test_queue_remembers_all_its_batches():
     """One batch of background and one of foreground: together they are two clusters."""
-    threshold = DynamicThreshold(decay=0.0, queue=2)
+    threshold = following(decay=0.0, queue=2)
     threshold.update(torch.full((50,), 0.3))
     assert threshold.value == 0.5
     threshold.update(torch.full((50,), 0.6))
@@ -282,10 +290,10 @@ def test_queue_remembers_all_its_batches():
 
 
 def test_state_dict_round_trip_continues_identically():
-    original = DynamicThreshold(start=0.3, decay=0.9, queue=3)
+    original = following(start=0.3, decay=0.9, queue=3)
     for step in range(4):
         original.update(draw(step, weight=0.2 + 0.1 * step))
-    restored = DynamicThreshold(start=0.7, decay=0.9, queue=3)
+    restored = following(start=0.7, decay=0.9, queue=3)
     restored.load_state_dict({name: value.clone() for name, value in original.state_dict().items()})
     assert restored.value == original.value
     for step in range(4, 8):
@@ -298,13 +306,13 @@ def test_processes_agree_on_the_value_of_all_their_pixels():
     shares = [draw(0, 0.9), draw(1, 0.2, (0.3, 0.05), (0.7, 0.1), size=1500)]
     histograms = []
     for share in shares:
-        DynamicThreshold().update(share, lambda value: histograms.append(value.double()) or value)
+        following().update(share, lambda value: histograms.append(value.double()) or value)
     values = []
     for share in shares:
-        threshold = DynamicThreshold(decay=0.5)
+        threshold = following(decay=0.5)
         threshold.update(share, lambda _: torch.stack(histograms).mean(dim=0))
         values.append(threshold.value)
-    joined = DynamicThreshold(decay=0.5)
+    joined = following(decay=0.5)
     joined.update(torch.cat(shares))
     assert values[0] == values[1]
     assert values[0] == pytest.approx(joined.value, abs=1e-6)
@@ -312,14 +320,14 @@ def test_processes_agree_on_the_value_of_all_their_pixels():
 
 def test_confidence_with_a_graph_is_taken_without_it():
     confidence = draw(0).requires_grad_()
-    threshold = DynamicThreshold(decay=0.0)
+    threshold = following(decay=0.0)
     threshold.update(confidence)
     assert not any(buffer.requires_grad for buffer in threshold.buffers())
     assert confidence.grad is None
 
 
 def test_nothing_of_it_is_trained():
-    assert list(DynamicThreshold().parameters()) == []
+    assert list(following().parameters()) == []
 
 
 @pytest.mark.parametrize(
@@ -337,4 +345,4 @@ def test_nothing_of_it_is_trained():
 )
 def test_settings_out_of_range_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
-        DynamicThreshold(**arguments)
+        following(**arguments)

@@ -14,7 +14,7 @@ from cosa_hf.data import SHAPES_CLASSES
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    """A small random model of the shapes' classes, for images of 64 x 64."""
+    """A small random model of the shapes' classes, for images of 96 x 96."""
     directory = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = CoSAConfig(
@@ -24,7 +24,7 @@ def model_dir(tmp_path_factory):
         coexistence_classes=list(SHAPES_CLASSES[:2]),
     )
     CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory)
+    CoSAImageProcessor(size={"height": 96, "width": 96}).save_pretrained(directory)
     return directory
 
 

@@ -105,8 +105,8 @@ def test_encoder_weights_come_from_a_file(tmp_path):
     ("network", "message"),
     [
         ("nothing-of-the-kind", "known by name are deeplabv3plus-r101, largefov-wr38, upernet-swin-b, smp/ARCH"),
-        ("largefov/resnet1000", "'resnet1000' is no model of timm"),
-        ("upernet/resnet1000", "'resnet1000' is no model of timm"),
+        ("largefov/resnet1000", "'resnet1000' is not a model of timm"),
+        ("upernet/resnet1000", "'resnet1000' is not a model of timm"),
     ],
 )
 def test_a_network_that_does_not_exist_is_named(network, message):

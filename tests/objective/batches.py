@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.objective.pseudo_labels import PseudoLabels, normalize_cams, segmentation_pseudo_labels
 
 B, C, GRID, STRIDE = 2, 3, (3, 4), 4
@@ -38,3 +39,9 @@ def make_batch(seed=0, batch=B, dtype=torch.float32, labels=None, threshold=0.5,
         aux_threshold=aux_threshold,
     )
     return outputs, labels, valid, pseudo_labels
+
+
+def losses_of(objective: CoSAObjective, outputs, labels, valid, pseudo_labels, **options):
+    """One step of one micro-batch: targets, then the objective."""
+    targets = pseudo_labels and objective.targets(pseudo_labels, valid)
+    return objective(outputs, labels, targets, valid, **options)

@@ -9,17 +9,17 @@ from types import SimpleNamespace
 import pytest
 import reference
 import torch
-from batches import SIZE, B, C, make_batch
+from batches import SIZE, B, C, losses_of, make_batch
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
-from cosa_hf.assignment.network import AssignmentNetwork, assign
-from cosa_hf.assignment.threshold import DynamicThreshold
+from cosa_hf.assignment.network import AssignmentNetwork, TeacherConfig
+from cosa_hf.assignment.threshold import ThresholdConfig
 from cosa_hf.objective.classification import classification_loss
-from cosa_hf.objective.overall import CoSAObjective
+from cosa_hf.objective.overall import CoSAObjective, mask_targets
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.separation import contrastive_separation_loss
-from cosa_hf.objective.supervised import supervised_loss
 from cosa_hf.objective.swapping import cam2seg_loss, seg2cam_loss
+from cosa_hf.objective.targets import anchors, normalized
 
 pytestmark = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
@@ -71,25 +71,13 @@ MASKS = {
 def test_cam2seg(mask, scale, dtype):
     seg_logits = scale * torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(2))
     seg_logits, ids = seg_logits.to(dtype), MASKS[mask]
-    loss, gradient = value_and_gradient(lambda s: cam2seg_loss(s, ids, torch.ones(1, 4, 4)), seg_logits)
+    targets = mask_targets(ids, ignore_index=255)
+    loss, gradient = value_and_gradient(lambda s: cam2seg_loss(s, targets.cpl, targets.cpl_weights), seg_logits)
     expected = reference.cam2seg_loss(in_float64(seg_logits), ids.numpy())
     assert loss == pytest.approx(expected, rel=1e-5, abs=reference.tolerance(in_float64(seg_logits)))
     if mask == "all ignored":
         assert loss == 0
         assert not gradient.any()
-
-
-@pytest.mark.parametrize("mask", MASKS)
-def test_supervised(mask, dtype):
-    seg_logits = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(2)).to(dtype)
-    outputs = SimpleNamespace(cls_logits=torch.zeros(1, 2).to(dtype), aux_cls_logits=torch.zeros(1, 2).to(dtype))
-
-    def seg_loss(logits):
-        outputs.logits = logits
-        return supervised_loss(outputs, torch.ones(1, 2), MASKS[mask])["loss"]
-
-    _, gradient = value_and_gradient(seg_loss, seg_logits)
-    assert gradient.any() == (mask != "all ignored")
 
 
 @pytest.mark.parametrize("value", [0.0, 3e4, -3e4])
@@ -99,10 +87,17 @@ def test_seg2cam_of_saturated_maps(value, some_valid, dtype):
     segmentation = torch.zeros(1, 3, 2, 2, dtype=dtype)
     segmentation[:, 0, 1], segmentation[:, 1, 0] = 1, 1
     valid = torch.full((1, 2, 2), some_valid)
-    loss, gradient = value_and_gradient(lambda m: seg2cam_loss(m, segmentation, valid), cam_logits)
+    (weights,) = normalized([valid.float()])
+    loss, gradient = value_and_gradient(lambda m: seg2cam_loss(m, segmentation, weights), cam_logits)
     expected = reference.seg2cam_loss(in_float64(cam_logits), in_float64(segmentation), valid.numpy())
     assert loss == pytest.approx(expected, rel=1e-5)
     assert gradient.any() == some_valid
+
+
+def separation_of(cam_logits, labels, confident, temperature=0.5, scope="image"):
+    members = labels.masked_fill(~confident, -1)
+    (weights,) = normalized([anchors(members, scope).float()])
+    return contrastive_separation_loss(cam_logits, members, weights, temperature, scope)
 
 
 LABELS = torch.tensor([[[0, 0, 1], [1, 2, 2]]])
@@ -118,9 +113,7 @@ WITHOUT_ANCHORS = {
 @pytest.mark.parametrize("case", WITHOUT_ANCHORS)
 def test_separation_without_anchors(case, scope, dtype):
     cam_logits = torch.randn(1, 2, 2, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
-    loss, gradient = value_and_gradient(
-        lambda m: contrastive_separation_loss(m, *WITHOUT_ANCHORS[case], scope=scope), cam_logits
-    )
+    loss, gradient = value_and_gradient(lambda m: separation_of(m, *WITHOUT_ANCHORS[case], scope=scope), cam_logits)
     assert loss == 0
     assert not gradient.any()
 
@@ -129,7 +122,7 @@ def test_separation_without_anchors(case, scope, dtype):
 @pytest.mark.parametrize("value", [0.0, 1e-6, -5.0, 6e4])
 def test_separation_of_constant_maps(value, temperature, dtype):
     cam_logits, confident = torch.full((1, 2, 2, 3), value, dtype=dtype), torch.ones(1, 2, 3, dtype=torch.bool)
-    loss, _ = value_and_gradient(lambda m: contrastive_separation_loss(m, LABELS, confident, temperature), cam_logits)
+    loss, _ = value_and_gradient(lambda m: separation_of(m, LABELS, confident, temperature), cam_logits)
     # All similarities are equal: each anchor faces one positive among four negatives.
     assert loss == pytest.approx(torch.log(torch.tensor(5.0)).item(), rel=1e-4)
 
@@ -138,7 +131,7 @@ def test_separation_of_dead_and_of_opposite_tokens_at_the_sharpest_temperature(d
     """The worst positive among perfect negatives costs 2 / temperature, not infinity."""
     cam_logits = torch.tensor([1.0, -1.0, 1.0, 1.0, 1e-5, 0.0]).view(1, 1, 1, 6).to(dtype)
     labels, confident = torch.tensor([[[0, 0, 1, 1, 0, 1]]]), torch.ones(1, 1, 6, dtype=torch.bool)
-    loss, gradient = value_and_gradient(lambda m: contrastive_separation_loss(m, labels, confident, 0.01), cam_logits)
+    loss, gradient = value_and_gradient(lambda m: separation_of(m, labels, confident, 0.01), cam_logits)
     expected = reference.separation_loss(in_float64(cam_logits), labels.numpy(), confident.numpy(), 0.01)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert gradient.any()
@@ -199,7 +192,8 @@ def test_objective(case, scope, dtype):
 
     def losses_and_gradients(dtype):
         inputs = [value.detach().to(dtype).requires_grad_() for value in logits.values()]
-        losses = CoSAObjective(separation_scope=scope)(SimpleNamespace(**dict(zip(logits, inputs, strict=True))), *rest)
+        online = SimpleNamespace(**dict(zip(logits, inputs, strict=True)))
+        losses = losses_of(CoSAObjective(separation_scope=scope), online, *rest)
         gradients = {
             name: torch.autograd.grad(value, inputs, allow_unused=True, retain_graph=True)
             for name, value in losses.items()
@@ -237,7 +231,7 @@ def test_released_objective(case, dtype):
         dense_energy_weight=0.05,
     )  # fmt: skip
     images = 255 * torch.rand(B, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    losses = objective(outputs, *rest, images=images)
+    losses = losses_of(objective, outputs, *rest, images=images)
     losses["loss"].backward()
     assert all(torch.isfinite(value) for value in losses.values())
     assert all(torch.isfinite(logits.grad).all() for logits in vars(outputs).values())
@@ -281,18 +275,19 @@ def test_step(case, dtype):
         start = {"xi near 0": 1e-6, "xi near 1": 1 - 1e-6}[case]
     elif case == "Omega empty":
         epsilon = 0.0
-    assignment = AssignmentNetwork(online, momentum=0.5)
-    thresholds = [DynamicThreshold(start, decay=0.9) for _ in range(2)]
+    assignment = AssignmentNetwork(
+        online,
+        TeacherConfig(ema_momentum=0.5, label_scales=[1.0, 0.5]),
+        ThresholdConfig(threshold=start, threshold_decay=0.9, dynamic_threshold="xi" not in case),
+    )
     optimizer = torch.optim.AdamW([p for p in online.parameters() if p.requires_grad], lr=1e-3)
     before = online.classifier.weight.detach().clone()
 
     for _ in range(2):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            targets = assign(
-                assignment.network, weak, labels, valid, thresholds, scales=(1.0, 0.5), dynamic="xi" not in case
-            )
+            pseudo_labels = assignment.label(weak, labels, valid)
             outputs = online(strong)
-        losses = CoSAObjective(epsilon=epsilon)(outputs, labels, valid, targets)
+        losses = losses_of(CoSAObjective(perplexity_epsilon=epsilon), outputs, labels, valid, pseudo_labels)
         optimizer.zero_grad()
         losses["loss"].backward()
         for name, loss in losses.items():
@@ -303,7 +298,7 @@ def test_step(case, dtype):
         assignment.update(online)
         for network in (online, assignment.network):
             assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
-        for threshold in thresholds:
+        for threshold in assignment.thresholds:
             assert 0 < threshold.value < 1
     assert not torch.equal(online.classifier.weight, before)
     assert not torch.equal(assignment.network.classifier.weight, before)

@@ -6,7 +6,7 @@ import pytest
 import reference
 import strategies
 import torch
-from batches import GRID, SIZE, STRIDE, B, C, make_batch
+from batches import GRID, SIZE, STRIDE, B, C, losses_of, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,9 +30,13 @@ def in_float64(tensor):
 
 
 def assert_equals_reference(batch, epsilon=1.0, temperature=0.5, scope="image", raw=True):
-    losses = CoSAObjective(
-        epsilon=epsilon, separation_temperature=temperature, separation_scope=scope, reliability_weighting=raw
-    )(*batch)
+    objective = CoSAObjective(
+        perplexity_epsilon=epsilon,
+        separation_temperature=temperature,
+        separation_scope=scope,
+        reliability_weighting=raw,
+    )
+    losses = losses_of(objective, *batch)
     expected = of_reference(*batch, epsilon=epsilon, temperature=temperature, scope=scope, raw=raw)
     abs_tolerance = reference.tolerance(*(logits.detach().numpy() for logits in vars(batch[0]).values()))
     assert {name: value.item() for name, value in losses.items()} == pytest.approx(
@@ -82,7 +86,7 @@ def test_gradient(scope):
 
     def loss(*logits):
         online = SimpleNamespace(**dict(zip(vars(outputs), logits, strict=True)))
-        return objective(online, labels, valid, targets)["loss"]
+        return losses_of(objective, online, labels, valid, targets)["loss"]
 
     assert torch.autograd.gradcheck(loss, tuple(vars(outputs).values()))
 
@@ -98,15 +102,15 @@ def test_gradient(scope):
 )
 def test_each_weight_scales_its_part_and_zero_leaves_it_out(field, part):
     batch = make_batch()
-    losses = CoSAObjective(**{field: 3.0})(*batch)
-    without = CoSAObjective(**{field: 0.0})(*batch)
+    losses = losses_of(CoSAObjective(**{field: 3.0}), *batch)
+    without = losses_of(CoSAObjective(**{field: 0.0}), *batch)
     assert set(without) == PARTS - {part} | {"loss"}
     assert losses["loss"].item() == pytest.approx((without["loss"] + 3.0 * losses[part]).item(), rel=1e-5)
 
 
 def test_warm_up_is_classification_alone():
     outputs, labels, valid, _ = make_batch()
-    losses = CoSAObjective()(outputs, labels, valid, None)
+    losses = losses_of(CoSAObjective(), outputs, labels, valid, None)
     assert set(losses) == {"cls", "aux_cls", "loss"}
     losses["loss"].backward()
     assert outputs.cls_logits.grad is not None
@@ -119,7 +123,7 @@ def test_ignored_padding_changes_nothing():
     outputs, labels, valid, pseudo_labels = make_batch()
     valid[:] = True
     valid[:, :, -2 * STRIDE :] = False
-    losses = CoSAObjective()(outputs, labels, valid, pseudo_labels)["loss"]
+    losses = losses_of(CoSAObjective(), outputs, labels, valid, pseudo_labels)["loss"]
     gradients = torch.autograd.grad(losses, [outputs.cam_logits, outputs.logits])
     # The last token column lies beyond the reach of the bilinear kernel of the valid pixels.
     for gradient in gradients:
@@ -131,13 +135,15 @@ def test_ignored_padding_changes_nothing():
         pseudo_labels.segmentation[..., -2:] = 0.5
         pseudo_labels.cams[..., -1] = 1
         pseudo_labels.aux_cams[..., -1] = 1
-    assert CoSAObjective()(outputs, labels, valid, pseudo_labels)["loss"].item() == pytest.approx(losses.item())
+    assert losses_of(CoSAObjective(), outputs, labels, valid, pseudo_labels)["loss"].item() == pytest.approx(
+        losses.item()
+    )
 
 
 def test_epsilon_infinite_admits_every_valid_token():
     batch = make_batch()
     assert_equals_reference(batch, epsilon=float("inf"))
-    assert CoSAObjective(epsilon=0.0)(*batch)["csc"].item() == 0
+    assert losses_of(CoSAObjective(perplexity_epsilon=0.0), *batch)["csc"].item() == 0
 
 
 @pytest.mark.parametrize("grid", [(3, 4), (1, 1), (5, 7)])
@@ -151,53 +157,16 @@ def test_valid_tokens_are_at_least_half_image(grid):
 def test_half_precision_pseudo_labels_too(dtype):
     outputs, labels, valid, targets = make_batch(dtype=dtype)
     halved = PseudoLabels(targets.cams.to(dtype), targets.aux_cams.to(dtype), targets.segmentation.to(dtype), 0.5, 0.4)
-    exact = CoSAObjective()(outputs, labels, valid, targets)
-    for name, value in CoSAObjective()(outputs, labels, valid, halved).items():
+    exact = losses_of(CoSAObjective(), outputs, labels, valid, targets)
+    for name, value in losses_of(CoSAObjective(), outputs, labels, valid, halved).items():
         assert value.item() == pytest.approx(exact[name].item(), rel=0.1, abs=1e-2), name
-
-
-@pytest.mark.parametrize("reliability", [True, False])
-@pytest.mark.parametrize("case", ["random", "one process all padding", "one process without class"])
-def test_processes_average_to_the_loss_of_the_joined_batch(as_processes, case, reliability):
-    outputs, labels, valid, targets = make_batch(seed=7, batch=4)
-    if case == "one process all padding":
-        valid[:2] = False
-    elif case == "one process without class":
-        labels[:2] = 0
-        for maps in (targets.cams, targets.aux_cams):
-            maps[:2] = 0
-    objective = CoSAObjective(reliability_weighting=reliability)
-    whole = objective(outputs, labels, valid, targets)
-
-    def share(rank):
-        part = slice(2 * rank, 2 * rank + 2)
-        return (
-            SimpleNamespace(**{name: logits[part] for name, logits in vars(outputs).items()}),
-            labels[part],
-            valid[part],
-            PseudoLabels(
-                targets.cams[part], targets.aux_cams[part], targets.segmentation[part],
-                targets.threshold, targets.aux_threshold,
-            ),
-        )  # fmt: skip
-
-    parts = as_processes(*(lambda mean, r=rank: objective(*share(r), mean) for rank in range(2)))
-    inputs = list(vars(outputs).values())
-    for name, value in whole.items():
-        average = (parts[0][name] + parts[1][name]) / 2
-        torch.testing.assert_close(average, value, rtol=1e-5, atol=1e-6, msg=name)
-    average = (parts[0]["loss"] + parts[1]["loss"]) / 2
-    for actual, expected in zip(
-        torch.autograd.grad(average, inputs), torch.autograd.grad(whole["loss"], inputs), strict=True
-    ):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_defaults_are_the_papers():
     objective = CoSAObjective()
     assert (objective.cam2seg_weight, objective.aux_cam2seg_weight) == (0.1, 0.1)
     assert (objective.seg2cam_weight, objective.separation_weight) == (0.05, 0.1)
-    assert (objective.alpha, objective.beta, objective.epsilon) == (0.8, 1.0, 1.0)
+    assert (objective.perplexity_alpha, objective.perplexity_beta, objective.perplexity_epsilon) == (0.8, 1.0, 1.0)
     assert objective.reliability_weighting
     assert objective.separation_scope == "image"
 
@@ -212,11 +181,11 @@ def test_detach_stops_the_gradient_of_the_guidance_and_of_nothing_else(part, det
     classifier = torch.randn(C, 5, 1, 1, generator=generator).requires_grad_()
     outputs.hidden_states = (torch.zeros(()), features)
     outputs.cam_logits = torch.nn.functional.conv2d(features, classifier)
-    losses = CoSAObjective(detach=detach)(outputs, labels, valid, pseudo_labels, classifier=classifier)
-    assert losses["s2c"].item() == CoSAObjective()(outputs, labels, valid, pseudo_labels)["s2c"].item()
+    losses = losses_of(CoSAObjective(detach=detach), outputs, labels, valid, pseudo_labels, classifier=classifier)
+    assert losses["s2c"].item() == losses_of(CoSAObjective(), outputs, labels, valid, pseudo_labels)["s2c"].item()
     sources = (features, classifier)
     gradients = torch.autograd.grad(losses[part], sources, allow_unused=True, retain_graph=True)
-    whole = torch.autograd.grad(CoSAObjective()(outputs, labels, valid, pseudo_labels)[part], sources)
+    whole = torch.autograd.grad(losses_of(CoSAObjective(), outputs, labels, valid, pseudo_labels)[part], sources)
     for name, gradient, undetached in zip(("features", "classifier"), gradients, whole, strict=True):
         assert undetached.abs().sum() > 0
         if part == "s2c" and detach == name:
@@ -230,7 +199,7 @@ def test_guidance_that_knows_nothing_of_a_token_leaves_it_out():
     pseudo_labels.segmentation[:, :, 1] = 0  # as under the 255 of a true mask
     tokens = reference.valid_tokens(valid.numpy(), GRID)
     tokens[:, 1] = False
-    value = CoSAObjective()(outputs, labels, valid, pseudo_labels)["s2c"].item()
+    value = losses_of(CoSAObjective(), outputs, labels, valid, pseudo_labels)["s2c"].item()
     expected = reference.seg2cam_loss(in_float64(outputs.cam_logits), in_float64(pseudo_labels.segmentation), tokens)
     assert value == pytest.approx(expected, rel=1e-5)
 
@@ -240,7 +209,9 @@ def test_relu_floors_seg2cam_at_ln_2():
     outputs, labels, valid, pseudo_labels = make_batch()
     pseudo_labels.segmentation[:] = torch.tensor([1.0, 0, 0, 0]).view(1, C + 1, 1, 1)
     outputs.cam_logits = torch.full((B, C, *GRID), -20.0)
-    floored, free = (CoSAObjective(relu_cams=relu)(outputs, labels, valid, pseudo_labels)["s2c"] for relu in (1, 0))
+    floored, free = (
+        losses_of(CoSAObjective(relu_cams=relu), outputs, labels, valid, pseudo_labels)["s2c"] for relu in (True, False)
+    )
     assert floored.item() == pytest.approx(np.log(2), rel=1e-6)
     assert free.item() < 1e-6
 
@@ -263,17 +234,19 @@ def test_background_threshold_and_balance_equal_reference():
     assert ignored > 10
     assert min(map(len, halves)) > 10
     expected = (np.mean(halves[0]) + np.mean(halves[1])) / 2
-    assert objective(outputs, labels, valid, pseudo_labels)["c2s"].item() == pytest.approx(expected, rel=1e-5)
+    assert losses_of(objective, outputs, labels, valid, pseudo_labels)["c2s"].item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("stride", [2, 3, STRIDE])
 def test_supervision_stride_looks_at_the_same_maps_on_a_coarser_grid(stride):
     outputs, labels, valid, pseudo_labels = make_batch()
     valid[:] = True
-    value = CoSAObjective(supervision_stride=stride)(outputs, labels, valid, pseudo_labels)["c2s"].item()
+    value = losses_of(CoSAObjective(supervision_stride=stride), outputs, labels, valid, pseudo_labels)["c2s"].item()
     grid = [-(-side // stride) for side in SIZE]
     coarse = torch.ones(B, *grid, dtype=torch.bool)
-    assert value == CoSAObjective()(outputs, labels, coarse, pseudo_labels)["c2s"].item()
+    assert value == losses_of(CoSAObjective(), outputs, labels, coarse, pseudo_labels)["c2s"].item()
     if stride == STRIDE:  # the token grid itself: nothing is resized at all
         cams = in_float64(pseudo_labels.cams)
         weights = reference.reliability_weights(reference.perplexity(cams.max(axis=1), 0.5), coarse.numpy())
@@ -285,13 +258,15 @@ def test_dense_energy_is_one_more_part_and_open_to_what_cam2seg_ignores():
     outputs, labels, valid, pseudo_labels = make_batch(threshold=0.6)
     images = 255 * torch.rand(B, 3, *SIZE, generator=torch.Generator().manual_seed(0))
     settings = {"dense_energy_weight": 2.0, "reliability_weighting": False}
-    losses = CoSAObjective(**settings)(outputs, labels, valid, pseudo_labels, images=images)
-    without = CoSAObjective(reliability_weighting=False)(outputs, labels, valid, pseudo_labels)
+    losses = losses_of(CoSAObjective(**settings), outputs, labels, valid, pseudo_labels, images=images)
+    without = losses_of(CoSAObjective(reliability_weighting=False), outputs, labels, valid, pseudo_labels)
     assert losses["energy"] < 0
     assert losses["loss"].item() == pytest.approx((without["loss"] + 2 * losses["energy"]).item(), rel=1e-6)
     # Where CAM2Seg ignores every pixel, nothing damps the energy.
     ignoring = PseudoLabels(torch.full_like(pseudo_labels.cams, 0.5), *list(vars(pseudo_labels).values())[1:])
-    ignored = CoSAObjective(**settings, background_threshold=0.4)(outputs, labels, valid, ignoring, images=images)
+    ignored = losses_of(
+        CoSAObjective(**settings, background_threshold=0.4), outputs, labels, valid, ignoring, images=images
+    )
     plain = dense_energy_loss(outputs.logits, images, valid)
     assert ignored["c2s"].item() == 0
     assert ignored["energy"].item() == plain.item() < losses["energy"].item()
@@ -308,7 +283,7 @@ def test_every_class_teaches_however_many_there_are():
     cams = torch.zeros(1, 300, 1, 1)
     cams[0, 254] = 1.0
     targets = PseudoLabels(cams, cams, torch.zeros(1, 301, 1, 1), threshold=0.5, aux_threshold=0.5)
-    losses = CoSAObjective()(outputs, torch.zeros(1, 300), torch.ones(1, 16, 16, dtype=torch.bool), targets)
+    losses = losses_of(CoSAObjective(), outputs, torch.zeros(1, 300), torch.ones(1, 16, 16, dtype=torch.bool), targets)
     losses["c2s"].backward()
     assert outputs.logits.grad.argmin().item() == 255
     assert losses["c2s"].item() == pytest.approx(5.7071, abs=1e-4)  # ln 301
@@ -319,6 +294,6 @@ def test_dense_energy_is_taken_at_its_scale():
     pseudo_labels.cams[:] = 0.45  # between the two thresholds: nothing is labelled
     images = 255 * torch.rand(B, 3, *SIZE, generator=torch.Generator().manual_seed(0))
     objective = CoSAObjective(dense_energy_weight=1.0, dense_energy_scale=0.25, background_threshold=0.4)
-    energy = objective(outputs, labels, valid, pseudo_labels, images=images)["energy"].item()
+    energy = losses_of(objective, outputs, labels, valid, pseudo_labels, images=images)["energy"].item()
     assert energy == dense_energy_loss(outputs.logits, images, valid, scale=0.25).item()
     assert energy != dense_energy_loss(outputs.logits, images, valid, scale=0.5).item()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cosa_hf.objective import separation
 from cosa_hf.objective.separation import contrastive_separation_loss
+from cosa_hf.objective.targets import anchors, normalized
 
 
 def random_batch(seed: int, shape=(2, 3, 3, 4), share: float = 0.7, classes: int = 3):
@@ -20,6 +21,13 @@ def random_batch(seed: int, shape=(2, 3, 3, 4), share: float = 0.7, classes: int
 
 def as_tensors(*arrays):
     return tuple(torch.tensor(array) for array in arrays)
+
+
+def separation_of(cam_logits, labels, confident, temperature=0.5, scope="image"):
+    """The loss of one batch by itself: the mean over its anchors."""
+    members = labels.masked_fill(~confident, -1)
+    (weights,) = normalized([anchors(members, scope).to(torch.promote_types(cam_logits.dtype, torch.float32))])
+    return contrastive_separation_loss(cam_logits, members, weights, temperature, scope)
 
 
 scopes = st.sampled_from(["image", "batch"])
@@ -38,7 +46,7 @@ def drawn_batch(data, shape):
 @given(st.data(), strategies.map_shapes, scopes, temperatures)
 def test_equals_reference(data, shape, scope, temperature):
     cam_logits, labels, confident = drawn_batch(data, shape)
-    value = contrastive_separation_loss(*as_tensors(cam_logits, labels, confident), temperature, scope).item()
+    value = separation_of(*as_tensors(cam_logits, labels, confident), temperature, scope).item()
     expected = reference.separation_loss(cam_logits.astype(float), labels, confident, temperature, scope)
     # A cosine is known to about 1e-7, and the temperature divides that error.
     assert value == pytest.approx(expected, rel=1e-5, abs=max(1e-5, 5e-7 / temperature))
@@ -48,7 +56,7 @@ def test_equals_reference(data, shape, scope, temperature):
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 def test_equals_reference_on_more_tokens(scope, temperature):
     batch = random_batch(0, shape=(2, 3, 6, 7))
-    value = contrastive_separation_loss(*as_tensors(*batch), temperature, scope)
+    value = separation_of(*as_tensors(*batch), temperature, scope)
     assert value.item() == pytest.approx(reference.separation_loss(*batch, temperature, scope), rel=1e-5)
 
 
@@ -57,7 +65,7 @@ def test_images_with_and_without_anchors_share_one_mean(scope):
     """An image of one label has no anchor of its own, and does not water down the others' mean."""
     cam_logits, labels, confident = random_batch(1, share=1.0)
     labels[1] = 2
-    value = contrastive_separation_loss(*as_tensors(cam_logits, labels, confident), scope=scope).item()
+    value = separation_of(*as_tensors(cam_logits, labels, confident), scope=scope).item()
     assert value == pytest.approx(reference.separation_loss(cam_logits, labels, confident, scope=scope), rel=1e-5)
 
 
@@ -65,8 +73,8 @@ def test_similarity_is_the_cosine():
     cam_logits, labels, confident = as_tensors(*random_batch(3))
     scaled = cam_logits * (1 + torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)) * 50)
     torch.testing.assert_close(
-        contrastive_separation_loss(scaled, labels, confident),
-        contrastive_separation_loss(cam_logits, labels, confident),
+        separation_of(scaled, labels, confident),
+        separation_of(cam_logits, labels, confident),
         rtol=1e-5,
         atol=1e-6,
     )
@@ -75,8 +83,8 @@ def test_similarity_is_the_cosine():
 def test_background_is_a_label():
     """Two labels of which one is background contrast as any two labels do."""
     cam_logits, labels, confident = random_batch(4, classes=2)
-    with_background = contrastive_separation_loss(*as_tensors(cam_logits, labels, confident))
-    without = contrastive_separation_loss(*as_tensors(cam_logits, labels + 1, confident))
+    with_background = separation_of(*as_tensors(cam_logits, labels, confident))
+    without = separation_of(*as_tensors(cam_logits, labels + 1, confident))
     assert with_background.item() == without.item() > 0
 
 
@@ -85,27 +93,25 @@ def test_background_is_a_label():
 def test_gradient(scope, temperature):
     cam_logits, labels, confident = as_tensors(*random_batch(5, shape=(2, 2, 2, 3), share=0.8, classes=2))
     cam_logits = cam_logits.double().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda m: contrastive_separation_loss(m, labels, confident, temperature, scope), cam_logits
-    )
-    (gradient,) = torch.autograd.grad(contrastive_separation_loss(cam_logits, labels, confident), cam_logits)
+    assert torch.autograd.gradcheck(lambda m: separation_of(m, labels, confident, temperature, scope), cam_logits)
+    (gradient,) = torch.autograd.grad(separation_of(cam_logits, labels, confident), cam_logits)
     assert gradient.any()
     assert (gradient.transpose(0, 1)[:, ~confident] == 0).all()
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
-@pytest.mark.parametrize("slab", [1, 3, 12, 13])
-def test_slabs_change_neither_value_nor_gradient(monkeypatch, scope, slab):
+@pytest.mark.parametrize("chunk", [1, 3, 12, 13])
+def test_chunks_change_neither_value_nor_gradient(monkeypatch, scope, chunk):
     cam_logits, labels, confident = as_tensors(*random_batch(6))
 
     def value_and_gradient():
         tokens = cam_logits.clone().requires_grad_()
-        loss = contrastive_separation_loss(tokens, labels, confident, scope=scope)
+        loss = separation_of(tokens, labels, confident, scope=scope)
         loss.backward()
         return loss.detach(), tokens.grad
 
     whole = value_and_gradient()
-    monkeypatch.setattr(separation, "ANCHORS_AT_ONCE", slab)
+    monkeypatch.setattr(separation, "ANCHORS_AT_ONCE", chunk)
     torch.testing.assert_close(value_and_gradient(), whole, rtol=1e-6, atol=1e-7)
 
 
@@ -121,7 +127,7 @@ def test_memory_kept_for_backward_grows_with_tokens_not_pairs(monkeypatch):
 
         batch = as_tensors(*random_batch(7, shape=(1, 2, side, side), share=1.0))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = contrastive_separation_loss(batch[0].requires_grad_(), *batch[1:])
+            loss = separation_of(batch[0].requires_grad_(), *batch[1:])
         assert loss.requires_grad
         return sum(storages.values())
 
@@ -133,30 +139,6 @@ def test_memory_kept_for_backward_grows_with_tokens_not_pairs(monkeypatch):
 def test_half_precision_maps_are_compared_in_full(dtype):
     cam_logits, labels, confident = as_tensors(*random_batch(8))
     cam_logits = cam_logits.to(dtype)
-    value = contrastive_separation_loss(cam_logits, labels, confident, 0.07).item()
+    value = separation_of(cam_logits, labels, confident, 0.07).item()
     expected = reference.separation_loss(cam_logits.double().numpy(), labels.numpy(), confident.numpy(), 0.07)
     assert value == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("case", ["random", "first without anchors", "anchors in one image only", "no anchors"])
-def test_mean_runs_over_the_global_batch(as_processes, processes, case):
-    cam_logits, labels, confident = as_tensors(*random_batch(9, shape=(2 * processes, 3, 2, 3), share=0.8))
-    if case == "first without anchors":
-        confident[:2] = False
-    elif case == "no anchors":
-        confident[:] = False
-    elif case == "anchors in one image only":
-        # Two of one label and one of another: two anchors in the whole batch.
-        confident[:], labels[:] = False, 0
-        confident[0, 0], labels[0, 0, 0] = True, 1
-    cam_logits.requires_grad_()
-
-    whole = contrastive_separation_loss(cam_logits, labels, confident)
-    (expected,) = torch.autograd.grad(whole, cam_logits)
-    shares = list(zip(cam_logits.split(2), labels.split(2), confident.split(2), strict=True))
-    parts = as_processes(*(lambda mean, s=share: contrastive_separation_loss(*s, mean=mean) for share in shares))
-    average = torch.stack(parts).mean()
-    (gradient,) = torch.autograd.grad(average, cam_logits)
-    torch.testing.assert_close(average, whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)

@@ -42,7 +42,7 @@ def test_a_voc_layout_needs_a_split(png):
 
 def test_what_is_no_finished_export_is_refused(png, tmp_path):
     directory, mask = png
-    with pytest.raises(FileNotFoundError, match="is no export"):
+    with pytest.raises(FileNotFoundError, match="is neither an export"):
         load_pseudo_labels(str(tmp_path))
     record = json.loads((directory / "export.json").read_text())
     for change, message in (

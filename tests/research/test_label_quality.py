@@ -85,7 +85,7 @@ def test_masks_are_needed(segmenter, with_masks):
 
 def test_command_prints_a_table_and_writes_it_down(model_dir, tmp_path, monkeypatch, capsys):
     few = load_shapes("val", num_images=4, masks=True)
-    monkeypatch.setattr("cosa_hf.data.load_dataset_by_name", lambda *_, **__: few)
+    monkeypatch.setattr("cosa_hf.commands.inputs.load_dataset_by_name", lambda *_, **__: few)
     path = tmp_path / "new/quality.json"
     command = ("--dataset", "shapes", "--split", "val", "--scales", "1", "--no_flip", "--thresholds", "0.3", "0.6")
     label_quality.main([str(model_dir), *command, "--report", str(path)])

@@ -58,7 +58,7 @@ def draw(monkeypatch, output_dir, figure, *models, data=QUICK):
     if data is QUICK:
         # Drawing two hundred images to look at four would take most of the test's time.
         few = load_shapes("val", num_images=4, masks=True)
-        monkeypatch.setattr("cosa_hf.data.load_dataset_by_name", lambda *_, **__: few)
+        monkeypatch.setattr("cosa_hf.commands.inputs.load_dataset_by_name", lambda *_, **__: few)
     figures.main([*map(str, models), *data, "--figure", figure, "--output_dir", str(output_dir)])
     return list(csv.DictReader((output_dir / f"figure-{figure}.csv").open()))
 

@@ -25,8 +25,8 @@ class TeacherConfig(Settings):
 
     ema_momentum: float = setting(
         0.9994,
-        "m of the assignment network, AN <- m AN + (1 - m) ON: averages over about 1 / (1 - m) steps. At m = 1 it would "
-        "never learn, and training collapses (Tab. 5d)",
+        "m of the assignment network, AN <- m AN + (1 - m) ON: averages over about 1 / (1 - m) steps. At m = 1 it "
+        "would never learn, and training collapses (Tab. 5d)",
         least=0,
         below=1,
     )

@@ -1,7 +1,9 @@
 """Score a model on a dataset with masks: segmentation with and without tags, CAM, auxiliary CAM, per class.
 
-cosa-hf evaluate runs/voc/assignment --dataset voc --data_dir VOC2012 --split val --report report.json
-accelerate launch -m cosa_hf.cli evaluate runs/voc/assignment ...        the images shared among all GPUs
+By default as the paper does, over five scales and mirrored images. Accelerate shares the images among all GPUs.
+
+    cosa-hf evaluate runs/voc/assignment --dataset voc --data_dir VOC2012 --split val --report report.json
+    accelerate launch -m cosa_hf.cli evaluate runs/voc/assignment --dataset voc --data_dir VOC2012
 """
 
 import argparse

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from cosa_hf.commands.arguments import parse_config, recipe_chooser
 from cosa_hf.multistage.config import MultistageConfig
-from cosa_hf.multistage.task import train_multistage
+from cosa_hf.multistage.train import train_multistage
 
 
 def main(arguments: Sequence[str]) -> None:

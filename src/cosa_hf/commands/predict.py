@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from cosa_hf.commands.arguments import command_parser
 from cosa_hf.commands.inputs import add_model, crf_of
+from cosa_hf.data.images import UnreadableImageError
 from cosa_hf.data.palette import to_palette_image
 from cosa_hf.evaluation.figures import overlay
 from cosa_hf.files import check_output
-from cosa_hf.image_processing_cosa import to_rgb
 from cosa_hf.inference import Segmenter
 
 
@@ -33,15 +32,14 @@ def main(arguments: Sequence[str]) -> int:
     failed = []
     for path in args.images:
         try:
-            with Image.open(path) as file:
-                image = to_rgb(file)
-        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError ...
+            found = segmenter(path, tags)
+        except UnreadableImageError as error:
             failed.append(str(path))
-            print(f"error: cannot read {path}: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             continue
-        mask = segmenter(image, tags=tags).mask.cpu().numpy()
+        mask = found.mask.cpu().numpy()
         to_palette_image(mask).save(args.output_dir / f"{path.stem}.png")
-        overlay(image, mask, segmenter.names).save(args.output_dir / f"{path.stem}_overlay.png")
+        overlay(found.image, mask, segmenter.names).save(args.output_dir / f"{path.stem}_overlay.png")
         print(f"{path}: {', '.join(segmenter.names[index] for index in np.unique(mask))}")
     print(f"{len(args.images) - len(failed)} of {len(args.images)} images segmented into {args.output_dir}")
     if failed:

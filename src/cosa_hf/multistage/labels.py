@@ -32,7 +32,7 @@ def labels_to_learn(config: MultistageConfig, device: torch.device, rank: int = 
     """
     exported = load_pseudo_labels(str(config.pseudo_labels), config.train_split)
     if config.self_training:
-        exported = _relabelled(config, exported.dataset, device)
+        exported = _relabelled(config, config.self_training, exported.dataset, device)
     if config.confidence_weighting and ("confidence" not in exported.dataset.column_names or not exported.record):
         raise ValueError(
             f"confidence_weighting: {config.pseudo_labels} does not carry confidence and what it means: export "
@@ -43,10 +43,10 @@ def labels_to_learn(config: MultistageConfig, device: torch.device, rank: int = 
     return exported
 
 
-def _relabelled(config: MultistageConfig, dataset: Dataset, device: torch.device) -> Exported:
-    """The same images with masks of the network that `self_training` names, within the images' tags."""
+def _relabelled(config: MultistageConfig, network: str, dataset: Dataset, device: torch.device) -> Exported:
+    """The same images with masks of a network, within the images' tags."""
     segmenter = Segmenter.from_pretrained(
-        config.self_training, device=device, scales=config.label_scales, flip=True, batch_size=config.batch_size
+        network, device=device, scales=config.label_scales, flip=True, batch_size=config.batch_size
     )
     directory = Path(config.output_dir) / "pseudo_labels"
     images = dataset.select_columns(["image", "labels", "image_id"])

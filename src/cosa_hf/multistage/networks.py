@@ -125,7 +125,7 @@ def _upernet_swin(recipe: MultistageConfig, labels: dict[str, Any]) -> PreTraine
                 f"or start from random ones (--pretrained false): {error}"
             ) from error
         if swin.config.embed_dim != SWIN_B_SHAPE["embed_dim"] or swin.config.window_size != SWIN_B_SHAPE["window_size"]:
-            raise ValueError(f"{source} is no Swin-B with windows of {SWIN_B_SHAPE['window_size']}")
+            raise ValueError(f"{source} is not a Swin-B with windows of {SWIN_B_SHAPE['window_size']}")
         model.backbone.load_state_dict(swin.state_dict(), strict=False)  # the norms of its outputs are the decoder's
     return model
 
@@ -135,7 +135,7 @@ def _upernet_timm(recipe: MultistageConfig, encoder: str, labels: dict[str, Any]
 
     _require_unset(recipe, ["output_stride"])
     if not timm.is_model(encoder):
-        raise ValueError(f"network {recipe.network!r}: {encoder!r} is no model of timm {timm.__version__}")
+        raise ValueError(f"network {recipe.network!r}: {encoder!r} is not a model of timm {timm.__version__}")
     feature_info: Any = timm.create_model(encoder, features_only=True).feature_info
     backbone: dict[str, Any] = {"backbone": encoder, "out_indices": list(range(len(feature_info.channels())))[-4:]}
     config = UperNetConfig(backbone_config=TimmBackboneConfig(**backbone), **_upernet_options(recipe), **labels)

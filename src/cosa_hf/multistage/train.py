@@ -45,26 +45,25 @@ def train_multistage(config: MultistageConfig) -> Path:
         FloatingPointError: the loss is no longer finite; the message names the images.
         SystemExit: after SIGTERM, once a checkpoint is saved.
     """
-    output_dir, checkpoint, arguments = Path(config.output_dir), _checkpoint(config), _arguments(config)
+    checkpoint, arguments = _checkpoint(config), _arguments(config)
     terminate = signal.getsignal(signal.SIGTERM)
     set_seed(config.seed)
     exported = labels_to_learn(config, arguments.device, arguments.process_index, arguments.world_size)
     trainer = MultistageTrainer(config, arguments, exported)
     if arguments.should_save:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        dataclasses.replace(config, resume=False).to_yaml(output_dir / "recipe.yaml")
-        (output_dir / "run.json").unlink(missing_ok=True)  # it says that a run is done
+        dataclasses.replace(config, resume=False).to_yaml(trainer.output_dir / "recipe.yaml")
+        (trainer.output_dir / "run.json").unlink(missing_ok=True)  # it says that a run is done
     _announce(config, trainer)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
-        error.add_note(_ended(trainer))
+        error.add_note(trainer.progress())
         raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)
     if trainer.state.global_step < config.max_steps:
-        print(f"SIGTERM: {_ended(trainer)}", file=sys.stderr)
+        print(f"SIGTERM: {trainer.progress()}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
     return trainer.finish(exported)
 
@@ -81,29 +80,32 @@ class MultistageTrainer(Trainer):
     def __init__(self, config: MultistageConfig, arguments: TrainingArguments, exported: Exported) -> None:
         names = ["background", *class_names(exported.dataset)]
         coexistence = [name for name in COEXISTENCE_CLASSES.get(config.dataset, ()) if name in names]
-        network, processor = build_network(config, names, coexistence)
-        network.accepts_loss_kwargs = False  # the loss is computed here, not by the network
-        nn.Module.to(network, memory_format=torch.channels_last)
-        self.config, self.started, self.unreadable = config, time.monotonic(), set[str]()
-        norms = [part for part in encoder_of(network).modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        self.network, self.processor = build_network(config, names, coexistence)
+        nn.Module.to(self.network, memory_format=torch.channels_last)
+        self.network.accepts_loss_kwargs = False  # type: ignore[assignment]  # the loss is computed here
+        self.config, self.output_dir = config, Path(config.output_dir)
+        self.watched = evaluation_data(config, names[1:])
+        self.started, self.unreadable = time.monotonic(), set[str]()
+        encoder = encoder_of(self.network)
+        norms = [part for part in encoder.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
         self.frozen = norms if config.freeze_batch_norm else []
         scales = (config.scale_min, config.scale_max)
         super().__init__(
-            network,
+            self.network,
             arguments,
             data_collator=partial(collate, threshold=exported.threshold),
             train_dataset=TrainingDataset(
                 exported.dataset,
-                Views(config.crop_size, processor.image_mean, processor.image_std, scale_range=scales),
+                Views(config.crop_size, self.processor.image_mean, self.processor.image_std, scale_range=scales),
                 length=config.max_steps * _images_per_step(arguments),
                 seed=config.seed,
                 masks=True,
                 confidence=config.confidence_weighting,
             ),
-            eval_dataset=evaluation_data(config, names[1:]),
-            processing_class=processor,
+            eval_dataset=self.watched,
+            processing_class=self.processor,
             compute_loss_func=weighted_loss,
-            optimizers=(_optimizer(config, network), None),
+            optimizers=(_optimizer(config, self.network), None),
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -118,7 +120,7 @@ class MultistageTrainer(Trainer):
         for norm in self.frozen:
             norm.eval()  # the Trainer has just put all of the network into training mode
         try:
-            loss = super().compute_loss(model, inputs, *arguments, **options)
+            loss: Any = super().compute_loss(model, inputs, *arguments, **options)
         except ValueError as error:  # some decoders pool an image to one point, and batch norm needs two
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -131,12 +133,12 @@ class MultistageTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """mIoU at one scale and visualizations, as a glance and not the protocol."""
-        segmenter = Segmenter(self.model, self.processing_class)
-        report = evaluate(segmenter, self.eval_dataset, progress=False, accelerator=self.accelerator)
+        assert self.watched is not None  # or the Trainer would not ask
+        segmenter = Segmenter(self.network, self.processor)
+        report = evaluate(segmenter, self.watched, progress=False, accelerator=self.accelerator)
         if self.args.should_save:
-            shown = self.eval_dataset.select(range(min(self.config.eval_panels, len(self.eval_dataset))))
-            directory = Path(self.args.output_dir) / "panels" / f"step-{self.state.global_step:07d}"
-            save_visualizations(segmenter, shown, directory)
+            shown = self.watched.select(range(min(self.config.eval_panels, len(self.watched))))
+            save_visualizations(segmenter, shown, self.output_dir / "panels" / f"step-{self.state.global_step:07d}")
         scores = {f"eval_{name}": report[name]["miou"] for name in ("seg", "seg_tags")}
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
@@ -148,15 +150,20 @@ class MultistageTrainer(Trainer):
         since, self.started = self.started, time.monotonic()
         super().log(logs | {"seconds": round(earlier + self.started - since, 2)}, start_time)
 
+    def progress(self) -> str:
+        """How far the run came, and what is left of it."""
+        saved = _checkpoints(self.output_dir)
+        where = f"go on from {saved[max(saved)]} with --resume" if saved else "there is no checkpoint to go on from"
+        return f"the run ended after {self.state.global_step} whole steps; {where}"
+
     def finish(self, exported: Exported) -> Path:
         """Writes the model and the record of the run."""
-        directory = Path(self.args.output_dir)
         unreadable = sorted(set(gather_object(sorted(self.unreadable))))
         self.save_state()
         if self.args.should_save:
-            self.model.save_pretrained(directory / MODEL)
-            self.processing_class.save_pretrained(directory / MODEL)
-            summary = {
+            self.network.save_pretrained(self.output_dir / MODEL)
+            self.processor.save_pretrained(self.output_dir / MODEL)
+            run = {
                 "recommended": MODEL,
                 "reason": "the weights after the last step",
                 "images": len(exported.dataset),
@@ -165,9 +172,9 @@ class MultistageTrainer(Trainer):
                 "seconds": round(self.state.log_history[-1]["seconds"]),
                 "pseudo_labels": exported.record or None,
             }
-            (directory / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            (self.output_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         self.accelerator.wait_for_everyone()
-        return directory / MODEL
+        return self.output_dir / MODEL
 
 
 def _arguments(config: MultistageConfig) -> TrainingArguments:
@@ -231,34 +238,25 @@ def _checkpoints(output_dir: Path) -> dict[int, Path]:
     return {int(path.name.removeprefix("checkpoint-")): path for path in found}
 
 
-def _checkpoint(config: MultistageConfig) -> Path | None:
+def _checkpoint(config: MultistageConfig) -> str | None:
     """The newest one of a run to resume; None for a new run."""
     output_dir = Path(config.output_dir)
     found = _checkpoints(output_dir)
+    last = str(found[max(found)]) if found else None
     if not config.resume:
-        if found:
-            raise ValueError(
-                f"{found[max(found)]} is of an earlier run: --resume it, remove it, or choose another output_dir"
-            )
+        if last:
+            raise ValueError(f"{last} is of an earlier run: --resume it, remove it, or choose another output_dir")
         return None
-    if not found:
+    if last is None:
         raise FileNotFoundError(f"no checkpoint-N in {output_dir} to resume from (checkpoints/ is of earlier versions)")
     if max(found) > config.max_steps:
-        raise ValueError(f"{found[max(found)]} is beyond max_steps = {config.max_steps}: ask for more steps")
+        raise ValueError(f"{last} is beyond max_steps = {config.max_steps}: ask for more steps")
     earlier = MultistageConfig.from_yaml(output_dir / "recipe.yaml")
     for name in config.in_checkpoint:
-        if (asked := getattr(config, name)) != (held := getattr(earlier, name)):
-            raise ValueError(
-                f"{name} of a resumed run stays {held}, which its checkpoint holds, got {asked}: keep it, or start "
-                "anew in another output_dir"
-            )
-    return found[max(found)]
-
-
-def _ended(trainer: Trainer) -> str:
-    saved = _checkpoints(Path(trainer.args.output_dir))
-    where = f"go on from {saved[max(saved)]} with --resume" if saved else "there is no checkpoint to go on from"
-    return f"the run ended after {trainer.state.global_step} whole steps; {where}"
+        held, asked = getattr(earlier, name), getattr(config, name)
+        if asked != held:
+            raise ValueError(f"{name} of a resumed run stays {held}, which its checkpoint holds, got {asked}: keep it")
+    return last
 
 
 def _images_per_step(arguments: TrainingArguments) -> int:
@@ -267,14 +265,14 @@ def _images_per_step(arguments: TrainingArguments) -> int:
 
 def _announce(config: MultistageConfig, trainer: MultistageTrainer) -> None:
     labels = f"labels of {config.self_training}" if config.self_training else config.pseudo_labels
-    per_step = _images_per_step(trainer.args)
-    millions = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
-    trainer.accelerator.print(
-        f"{config.network} ({type(trainer.model).__name__}, {millions:.1f} M parameters) on {labels}: "
+    per_step, say = _images_per_step(trainer.args), trainer.accelerator.print
+    millions = trainer.network.num_parameters() / 1e6
+    say(
+        f"{config.network} ({type(trainer.network).__name__}, {millions:.1f} M parameters) on {labels}: "
         f"{config.max_steps} steps of {per_step} images"
     )
     if per_step != config.images_per_step:
-        trainer.accelerator.print(
+        say(
             f"the schedule is made for {config.images_per_step} images a step, this run takes {per_step}: batch_size x "
             "gradient_accumulation_steps x processes. Change one of them, or images_per_step if it is meant"
         )

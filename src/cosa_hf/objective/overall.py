@@ -23,7 +23,7 @@ UNKNOWN = -100  # an id that no class can have, however many there are
 
 @dataclass(kw_only=True)
 class ObjectiveConfig(Settings):
-    """Weights and switches of Eq. 3-11. The defaults are the paper's; "release" names what the released code differs in."""
+    """Weights and switches of Eq. 3-11. Defaults are the paper's; "release" is what the released code differs in."""
 
     _argument_group_name = "Objective (Eq. 3-11)"
 
@@ -61,8 +61,8 @@ class ObjectiveConfig(Settings):
 class CoSAObjective(ObjectiveConfig):
     """Classification, CAM2Seg from M' and M†', Seg2CAM and contrastive separation, weighted (Eq. 11).
 
-    First `targets`, once for all images of an optimiser step; then the objective itself, for each of its micro-batches. A
-    term whose weight is 0 is not computed. Without targets (warm-up) only the classification terms remain.
+    First `targets`, once for all images of an optimiser step; then the objective itself, for each of its micro-batches.
+    A term whose weight is 0 is not computed. Without targets (warm-up) only the classification terms remain.
 
     Example:
         >>> import torch
@@ -206,7 +206,7 @@ def mask_targets(masks: Tensor, ignore_index: int, micro_batches: int = 1, reduc
         ([[[2, 0]]], [[[1.0, 0.0]]])
     """
     known = masks != ignore_index
-    (weights,) = normalized([known.float()], micro_batches, reduce)
+    (weights,) = normalized([known.to(torch.get_default_dtype())], micro_batches, reduce)
     ids, nothing = masks.masked_fill(~known, 0), torch.zeros_like(weights)
     return Targets(ids, weights, ids, nothing, nothing[:, None], nothing, ids.new_full(ids.shape, -1), nothing)
 

@@ -1,7 +1,7 @@
 """What one optimiser step learns from: pseudo-labels as ids and weights, normalised over the whole step.
 
-Every divisor of Eq. 5, 8 and 10 (RAW's mean, the number of valid positions, CSC's anchors) depends on pseudo-labels and V
-alone, so it is known before the first forward pass. Here the weights are divided once, over all micro-batches and
+Every divisor of Eq. 5, 8 and 10 (RAW's mean, the number of valid positions, CSC's anchors) depends on pseudo-labels and
+V alone, so it is known before the first forward pass. Here the weights are divided once, over all micro-batches and
 processes of the step, and every loss is a plain weighted sum.
 """
 
@@ -47,8 +47,8 @@ class Targets(NamedTuple):
 def normalized(weights: Sequence[Tensor], micro_batches: int = 1, reduce: Reduce = one_process) -> list[Tensor]:
     """Each tensor of weights divided by its total, so that the mean over micro-batches and processes of its sums is 1.
 
-    Gradients are averaged over micro-batches and processes, so the step's gradient is that of one weighted mean over all
-    its images. One reduction for all.
+    Gradients are averaged over micro-batches and processes, so the step's gradient is that of one weighted mean over
+    all its images. One reduction for all.
 
     Args:
         weights: not negative, of any shapes, on one device.

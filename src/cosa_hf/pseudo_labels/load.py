@@ -34,7 +34,7 @@ class Exported:
 
 
 def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
-    """What `scripts/export_pseudo_labels.py` wrote, as PNG or parquet, on disk or pushed to the Hub; or a VOC layout.
+    """What `cosa-hf label` wrote, as PNG or parquet, on disk or pushed to the Hub; or a VOC layout.
 
     Args:
         source: a directory, or a dataset's name on the Hub.
@@ -47,12 +47,13 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
     Example:
         >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
         >>> from cosa_hf.data import SHAPES_CLASSES, load_shapes
+        >>> from cosa_hf.inference import Segmenter
         >>> from cosa_hf.pseudo_labels.export import export_pseudo_labels
         >>> config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
-        >>> model = CoSAForWeaklySupervisedSegmentation(config)
         >>> processor = CoSAImageProcessor(size={"height": 32, "width": 32})
+        >>> segmenter = Segmenter(CoSAForWeaklySupervisedSegmentation(config), processor)
         >>> settings = {"source": "cam_mean", "format": "png", "split": "train", "progress": False}
-        >>> _ = export_pseudo_labels(model, processor, load_shapes("train", 2), "labels", **settings)
+        >>> _ = export_pseudo_labels(segmenter, load_shapes("train", 2), "labels", **settings)
         >>> exported = load_pseudo_labels("labels")
         >>> len(exported.dataset), exported.threshold
         (2, 0.5)
@@ -66,7 +67,9 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
         if record["settings"]["format"] == "coco-json":
             raise ValueError(f"{root} is an export in coco-json: export png or parquet to train on")
     elif root.is_dir() and not (root / "ImageSets").is_dir():
-        raise FileNotFoundError(f"{root} is no export (it has no {RECORD}) and no VOC layout (it has no ImageSets)")
+        raise FileNotFoundError(
+            f"{root} is neither an export (it has no {RECORD}) nor a VOC layout (it has no ImageSets)"
+        )
     settings = record.get("settings", {})
     split = split or settings.get("split")
     if split is None:

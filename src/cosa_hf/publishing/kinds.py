@@ -1,4 +1,4 @@
-"""The kinds of model that are published: CoSA, and the networks that it taught. All that their cards do not share."""
+"""The kinds of model that are published, CoSA and the networks of CoSA-MS: all that their cards do not share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Kind:
         """The data set that a model was trained on, by its name in recipes; None where nothing tells."""
         if recipe and (self.recipe is TrainingConfig or recipe.eval_every):
             return recipe.dataset
-        # What taught a network may be of any data set; what it was scored on has its labels.
+        # Pseudo-labels may be of any data set; what a network was scored on has its labels.
         return report["protocol"]["dataset"] if report else None
 
 

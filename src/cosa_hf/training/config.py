@@ -104,7 +104,7 @@ class RunConfig(DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputCon
         ValueError: a field of the wrong type or outside its range; the message names it.
     """
 
-    parts: ClassVar[tuple[type, ...]] = (DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputConfig)
+    parts: ClassVar[tuple[Any, ...]] = (DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputConfig)
 
     directory: ClassVar[Path] = RECIPES
     """Where the recipes that go by name lie."""
@@ -229,7 +229,7 @@ class TrainingConfig(RunConfig, TagsConfig, ModelConfig, TeacherConfig, Threshol
         0.0002
     """
 
-    parts: ClassVar[tuple[type, ...]] = (
+    parts: ClassVar[tuple[Any, ...]] = (
         DataConfig, TagsConfig, ViewConfig, ModelConfig, WeightsConfig, ScheduleConfig, TeacherConfig, ThresholdConfig,
         ObjectiveConfig, OutputConfig,
     )  # fmt: skip
@@ -317,5 +317,5 @@ def config_from_flags(
     """
     parser = ConfigParser(kind.parts, **parser_options)
     parser.set_defaults(**values)
-    found = parser.parse_args_into_dataclasses(list(flags))[: len(kind.parts)]
-    return kind(**{name: value for part in found for name, value in vars(part).items()})
+    found = parser.parse_args(list(flags))
+    return kind(**{spec.name: getattr(found, spec.name) for spec in dataclasses.fields(kind)})

@@ -155,12 +155,12 @@ def build_processor(config: RunConfig, model: CoSAForWeaklySupervisedSegmentatio
 
 def build_optimizer(config: RunConfig, model: CoSAForWeaklySupervisedSegmentation) -> torch.optim.Optimizer:
     """AdamW, as in Sec. 4.1, with a learning rate of its own for the heads."""
-    head_rate = config.learning_rate * config.head_lr_multiplier
+    groups: list[dict[str, Any]] = [
+        {"params": list(model.backbone_parameters())},
+        {"params": list(model.head_parameters()), "lr": config.learning_rate * config.head_lr_multiplier},
+    ]
     return torch.optim.AdamW(
-        [
-            {"params": list(model.backbone_parameters())},
-            {"params": list(model.head_parameters()), "lr": head_rate},
-        ],
+        groups,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         # One pass over the weights rather than a dozen. Under a gradient scaler it would skip steps unseen.

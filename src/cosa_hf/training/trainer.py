@@ -326,8 +326,7 @@ def recommendation(config: TrainingConfig) -> tuple[str, str]:
 def _objective(config: TrainingConfig) -> CoSAObjective:
     """Eq. 11, or for the supervised bound its classification and the cross-entropy against ground truth."""
     if config.supervision == "masks":
-        others = ("aux_cam2seg_weight", "seg2cam_weight", "separation_weight", "dense_energy_weight")
-        return CoSAObjective(cam2seg_weight=1.0, **dict.fromkeys(others, 0.0))
+        return CoSAObjective(cam2seg_weight=1.0, aux_cam2seg_weight=0.0, seg2cam_weight=0.0, separation_weight=0.0)
     unguided = {"seg2cam_weight": 0.0} if config.guidance == "none" else {}
     return config.part(CoSAObjective, **unguided)
 

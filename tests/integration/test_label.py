@@ -1,0 +1,129 @@
+"""`cosa-hf label` as a user runs, kills and repeats it."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from drawn import write_voc
+
+from cosa_hf.data import SHAPES_CLASSES, load_voc
+
+SETTINGS = shlex.split("--dataset shapes --split val --source cam_mean --scales 1 --shard_size 20 --batch_size 4")
+
+
+@pytest.fixture(scope="module")
+def voc_dir(tmp_path_factory):
+    """Six drawn pictures and their masks in VOC layout; the split is called "val"."""
+    root = tmp_path_factory.mktemp("VOC2012")
+    write_voc(root, ["val"])
+    (root / "classes.txt").write_text("\n".join(SHAPES_CLASSES))
+    return root
+
+
+def words(model_dir, output_dir, *arguments):
+    return ("label", model_dir, *SETTINGS, *arguments, "--output_dir", output_dir)
+
+
+def files(directory):
+    return {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
+
+
+def contents(directory):
+    return {name: path.read_bytes() for name, path in files(directory).items()}
+
+
+# What an export of 200 images in ten shards is about to have written when it is killed.
+KILLED_AT = {
+    "png": ("SegmentationClassAug/*.png", 23),
+    "parquet": ("data/*.parquet", 2),
+    "coco-json": (".parts/*.json", 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", KILLED_AT)
+def test_killed_in_the_middle_and_run_again(format, model_dir, tmp_path, cosa_hf):
+    output_dir = tmp_path / "killed"
+    pattern, number = KILLED_AT[format]
+    command = [sys.executable, "-m", "cosa_hf.cli", *words(model_dir, output_dir, "--format", format)]
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL) as process:
+        while len(list(output_dir.glob(pattern))) < number:
+            assert process.poll() is None, "the export ended before it could be killed"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert json.loads((output_dir / "export.json").read_text())["complete"] is False
+    # All but the parts that are gone when the export is complete, and the file that was being written.
+    kept = {name for name in files(output_dir) if not name.startswith(".") and not Path(name).name.startswith(".")}
+    kept -= {"export.json"}
+    before = {name: (output_dir / name).stat() for name in kept}
+    content = {name: (output_dir / name).read_bytes() for name in kept}
+    parts = [*output_dir.glob(".parts/*.json"), *output_dir.glob("data/*.parquet")]
+
+    printed = cosa_hf(*words(model_dir, output_dir, "--format", format))
+    assert f"{20 * len(parts)} images were labelled before" in printed
+    cosa_hf(*words(model_dir, tmp_path / "whole", "--format", format))
+    whole = contents(tmp_path / "whole")
+    assert contents(output_dir) == whole
+    for name in kept:
+        assert content[name] == whole[name], f"{name} was half-written"
+        after = (output_dir / name).stat()
+        assert (after.st_mtime_ns, after.st_ino) == (before[name].st_mtime_ns, before[name].st_ino), (
+            f"{name} was written twice"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", KILLED_AT)
+def test_two_processes_write_what_one_writes(format, model_dir, tmp_path, subprocess_of, cosa_hf):
+    # Not `accelerate launch --cpu`: without MPI that starts one process, whatever --num_processes says.
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cosa_hf.cli")
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess_of(*words(model_dir, tmp_path / "two", "--format", format), launch=launch, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("200 images labelled") == 1
+    assert "export, process 1 of 2" in done.stderr
+    cosa_hf(*words(model_dir, tmp_path / "one", "--format", format))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_png_of_other_classes_reads_back(model_dir, voc_dir, tmp_path, cosa_hf, complaint):
+    settings = ("--dataset", "voc", "--data_dir", voc_dir, "--format", "png", "--no_flip")
+    output = cosa_hf(*words(model_dir, tmp_path / "out", *settings))
+    assert "6 images labelled, " in output
+    assert output.splitlines()[-1] == f"export: {tmp_path / 'out'}"
+    there, here = (load_voc(directory, "val", masks=True) for directory in (voc_dir, tmp_path / "out"))
+    assert here.features == there.features
+    for column in ("image", "labels", "image_id"):
+        assert here[column][:] == there[column][:]
+    assert all(row["mask"].size == (96, 96) for row in here)
+    said = complaint(*words(model_dir, tmp_path / "out", *settings, "--threshold", "0.25"))
+    assert re.match(r"error: .*other settings.* threshold: 0.5 there, 0.25 now", said)
+
+
+def test_untagged_images_need_tags_that_are_predicted(model_dir, voc_dir, tmp_path, cosa_hf, complaint):
+    for name in ("JPEGImages", "ImageSets", "classes.txt"):
+        (tmp_path / name).symlink_to(voc_dir / name)
+    tags = json.loads((voc_dir / "image_labels.json").read_text())
+    (tmp_path / "image_labels.json").write_text(json.dumps(tags | {"val-00002": []}))
+    settings = ("--dataset", "voc", "--data_dir", tmp_path, "--format", "png")
+    said = complaint(*words(model_dir, tmp_path / "out", *settings))
+    assert re.match(r"error: 1 of 6 images have no tag: val-00002; .*--tags predicted", said)
+    # A random model gives no class a probability of nearly nothing.
+    predicted = ("--tags", "predicted", "--class_threshold", "0.001")
+    cosa_hf(*words(model_dir, tmp_path / "out", *settings, *predicted))
+    found = json.loads((tmp_path / "out" / "image_labels.json").read_text())
+    assert found == tags | {"val-00002": list(SHAPES_CLASSES)}
+
+
+def test_missing_model_is_one_clear_line(tmp_path, complaint):
+    assert complaint(*words(tmp_path / "nowhere", tmp_path / "out", "--format", "png")).startswith(
+        "error: no model at "
+    )
+    assert not (tmp_path / "out").exists()
