@@ -9,11 +9,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from hypothesis import settings
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
+from pets import CLASSES
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+    SwinConfig,
+)
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.inference import Segmenter
+from cosa_hf.multistage.config import MultistageConfig
+from cosa_hf.multistage.networks import build_network
 from cosa_hf.pseudo_labels.export import export_pseudo_labels
 
 # The same examples in every run: a check that fails now and then tells a contributor nothing about the change at hand.
@@ -62,3 +73,22 @@ def mask2former(tmp_path_factory):
     Mask2FormerForUniversalSegmentation(config).save_pretrained(directory)
     Mask2FormerImageProcessor().save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture(params=["cosa-ms", "segformer"])
+def segmentation_only(request, tmp_path):
+    """A directory with a tiny network of another kind than CoSA, untrained."""
+    if request.param == "cosa-ms":
+        recipe = MultistageConfig(
+            network="largefov/test_resnet", pseudo_labels="labels", pretrained=False, decoder_channels=16
+        )
+        network, processor = build_network(recipe, ["background", *CLASSES])
+    else:
+        small = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+        network = SegformerForSemanticSegmentation(
+            SegformerConfig(**small, decoder_hidden_size=8, id2label=dict(enumerate(["background", *CLASSES])))
+        )
+        processor = SegformerImageProcessor()
+    network.save_pretrained(tmp_path / "network")
+    processor.save_pretrained(tmp_path / "network")
+    return tmp_path / "network"

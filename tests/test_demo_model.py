@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
-from cosa_hf.evaluation.weights import weights_sha256
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
 import cosa_hf
 from cosa_hf.data import VOC_CLASSES
+from cosa_hf.digest import weights_sha256
+from cosa_hf.inference import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path(cosa_hf.demo_model())
@@ -31,12 +32,12 @@ def test_small_and_in_half_precision():
 
 def test_the_card_is_of_these_weights_and_says_what_they_are():
     card = (DEMO / "README.md").read_text()
-    assert weights_sha256(DEMO) in card
+    assert weights_sha256(load_model(str(DEMO), "cpu")[0]) in card
     for words in ("VOC-1696", "tags unknown", "Flickr", "No number here compares", "cosa_hf.demo_model()"):
         assert words in card, words
     assert "trust_remote_code" not in card  # its code is the package
     copy = (ROOT / "model_cards" / "cosa-lite0-voc-1696.md").read_text()
-    assert copy == card.replace("](recipe.yaml)", "](../src/cosa_hf/demo/model/recipe.yaml)")
+    assert copy == card.replace("](recipe.yaml)", "](../src/cosa_hf/demo/recipe.yaml)")
 
 
 @pytest.mark.parametrize("name", ["config.json", "recipe.yaml", "README.md"])

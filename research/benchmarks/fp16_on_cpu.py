@@ -7,14 +7,14 @@ Accelerate does not offer fp16 on CPUs, where it is several times as slow as fp3
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from accelerate import Accelerator
 
-from cosa_hf.training import loop
+from cosa_hf.commands.train import parse
+from cosa_hf.training import setup, trainer
 
 
 class HalfAccelerator(Accelerator):
@@ -28,8 +28,5 @@ class HalfAccelerator(Accelerator):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-    from train import parse
-
-    with mock.patch.object(loop, "Accelerator", HalfAccelerator):
-        print(loop.train(parse([*sys.argv[1:], "--mixed_precision", "fp16"])))
+    with mock.patch.object(setup, "Accelerator", HalfAccelerator):
+        print(trainer.train(parse([*sys.argv[1:], "--mixed_precision", "fp16"])))

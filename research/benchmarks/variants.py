@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cosa_hf import CoSAConfig
-from cosa_hf.assignment.network import AssignmentNetwork
+from cosa_hf.assignment.network import AssignmentNetwork, TeacherConfig
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.objective.pseudo_labels import PseudoLabels
@@ -134,7 +134,10 @@ def adamw(network: Network) -> Variants:
 
 
 def average(network: Network) -> Variants:
-    other, assignment = copy.deepcopy(network.model), AssignmentNetwork(network.model, 0.999).to(DEVICE)
+    other, assignment = (
+        copy.deepcopy(network.model),
+        AssignmentNetwork(network.model, TeacherConfig(ema_momentum=0.999)).to(DEVICE),
+    )
 
     def loop() -> None:
         with torch.no_grad():
@@ -153,12 +156,13 @@ def stride(network: Network) -> Variants:
     cams = torch.zeros_like(outputs.cam_logits)
     cams[:, :2] = torch.rand_like(cams[:, :2])  # two tags
     valid = torch.ones(len(cams), *network.images.shape[-2:], dtype=torch.bool, device=DEVICE)
-    targets = PseudoLabels(cams, cams, outputs.logits.softmax(1), threshold=0.5, aux_threshold=0.5)
+    pseudo_labels = PseudoLabels(cams, cams, outputs.logits.softmax(1), threshold=0.5, aux_threshold=0.5)
     outputs.logits.requires_grad_()
 
     def losses(every: int) -> None:
         objective = CoSAObjective(supervision_stride=every, seg2cam_weight=0, separation_weight=0)
-        objective(outputs, torch.ones_like(outputs.cls_logits), valid, targets)["loss"].backward()
+        targets = objective.targets(pseudo_labels, valid)
+        objective(outputs, torch.ones_like(outputs.cls_logits), targets)["loss"].backward()
 
     return {f"stride {every}": lambda every=every: losses(every) for every in (1, 2, 4)}
 
@@ -198,8 +202,8 @@ def measure(variants: Variants, rounds: int) -> dict[str, tuple[float, float]]:
     return {name: (first[name], statistics.median(several)) for name, several in seconds.items()}
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     print(f"torch {torch.__version__}, {DEVICE.type}, {torch.get_num_threads()} threads, {args.rounds} rounds\n")
     print("| optimisation | variant | seconds | speed-up | first call, s |\n|---|---|---|---|---|")
     for title, variants in OPTIMISATIONS.items():
@@ -212,11 +216,11 @@ def main() -> None:
             print(f"| {title} | {name} | {seconds:.4f} | {without / seconds:.2f} x | {first:.1f} |", flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only those with one of these words in their name")
     parser.add_argument("--rounds", type=int, default=5, help="calls of each variant (default: %(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation, CoSAOutput
     from cosa_hf.pseudo_labels.export import export_pseudo_labels
     from cosa_hf.training.config import TrainingConfig
-    from cosa_hf.training.loop import train
+    from cosa_hf.training.trainer import train
 
 _MODULES = {
     "CoSAConfig": "configuration_cosa",

@@ -1,10 +1,5 @@
-"""A page to try a model on: upload a photo, tick what is in it or nothing, see the mask and the CAM of a class.
+"""A page to try a model on: upload a photo, tick what is in it or nothing, see the mask and the CAM of a class."""
 
-python app.py [MODEL]                              without MODEL, the small one that comes with the package
-COSA_MODEL=org/cosa-vit-b-voc python app.py        as a Space of Hugging Face starts it: see docs/app.md
-"""
-
-import argparse
 import atexit
 import os
 import tempfile
@@ -15,29 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset
 from PIL import Image
 
 from cosa_hf import demo_model
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
-from cosa_hf.data.tags import multi_hot, tag_features
+from cosa_hf.data.tags import multi_hot
 from cosa_hf.evaluation.figures import heat, overlay
-from cosa_hf.evaluation.maps import ImageMaps, label_names, predict_maps
 from cosa_hf.image_processing_cosa import to_rgb
-from cosa_hf.inference import load_model, require_cams
+from cosa_hf.inference import Segmentation, Segmenter, require_cams
+
+__all__ = ["build", "main"]
 
 #: Longest side, in pixels, of what is shown: a phone's photo is 4000, which costs seconds and shows no more.
 LONGEST_SIDE = 768
-HERE = Path(__file__).resolve().parent
+EXAMPLES = Path(__file__).parent / "demo" / "examples"
 ABOUT = """# Tags in, masks out
 This network was trained on photos and on *which* things are in them; nobody ever showed it *where*. Tick the things
-that you know to be in the picture, or tick nothing and let it find out.
+that you know to be in the photo, or tick nothing and let it find out.
 """
 
 
-def analyze(model: Any, processor: Any, path: str) -> ImageMaps:
-    """The model's maps of one photo, with the CAM of every class, whatever the tags will be.
+def analyze(segmenter: Segmenter, path: str) -> Segmentation:
+    """What the model says of one photo, with the CAM of every class, whatever the tags will be.
 
     Raises:
         ValueError: the file is not an image that can be read.
@@ -46,44 +40,37 @@ def analyze(model: Any, processor: Any, path: str) -> ImageMaps:
         with Image.open(path) as file:
             image = to_rgb(file)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError ...
-        raise ValueError(f"cannot read this picture: {error}") from error
+        raise ValueError(f"cannot read this image: {error}") from error
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    names = label_names(model.config)[1:]
-    row = {"image": [image], "labels": [list(range(len(names)))], "image_id": [Path(path).stem]}
-    (maps,) = predict_maps(model, processor, Dataset.from_dict(row, features=tag_features(names)))
+    one = segmenter(image, tags=segmenter.names[1:])
     # Interaction goes on where the tags are made: on the CPU.
-    moved = {field: getattr(maps, field).cpu() for field in ("labels", "seg_logits", "cam", "aux_cam")}
-    return replace(maps, **moved)
+    return replace(one, **{name: getattr(one, name).cpu() for name in ("labels", "seg_logits", "cam", "aux_cam")})
 
 
-def default_class(maps: ImageMaps, tags: Sequence[str], names: Sequence[str]) -> str:
+def tagged(one: Segmentation, tags: Sequence[str], names: Sequence[str]) -> Segmentation:
+    """The same with other tags: its mask is among background and the tags, or among all classes without any."""
+    return replace(one, labels=multi_hot([names.index(tag) - 1 for tag in tags], len(names) - 1))
+
+
+def default_class(one: Segmentation, tags: Sequence[str], names: Sequence[str]) -> str:
     """The class whose CAM to show first: of those the mask has, the largest; else the first tag, else the first."""
-    mask, _ = segmentation(maps, tags, names)
-    counts = np.bincount(mask.flatten(), minlength=len(names))[1:]
+    counts = np.bincount(tagged(one, tags, names).mask.flatten(), minlength=len(names))[1:]
     if counts.any():
         return names[int(counts.argmax()) + 1]
     return tags[0] if tags else names[1]
 
 
-def segmentation(maps: ImageMaps, tags: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, Image.Image]:
-    """The mask, (H, W) ids, and its picture: among background and the tags, or among all classes without any."""
-    given = replace(maps, labels=multi_hot([names.index(tag) - 1 for tag in tags], len(names) - 1))
-    mask = given.label("seg_tags" if tags else "seg")[0].numpy()
-    return mask, overlay(maps.image, mask, names)
-
-
-def cam_pictures(maps: ImageMaps, name: str, threshold: float, names: Sequence[str]) -> tuple[Image.Image, Image.Image]:
+def cam_images(one: Segmentation, name: str, threshold: float, names: Sequence[str]) -> tuple[Image.Image, Image.Image]:
     """One class's CAM as heat, and its pseudo-label (Eq. 3): what reaches the threshold."""
     index = names.index(name)
-    only = replace(maps, labels=multi_hot([index - 1], len(names) - 1))
-    mask = only.label("cam", threshold)[0].numpy()
-    return heat(maps.image, maps.cam[index - 1 : index].numpy()), overlay(maps.image, mask, names)
+    ids, _ = tagged(one, [name], names).label("cam", threshold)
+    return heat(one.image, one.cam[index - 1 : index].numpy()), overlay(one.image, ids, names)
 
 
-def example_pictures(names: Sequence[str]) -> list[str]:
-    """Paths of three pictures: photos, or drawn ones for a model that knows the drawn classes only."""
+def example_images(names: Sequence[str]) -> list[str]:
+    """Paths of three images: photos, or drawn ones for a model that knows the drawn classes only."""
     if list(names[1:]) != list(SHAPES_CLASSES):
-        return [str(path) for path in sorted((HERE / "demo/examples").glob("*.jpg"))]
+        return [str(path) for path in sorted(EXAMPLES.glob("*.jpg"))]
     directory = tempfile.TemporaryDirectory(prefix="cosa-examples-")
     atexit.register(directory.cleanup)
     paths = [Path(directory.name) / f"shapes-{number}.png" for number in range(1, 4)]
@@ -93,82 +80,81 @@ def example_pictures(names: Sequence[str]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def build(model: Any, processor: Any) -> Any:
-    """The page, a `gradio.Blocks`; its functions are also an API: /segment, /tags and /cam."""
+def build(segmenter: Segmenter) -> Any:
+    """The page, a `gradio.Blocks`; its functions are also an API: /segment, /tags and /cam.
+
+    Raises:
+        ValueError: the model has no CAMs.
+    """
     import gradio as gr
 
-    names = label_names(model.config)
+    require_cams(segmenter.model)
+    names = segmenter.names
 
     # The maps stay on the server, so that tags, class and threshold answer at once.
     def segment(path: str | None, tags: list[str], threshold: float) -> tuple:
         if path is None:
             return None, *retag(None, tags, threshold)
         try:
-            maps = analyze(model, processor, path)
+            one = analyze(segmenter, path)
         except ValueError as error:
             raise gr.Error(str(error)) from error
-        return maps, *retag(maps, tags, threshold)
+        return one, *retag(one, tags, threshold)
 
-    def retag(maps: ImageMaps | None, tags: list[str], threshold: float) -> tuple:
-        if maps is None:
+    def retag(one: Segmentation | None, tags: list[str], threshold: float) -> tuple:
+        if one is None:
             return None, None, None, None
-        name = default_class(maps, tags, names)
-        return segmentation(maps, tags, names)[1], name, *cam_pictures(maps, name, threshold, names)
+        name = default_class(one, tags, names)
+        painted = overlay(one.image, tagged(one, tags, names).mask, names)
+        return painted, name, *cam_images(one, name, threshold, names)
 
-    def show_cam(maps: ImageMaps | None, name: str | None, threshold: float) -> tuple:
-        return (None, None) if maps is None or name is None else cam_pictures(maps, name, threshold, names)
+    def show_cam(one: Segmentation | None, name: str | None, threshold: float) -> tuple:
+        return (None, None) if one is None or name is None else cam_images(one, name, threshold, names)
 
     with gr.Blocks(title="CoSA: tags in, masks out", analytics_enabled=False) as page:
         gr.Markdown(ABOUT)
-        maps = gr.State()
+        found = gr.State()
         shown: dict[str, Any] = {"interactive": False, "buttons": ["download", "fullscreen"]}
         with gr.Row():
             with gr.Column():
                 photo = gr.Image(label="Photo", type="filepath", image_mode=None, sources=["upload", "clipboard"])
-                gr.Examples(example_pictures(names), photo, label="Or one of these")
+                if examples := example_images(names):
+                    gr.Examples(examples, photo, label="Or one of these")
             with gr.Column():
                 mask = gr.Image(label="Mask", **shown)
                 tags = gr.CheckboxGroup(names[1:], label="What is in it?", info="Nothing ticked: unknown.")
         gr.Markdown("### Where it looks for one class")
         with gr.Row():
             name = gr.Dropdown(names[1:], value=None, label="Class")
-            threshold = gr.Slider(0, 1, model.config.cam_threshold, step=0.01, label="Threshold of the CAM")
+            threshold = gr.Slider(0, 1, segmenter.model.config.cam_threshold, step=0.01, label="Threshold of the CAM")
         with gr.Row():
             cam = gr.Image(label="Class activation map", **shown)
             pseudo_label = gr.Image(label="Pseudo-label: what reaches the threshold", **shown)
-        photo.change(segment, [photo, tags, threshold], [maps, mask, name, cam, pseudo_label], api_name="segment")
-        tags.input(retag, [maps, tags, threshold], [mask, name, cam, pseudo_label], api_name="tags")
+        photo.change(segment, [photo, tags, threshold], [found, mask, name, cam, pseudo_label], api_name="segment")
+        tags.input(retag, [found, tags, threshold], [mask, name, cam, pseudo_label], api_name="tags")
         for control in (name, threshold):
             control.input(
-                show_cam, [maps, name, threshold], [cam, pseudo_label], api_name="cam", show_progress="hidden"
+                show_cam, [found, name, threshold], [cam, pseudo_label], api_name="cam", show_progress="hidden"
             )
     return page
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        default=os.environ.get("COSA_MODEL") or demo_model(),
-        help="directory of a saved model, or its name on the Hub; without, $COSA_MODEL or the package's demo model",
-    )
-    parser.add_argument("--port", type=int, help="the first free one from 7860 without")
-    args = parser.parse_args()
+def main(model: str | None = None, port: int | None = None) -> None:
+    """Serve the page until it is interrupted.
+
+    Args:
+        model: a directory of a saved model, or its name on the Hub; default: `COSA_MODEL` of the environment, or else
+            the demo model.
+        port: default: the first free one from 7860.
+
+    Raises:
+        ModuleNotFoundError: gradio is not installed.
+        FileNotFoundError, ValueError: there is no such model, or it has no CAMs.
+    """
     if find_spec("gradio") is None:
-        raise SystemExit('error: the page needs gradio: pip install -e ".[app]"')
-    try:
-        model, processor = load_model(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-        require_cams(model)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise ModuleNotFoundError('the page needs gradio: pip install "cosa-hf[app]"')
     import gradio as gr
 
+    page = build(Segmenter.from_pretrained(model or os.environ.get("COSA_MODEL") or demo_model()))
     # Fonts of the system: the default ones are fetched from elsewhere.
-    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    build(model, processor).launch(server_port=args.port, theme=theme)
-
-
-if __name__ == "__main__":
-    main()
+    page.launch(server_port=port, theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]))

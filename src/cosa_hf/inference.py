@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -311,8 +311,10 @@ class Segmentation:
             ids, highest = self._segment(source)
             if self.crf is not None:
                 return ids, highest
-            planes = self.seg_logits[self._possible(source)]
-            return ids, 1 / sum((self.upsample(plane[None])[0] - highest).exp() for plane in planes)
+            total = torch.zeros_like(highest)
+            for plane in self.seg_logits[self._possible(source)]:
+                total += (self.upsample(plane[None])[0] - highest).exp()
+            return ids, total.reciprocal()
         cams = {"cam": [self.cam], "cam_aux": [self.aux_cam], "cam_mean": [self.cam, self.aux_cam]}.get(source)
         if cams is None or self.cam is None:
             raise ValueError(
@@ -322,7 +324,7 @@ class Segmentation:
         if len(ids) == 1:
             nothing = torch.zeros(self.image.height, self.image.width, device=ids.device)
             return nothing.long(), nothing
-        mean = sum(self.upsample(each[ids[1:] - 1]) for each in cams) / len(cams)
+        mean = torch.stack([self.upsample(each[ids[1:] - 1]) for each in cams]).mean(0)
         winner = cam_pseudo_labels(mean[None], self.cam_threshold if threshold is None else threshold)[0]
         return ids[winner], mean.amax(0)
 
@@ -394,15 +396,7 @@ class Segmenter:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        device: torch.device | str | None = None,
-        size: int | None = None,
-        scales: Sequence[float] = (1.0,),
-        flip: bool = False,
-        batch_size: int = 8,
-        crf: CRF | None = None,
+        cls, name: str | Path, *, device: torch.device | str | None = None, size: int | None = None, **settings: Any
     ) -> "Segmenter":
         """A saved model as a segmenter.
 
@@ -410,14 +404,14 @@ class Segmenter:
             name: a directory of a saved model, or its name on the Hub.
             device: default: an accelerator if there is one.
             size: side of the square that images are resized to, in pixels; default: the processor's own.
-            scales: and the others, as above.
+            settings: `scales`, `flip`, `batch_size` and `crf`, as above.
 
         Raises:
             FileNotFoundError, ValueError: as `load_model`; or as above.
         """
         device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        settings = {} if size is None else {"size": {"height": size, "width": size}}
-        return cls(*load_model(str(name), device, **settings), scales, flip, batch_size, crf)
+        resized = {} if size is None else {"size": {"height": size, "width": size}}
+        return cls(*load_model(str(name), device, **resized), **settings)
 
     @property
     def names(self) -> list[str]:
@@ -428,11 +422,14 @@ class Segmenter:
     def settings(self) -> dict[str, Any]:
         """How images become maps, as reports and exports record it."""
         crf: Any = self.crf
+        if crf is not None:
+            named = {"backend": getattr(crf, "__name__", type(crf).__name__)}
+            crf = asdict(crf) if hasattr(crf, "__dataclass_fields__") else named
         return {
             "scales": list(self.scales),
             "flip": self.flip,
             "input_size": [self.processor.size["height"], self.processor.size["width"]],
-            "crf": crf and (asdict(crf) if is_dataclass(crf) else {"backend": getattr(crf, "__name__", repr(crf))}),
+            "crf": crf,
         }
 
     @overload
@@ -522,10 +519,11 @@ class Segmenter:
             for maps in (fused.cam_logits, fused.aux_cam_logits)
         )
         scores = nothing if fused.cls_logits is None else fused.cls_logits
+        maps = zip(labels, fused.seg_logits, scores, cams, aux_cams, strict=True)
         threshold = getattr(self.model.config, "cam_threshold", 0.5)
         return [
-            Segmentation(each.image_id, each.image, *maps, each.ground_truth, threshold, self.crf)
-            for each, *maps in zip(inputs, labels, fused.seg_logits, scores, cams, aux_cams, strict=True)
+            Segmentation(each.image_id, each.image, *own, each.ground_truth, threshold, self.crf)
+            for each, own in zip(inputs, maps, strict=True)
         ]
 
 

@@ -11,15 +11,17 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from cosa_hf import CoSAConfig, CoSAImageProcessor, CoSAOutput
 from cosa_hf.data.tags import tag_features
+from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.crf import DenseCRF
-from cosa_hf.evaluation.evaluate import PROTOCOLS, evaluate_model, format_report, predict_dataset
+from cosa_hf.evaluation.evaluate import PROTOCOLS, evaluate, format_report
+from cosa_hf.inference import Segmenter
 
 NAMES = ["boat", "bird", "train"]
 GRID = (3, 4)
-PLAIN = {"scales": (1.0,), "flip": False, "progress": False}
 
 
 class TableModel(torch.nn.Module):
@@ -49,8 +51,18 @@ class TableModel(torch.nn.Module):
         )
 
 
-def processor():
-    return CoSAImageProcessor(size={"height": GRID[0], "width": GRID[1]}, do_rescale=False, do_normalize=False)
+def segmenter(model, **settings):
+    size = {"height": GRID[0], "width": GRID[1]}
+    return Segmenter(model, CoSAImageProcessor(size=size, do_rescale=False, do_normalize=False), **settings)
+
+
+def score(model, dataset, cam_threshold=None, **settings):
+    return evaluate(segmenter(model, **settings), dataset, cam_threshold=cam_threshold, progress=False)
+
+
+def masks_of(one, threshold=None):
+    """An image's masks by every protocol."""
+    return {protocol: one.label(protocol, threshold)[0].numpy() for protocol in PROTOCOLS}
 
 
 def make_dataset(masks, tags):
@@ -135,7 +147,7 @@ def reference_ious(predictions, truths):
 @pytest.mark.parametrize("threshold", [0.45, 0.3])  # 0.5 is what halfway between 0 and 1 rounds around
 def test_scores_equal_the_slow_reference(case, batch_size, threshold):
     model, dataset, (masks, tags, maps) = case
-    report = evaluate_model(model, processor(), dataset, **PLAIN, batch_size=batch_size, cam_threshold=threshold)
+    report = score(model, dataset, threshold, batch_size=batch_size)
     expected = [reference_masks(*(table[n] for table in maps), tags[n], masks[n].shape, threshold) for n in range(5)]
     for protocol in PROTOCOLS:
         ious = reference_ious([one[protocol] for one in expected], masks)
@@ -149,17 +161,20 @@ def test_scores_equal_the_slow_reference(case, batch_size, threshold):
 
 def test_predictions_are_the_images_own_size_and_in_order(case):
     model, dataset, (masks, tags, maps) = case
-    settings = {"scales": (1.0,), "flip": False, "batch_size": 2, "cam_threshold": 0.45}
-    predictions = list(predict_dataset(model, processor(), dataset, **settings))
+    predictions = list(segmenter(model, batch_size=2).predict(dataset))
     assert [one.image_id for one in predictions] == dataset["image_id"][:]
     for n, one in enumerate(predictions):
-        np.testing.assert_array_equal(one.truth.numpy(), masks[n])
+        np.testing.assert_array_equal(one.ground_truth.numpy(), masks[n])
         assert (one.image.height, one.image.width) == masks[n].shape
-        expected = reference_masks(*(table[n] for table in maps), tags[n], masks[n].shape, 0.45)
+        expected, found = (
+            reference_masks(*(table[n] for table in maps), tags[n], masks[n].shape, 0.45),
+            masks_of(one, 0.45),
+        )
         for protocol in PROTOCOLS:
-            np.testing.assert_array_equal(one.masks[protocol].numpy(), expected[protocol])
+            np.testing.assert_array_equal(found[protocol], expected[protocol])
+        np.testing.assert_array_equal(one.mask.numpy(), expected["seg_tags" if tags[n] else "seg"])
         cam = np.stack([upsample(plane, masks[n].shape) for plane in normalize(maps[1][n], tags[n])])
-        np.testing.assert_allclose(one.cam.numpy(), cam, atol=1e-5)
+        np.testing.assert_allclose(one.upsample(one.cam).numpy(), cam, atol=1e-5)
 
 
 def test_by_hand_what_tags_change():
@@ -173,7 +188,7 @@ def test_by_hand_what_tags_change():
     truth = np.zeros(GRID, dtype=int)
     truth[:, :2] = 1
     truth[0, 3] = 255
-    report = evaluate_model(TableModel(seg, cam, aux_cam), processor(), make_dataset([truth], [[0]]), **PLAIN)
+    report = score(TableModel(seg, cam, aux_cam), make_dataset([truth], [[0]]))
 
     def scores(protocol):
         return [report[protocol]["per_class"][name] for name in ("background", *NAMES)]
@@ -194,15 +209,13 @@ def test_by_hand_what_tags_change():
 def test_image_without_tags_is_background_where_tags_are_given():
     maps = [np.random.default_rng(1).normal(size=(1, channels, *GRID)) + 5 for channels in (4, 3, 3)]
     dataset = make_dataset([np.ones((6, 8), dtype=int)], [[]])
-    (prediction,) = predict_dataset(TableModel(*maps), processor(), dataset, scales=(1.0,), flip=False)
-    assert prediction.masks["seg"].any()
-    for protocol in ("seg_tags", "cam", "cam_aux", "cam_mean"):
-        assert not prediction.masks[protocol].any()
+    (one,) = segmenter(TableModel(*maps)).predict(dataset)
+    assert {protocol for protocol, mask in masks_of(one).items() if mask.any()} == {"seg"}
 
 
 def test_scales_and_flip_reach_the_model(case):
     model, dataset, _ = case
-    evaluate_model(model, processor(), dataset, scales=(1.0, 2.0), flip=True, batch_size=3, progress=False)
+    score(model, dataset, scales=(1.0, 2.0), flip=True, batch_size=3)
     assert model.seen == [(6, 3, 3, 4), (6, 3, 6, 8), (4, 3, 3, 4), (4, 3, 6, 8)]
 
 
@@ -210,7 +223,7 @@ def test_scales_and_flip_reach_the_model(case):
 def test_model_runs_in_eval_mode_without_gradients_and_gets_its_mode_back(case, training):
     model, dataset, _ = case
     model.train(training)
-    evaluate_model(model, processor(), dataset, **PLAIN)
+    score(model, dataset)
     assert set(model.modes) == {(False, False)}
     assert model.training is training
 
@@ -218,7 +231,7 @@ def test_model_runs_in_eval_mode_without_gradients_and_gets_its_mode_back(case, 
 def test_mode_comes_back_when_the_iteration_is_left_early(case):
     model, dataset, _ = case
     model.train()
-    predictions = predict_dataset(model, processor(), dataset, batch_size=1)
+    predictions = segmenter(model, batch_size=1).predict(dataset)
     next(predictions)
     assert not model.training
     predictions.close()
@@ -227,40 +240,77 @@ def test_mode_comes_back_when_the_iteration_is_left_early(case):
 
 def test_report_is_plain_json_and_says_how_it_was_made(case):
     model, dataset, _ = case
-    report = evaluate_model(model, processor(), dataset, **PLAIN, dataset_name="toy", split="val")
+    report = evaluate(segmenter(model), dataset, progress=False, dataset_name="toy", split="val")
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     protocol = report["protocol"]
     assert protocol["seg"].startswith("tags unknown")
     assert protocol["seg_tags"].startswith("tags given")
     assert (protocol["scales"], protocol["flip"]) == ([1.0], False)
     assert protocol["input_size"] == list(GRID)
+    assert report["weights_sha256"] == weights_sha256(model)
     assert (protocol["dataset"], protocol["split"], protocol["ignore_index"]) == ("toy", "val", 255)
 
 
 def test_the_ignored_id_is_the_models(case):
     model, dataset, (masks, tags, _) = case
-    report = evaluate_model(model, processor(), dataset, **PLAIN)
+    report = score(model, dataset)
     model.config.semantic_loss_ignore_index = 100
     renamed = make_dataset([np.where(mask == 255, 100, mask) for mask in masks], tags)
-    other = evaluate_model(model, processor(), renamed, **PLAIN)
+    other = score(model, renamed)
     assert other["protocol"]["ignore_index"] == 100
     assert all(other[protocol] == report[protocol] for protocol in PROTOCOLS)
+
+
+def reference_average_precision(scores, truths):
+    """Precision where each object is found, going down the scores, averaged; of scores that are all different."""
+    found, precisions = 0, []
+    for rank, (_, truth) in enumerate(sorted(zip(scores, truths, strict=True), reverse=True), 1):
+        found += truth
+        precisions += [found / rank] * truth
+    return 100 * sum(precisions) / found
+
+
+def test_classification_is_scored_over_the_images_with_tags(case):
+    model, dataset, (_, tags, maps) = case
+    report = score(model, dataset)
+    tagged = [n for n in range(5) if tags[n]]
+    expected = {
+        name: reference_average_precision([maps[1][n][index].max() for n in tagged], [index in tags[n] for n in tagged])
+        for index, name in enumerate(NAMES)
+    }
+    assert report["cls_ap"] == pytest.approx(expected)
+    assert report["cls_map"] == pytest.approx(sum(expected.values()) / 3)
+    without_birds = score(model, dataset.select([0, 4]))
+    assert without_birds["cls_ap"]["bird"] is None
+    assert without_birds["cls_map"] == pytest.approx(
+        np.mean([without_birds["cls_ap"][name] for name in ("boat", "train")])
+    )
+    assert score(model, dataset.select([2]))["cls_map"] is None
+
+
+def test_a_network_that_only_segments_has_two_protocols_and_no_classification():
+    small = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    config = SegformerConfig(**small, decoder_hidden_size=8, id2label=dict(enumerate(["background", *NAMES])))
+    processor = SegformerImageProcessor(size={"height": 32, "width": 32})
+    dataset = make_dataset([np.ones((6, 8), dtype=int)], [[0]])
+    report = evaluate(Segmenter(SegformerForSemanticSegmentation(config), processor), dataset, progress=False)
+    assert [protocol for protocol in PROTOCOLS if protocol in report] == ["seg", "seg_tags"]
+    assert report["cls_map"] is report["cls_ap"] is report["protocol"]["cam_threshold"] is None
+    assert "classification" not in format_report(report)
 
 
 def test_crf_refines_the_segmentations_within_their_classes_and_is_named(case):
     model, dataset, (_, tags, _) = case
     crf = DenseCRF(backend="torch")
-    plain, refined = (
-        list(predict_dataset(model, processor(), dataset, scales=(1.0,), flip=False, crf=each)) for each in (None, crf)
-    )
+    plain, refined = ([masks_of(one) for one in segmenter(model, crf=each).predict(dataset)] for each in (None, crf))
     for protocol in PROTOCOLS:
-        changed = any((a.masks[protocol] != b.masks[protocol]).any() for a, b in zip(plain, refined, strict=True))
+        changed = any((a[protocol] != b[protocol]).any() for a, b in zip(plain, refined, strict=True))
         assert changed is (protocol in ("seg", "seg_tags")), protocol
-    for prediction, allowed in zip(refined, tags, strict=True):
-        assert set(prediction.masks["seg_tags"].unique().tolist()) <= {0, *(tag + 1 for tag in allowed)}
+    for masks, allowed in zip(refined, tags, strict=True):
+        assert set(np.unique(masks["seg_tags"])) <= {0, *(tag + 1 for tag in allowed)}
 
-    assert evaluate_model(model, processor(), dataset, **PLAIN)["protocol"]["crf"] is None
-    report = evaluate_model(model, processor(), dataset, **PLAIN, crf=crf)
+    assert score(model, dataset)["protocol"]["crf"] is None
+    report = score(model, dataset, crf=crf)
     assert report["protocol"]["crf"]["backend"] == "torch"
     assert report["protocol"]["crf"]["bilateral_sigma_xy"] == 67
     assert report["protocol"]["seg_tags"].startswith("tags given, CRF: ")
@@ -272,20 +322,20 @@ def test_classes_in_another_order_are_refused_and_both_lists_shown(case):
     model, dataset, _ = case
     model.config = CoSAConfig(id2label=dict(enumerate(["background", "bird", "boat", "train"])))
     with pytest.raises(ValueError, match=r"(?s)\['boat', 'bird', 'train'\].*\['bird', 'boat', 'train'\]"):
-        evaluate_model(model, processor(), dataset, **PLAIN)
+        score(model, dataset)
 
 
 def test_datasets_that_cannot_be_scored_are_refused(case):
     model, dataset, _ = case
     with pytest.raises(ValueError, match="masks=True"):
-        evaluate_model(model, processor(), dataset.remove_columns("mask"), **PLAIN)
+        score(model, dataset.remove_columns("mask"))
     with pytest.raises(ValueError, match="empty"):
-        evaluate_model(model, processor(), dataset.select([]), **PLAIN)
+        score(model, dataset.select([]))
 
 
 def test_table_shows_every_class_under_every_protocol(case):
     model, dataset, _ = case
-    report = evaluate_model(model, processor(), dataset, **PLAIN)
+    report = score(model, dataset)
     lines = format_report(report).splitlines()
     assert lines[0].split()[-5:] == list(PROTOCOLS)
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:7]}
@@ -293,6 +343,7 @@ def test_table_shows_every_class_under_every_protocol(case):
     for name in ("background", *NAMES):
         assert rows[name] == [f"{report[protocol]['per_class'][name]:.1f}" for protocol in PROTOCOLS]
     assert rows["mIoU"] == [f"{report[protocol]['miou']:.1f}" for protocol in PROTOCOLS]
+    assert lines[-2] == f"classification: mean average precision {report['cls_map']:.1f}"
     assert "image-2" in lines[-1]
     assert len({len(line) for line in lines[:7]}) == 1
 
@@ -307,7 +358,8 @@ def test_two_processes_score_every_image_once(tmp_path):
             from accelerate import Accelerator
             from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
             from cosa_hf.data import SHAPES_CLASSES, load_shapes
-            from cosa_hf.evaluation.evaluate import evaluate_model
+            from cosa_hf.evaluation.evaluate import evaluate
+            from cosa_hf.inference import Segmenter
             import torch
 
             accelerator = Accelerator(cpu=True)
@@ -317,13 +369,13 @@ def test_two_processes_score_every_image_once(tmp_path):
             model = CoSAForWeaklySupervisedSegmentation(config)
             processor = CoSAImageProcessor(size={"height": 64, "width": 64})
             dataset = load_shapes("val", num_images=5, masks=True)
-            settings = dict(scales=(1.0,), batch_size=2, progress=False)
-            alone = evaluate_model(model, processor, dataset, **settings)
+            settings = dict(flip=True, batch_size=2)
+            alone = evaluate(Segmenter(model, processor, **settings), dataset, progress=False)
             seen = []
             model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
-            shared = evaluate_model(
-                accelerator.prepare(model), processor, dataset, **settings, accelerator=accelerator
-            )
+            segmenter = Segmenter(accelerator.prepare(model), processor, **settings)
+            shared = evaluate(segmenter, dataset, progress=False, accelerator=accelerator)
+            assert shared["cls_map"] is not None
             assert accelerator.num_processes == 2
             assert shared == alone, (shared, alone)
             with open(f"{sys.argv[1]}/rank-{accelerator.process_index}.json", "w") as file:

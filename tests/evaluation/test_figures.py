@@ -1,12 +1,23 @@
-"""Pictures: layout, colours and refusals; that they are pretty is for eyes."""
+"""Visualizations: layout, colours and refusals; that they are pretty is for eyes."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.data.palette import voc_palette
-from cosa_hf.evaluation.figures import SMALL_TILE, TILE_HEIGHT, TILE_WIDTH, comparison, overlay, panel
+from cosa_hf.evaluation.figures import (
+    SMALL_TILE,
+    TILE_HEIGHT,
+    TILE_WIDTH,
+    comparison,
+    overlay,
+    save_visualizations,
+    visualization,
+)
+from cosa_hf.inference import Segmenter
 
 NAMES = ["background", "cat", "dog"]
 
@@ -26,14 +37,14 @@ def colors_of(picture):
 def test_rows_of_all_shapes_have_one_height(size):
     image, cam, mask = parts(size)
     reference, reference_cam, reference_mask = parts((100, 100))
-    expected = panel(reference, reference_cam, reference_cam, reference_mask, reference_mask, NAMES, title="x")
-    assert panel(image, cam, cam, mask, mask, NAMES, title="x").height == expected.height > TILE_HEIGHT
+    expected = visualization(reference, reference_cam, reference_cam, reference_mask, reference_mask, NAMES, title="x")
+    assert visualization(image, cam, cam, mask, mask, NAMES, title="x").height == expected.height > TILE_HEIGHT
 
 
 @pytest.mark.parametrize("size", [(3000, 2), (2, 3000)])
 def test_a_strip_of_an_image_is_drawn_at_a_size_for_eyes(size):
     image, cam, mask = parts(size)
-    row = panel(image, cam, cam, mask, mask, NAMES)
+    row = visualization(image, cam, cam, mask, mask, NAMES)
     assert row.width < 5 * (TILE_WIDTH + 10)
     assert comparison([(image, {"mask": mask})], NAMES).width < row.width
 
@@ -41,8 +52,8 @@ def test_a_strip_of_an_image_is_drawn_at_a_size_for_eyes(size):
 def test_tensors_and_arrays_draw_the_same():
     image, cam, mask = parts()
     cam[1, 2, 2] = 1.0
-    arrays = panel(image, cam, cam, mask, mask, NAMES)
-    tensors = panel(image, torch.tensor(cam), torch.tensor(cam), torch.tensor(mask), torch.tensor(mask), NAMES)
+    arrays = visualization(image, cam, cam, mask, mask, NAMES)
+    tensors = visualization(image, torch.tensor(cam), torch.tensor(cam), torch.tensor(mask), torch.tensor(mask), NAMES)
     assert arrays.tobytes() == tensors.tobytes()
 
 
@@ -52,17 +63,35 @@ def test_each_input_changes_its_own_tile_only():
     hot[0, 1, 1] = 1.0
     other = mask.copy()
     other[:30] = 1
-    base = panel(image, cam, cam, mask, mask, NAMES)
+    base = visualization(image, cam, cam, mask, mask, NAMES)
     pictures = [
-        panel(image, hot, cam, mask, mask, NAMES),
-        panel(image, cam, hot, mask, mask, NAMES),
-        panel(image, cam, cam, other, mask, NAMES),
-        panel(image, cam, cam, mask, other, NAMES),
+        visualization(image, hot, cam, mask, mask, NAMES),
+        visualization(image, cam, hot, mask, mask, NAMES),
+        visualization(image, cam, cam, other, mask, NAMES),
+        visualization(image, cam, cam, mask, other, NAMES),
     ]
     tile = base.width / 5
     for place, picture in enumerate(pictures, start=1):
         columns = np.flatnonzero((np.asarray(picture) != np.asarray(base)).any(axis=(0, 2)))
         assert place * tile - 5 <= columns.min() < columns.max() < (place + 1) * tile + 5
+
+
+def test_a_visualization_of_every_image_is_saved(tmp_path):
+    config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
+    processor = CoSAImageProcessor(size={"height": 32, "width": 32})
+    segmenter = Segmenter(CoSAForWeaklySupervisedSegmentation(config), processor)
+    dataset = load_shapes("val", num_images=2, masks=True)
+    save_visualizations(segmenter, dataset, tmp_path / "new" / "panels")
+    files = sorted((tmp_path / "new" / "panels").iterdir())
+    assert [file.stem for file in files] == dataset["image_id"][:]
+    for one, file in zip(segmenter.predict(dataset), files, strict=True):
+        tags = ", ".join(segmenter.names[int(index) + 1] for index in one.labels.nonzero())
+        row = visualization(
+            one.image, one.cam, one.aux_cam, one.label("seg")[0], one.ground_truth, segmenter.names,
+            title=f"{one.image_id}   tags: {tags}",
+        )  # fmt: skip
+        with Image.open(file) as saved:
+            assert saved.tobytes() == row.tobytes()
 
 
 def test_overlay_paints_classes_and_leaves_background_alone():
@@ -94,12 +123,12 @@ def test_many_classes_wrap_instead_of_leaving_the_picture():
     assert set(voc_palette(13)) - {(0, 0, 0)} <= colors_of(wrapped.crop((0, 13, 120, wrapped.height)))
 
 
-@pytest.mark.parametrize("draw", ["overlay", "panel"])
+@pytest.mark.parametrize("draw", ["overlay", "visualization"])
 def test_masks_that_do_not_fit_are_refused(draw):
     image, cam, mask = parts()
 
     def picture(mask):
-        return overlay(image, mask, NAMES) if draw == "overlay" else panel(image, cam, cam, mask, mask, NAMES)
+        return overlay(image, mask, NAMES) if draw == "overlay" else visualization(image, cam, cam, mask, mask, NAMES)
 
     with pytest.raises(ValueError, match="60 x 80"):
         picture(mask.T)
@@ -111,7 +140,7 @@ def test_masks_that_do_not_fit_are_refused(draw):
 def test_a_comparison_has_a_column_for_each_mask_and_names_every_class():
     image, _, mask = parts((200, 100))
     other = np.where(mask == 1, 2, 0)
-    picture = comparison([(image, {"truth": mask, "one": mask, "two": other})] * 2, NAMES)
+    picture = comparison([(image, {"ground truth": mask, "one": mask, "two": other})] * 2, NAMES)
     pixels, width, palette = np.asarray(picture), (picture.width - 6) / 4, voc_palette()
     shown = [pixels[60, round(6 + column * width + SMALL_TILE[0] / 4)] for column in range(4)]
     assert (shown[0] == 0).all()

@@ -1,30 +1,24 @@
-"""scripts/demo.py with a recipe of seconds: everything that `make demo` promises is there afterwards."""
+"""`cosa-hf demo` with a recipe of seconds: everything that it promises is there afterwards."""
 
-import importlib.util
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from cosa_hf import TrainingConfig
+from cosa_hf.demo import run as demo
 
 
 @pytest.mark.slow
-def test_the_demo_leaves_what_it_promises(tmp_path):
+def test_the_demo_leaves_what_it_promises(tmp_path, subprocess_of):
     recipe = tmp_path / "seconds.yaml"
-    settings = yaml.safe_load((ROOT / "recipes" / "shapes-tiny.yaml").read_text())
-    settings |= {"max_steps": 8, "warmup_steps": 4, "lr_warmup_steps": 1, "batch_size": 4, "eval_every": 0}
-    recipe.write_text(yaml.safe_dump(settings | {"ema_momentum": 0.5, "log_every": 1}))
+    seconds = {"max_steps": 8, "warmup_steps": 4, "lr_warmup_steps": 1, "batch_size": 4, "eval_every": 0}
+    TrainingConfig.named("shapes-tiny", **seconds, ema_momentum=0.5, log_every=1).to_yaml(recipe)
     output_dir = tmp_path / "demo"
-    command = [sys.executable, ROOT / "scripts" / "demo.py", "--output_dir", output_dir, "--recipe", recipe]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=800)
+    run = subprocess_of("demo", "--output_dir", output_dir, "--recipe", recipe)
     assert run.returncode == 0, run.stderr[-3000:]
 
     report = json.loads((output_dir / "report.json").read_text())
@@ -46,18 +40,15 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
 @pytest.mark.slow
 def test_a_training_ends_with_all_its_processes(tmp_path, monkeypatch):
     """Whatever ends the demo, no training and no data worker of one goes on alone."""
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     # A training that never ends, with a data worker.
     (tmp_path / "train.py").write_text(
         "import os, pathlib, subprocess, sys, time\n"
         "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "pathlib.Path(sys.argv[1] + '.unfinished').write_text(f'{os.getpid()} {worker.pid}')\n"
-        "os.replace(sys.argv[1] + '.unfinished', sys.argv[1])\n"
+        "pathlib.Path(sys.argv[2] + '.unfinished').write_text(f'{os.getpid()} {worker.pid}')\n"
+        "os.replace(sys.argv[2] + '.unfinished', sys.argv[2])\n"
         "time.sleep(600)\n"
     )
-    monkeypatch.setattr(demo, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(demo, "COMMAND", (str(tmp_path / "train.py"),))
     started = tmp_path / "pids"
     with demo.training(started, log=tmp_path / "log") as launcher:
         while not started.exists():
@@ -70,6 +61,12 @@ def test_a_training_ends_with_all_its_processes(tmp_path, monkeypatch):
     while is_running(training) or is_running(worker):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_command_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(demo, "COMMAND", ("-c", "raise SystemExit(1)"))
+    with pytest.raises(ChildProcessError, match="cosa-hf evaluate failed; the message above says why"):
+        demo.command("evaluate", "nowhere")
 
 
 def is_running(pid: int) -> bool:

@@ -11,31 +11,34 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from drawn import write_photos
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf import (
+    CoSAConfig,
+    CoSAForWeaklySupervisedSegmentation,
+    CoSAImageProcessor,
+    Segmenter,
+    TrainingConfig,
+    export_pseudo_labels,
+)
+from cosa_hf.cli import COMMANDS
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
-from cosa_hf.pseudo_labels.export import export_pseudo_labels
-from cosa_hf.training.config import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "model_cards").glob("*.md"))]
+
+
+#: What makes a training of seconds of any recipe.
+CUT = {
+    "max_steps": 2, "warmup_steps": 1, "lr_warmup_steps": 1, "ema_momentum": 0.2, "batch_size": 2, "num_workers": 0,
+    "backbone": "test_vit", "crop_size": 48, "input_size": 48, "pretrained": False, "tracker": "none", "eval_every": 0,
+}  # fmt: skip
 
 
 def blocks(page, *languages):
     """(language, code) of the fenced blocks of a page."""
     found = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     return [(language, code) for language, code in found if language in languages]
-
-
-def write_photos(folder, count):
-    """Drawn photos with a table of their tags."""
-    folder.mkdir()
-    dataset = load_shapes("train", num_images=count)
-    lines = ["file_name,labels"]
-    for index, row in enumerate(dataset):
-        row["image"].save(folder / f"{index}.png")
-        lines.append(f"{index}.png,{'; '.join(SHAPES_CLASSES[label] for label in row['labels'])}")
-    (folder / "metadata.csv").write_text("\n".join(lines))
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +55,11 @@ def reader(tmp_path_factory):
     shapes = load_shapes("val", num_images=2)
     shapes[0]["image"].save(directory / "runs/demo/unseen.png")
     shapes[0]["image"].save(directory / "photo.jpg")
-    (directory / "space").symlink_to(ROOT / "space")
+    (directory / "src").symlink_to(ROOT / "src")
     write_photos(directory / "photos", 3)
     np.save(directory / "cls_labels.npy", {"2007_000032": np.array([0.0, 1.0])}, allow_pickle=True)
-    settings = {"source": "cam", "format": "parquet", "split": "train", "scales": [1.0]}
-    export_pseudo_labels(model.eval(), processor, shapes, directory / "VOC2012-pseudo", **settings)
+    settings = {"source": "cam", "format": "parquet", "split": "train"}
+    export_pseudo_labels(Segmenter(model.eval(), processor), shapes, directory / "VOC2012-pseudo", **settings)
     return directory
 
 
@@ -64,6 +67,8 @@ def reader(tmp_path_factory):
 def test_python_runs(page, reader, monkeypatch):
     monkeypatch.chdir(reader)
     monkeypatch.setattr(datasets.DatasetDict, "push_to_hub", lambda *arguments, **options: None)
+    named = TrainingConfig.named
+    monkeypatch.setattr(TrainingConfig, "named", lambda name, **fields: named(name, **fields | CUT))
     for _, code in blocks(page, "python"):
         exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
@@ -71,9 +76,9 @@ def test_python_runs(page, reader, monkeypatch):
 @pytest.mark.slow
 def test_the_guide_to_own_data_runs(tmp_path):
     write_photos(tmp_path / "photos", 30)
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": path}
+    (tmp_path / "cosa-hf").write_text(f'#!/bin/sh\nexec {sys.executable} -m cosa_hf.cli "$@"\n')
+    (tmp_path / "cosa-hf").chmod(0o755)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
 
     found = blocks(ROOT / "docs/own-data.md", "sh")
     assert len(found) == 2
@@ -85,27 +90,32 @@ def test_the_guide_to_own_data_runs(tmp_path):
 
 
 def commands():
-    """{script: {flag: page}} of everything that the pages tell a reader to type."""
+    """{command or script: {flag: page}} of everything that the pages tell a reader to type."""
     found: dict[str, dict[str, str]] = {}
     for page in [*PAGES, ROOT / "Makefile"]:
         text = page.read_text().replace("\\\n", " ")
-        for folder, script, rest in re.findall(r"\b(scripts|benchmarks)/(\w+\.py)([^\n`;&|#]*)", text):
-            flags = found.setdefault(f"{folder}/{script}", {})
+        pattern = rf"(?:cosa-hf|cosa_hf\.cli|python) ({'|'.join(COMMANDS)}|research/[\w/]+\.py)\b([^\n`;&|#]*)"
+        for command, rest in re.findall(pattern, text):
+            flags = found.setdefault(command, {})
             flags |= dict.fromkeys(re.findall(r"(?<=\s)--[a-z]\w+", rest), page.name)
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", sorted(commands()))
-def test_commands_have_the_flags_that_the_pages_name(script):
-    run = subprocess.run(
-        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    flags = set(re.findall(r"--\w+", run.stdout))
-    if script == "research/ablate.py":
+@pytest.mark.parametrize("command", sorted(commands()))
+def test_commands_have_the_flags_that_the_pages_name(command):
+    words = ("-m", "cosa_hf.cli", command) if command in COMMANDS else (ROOT / command,)
+    kinds = [()] if command != "convert" else [("checkpoint",), ("coco-masks",)]
+    shown = ""
+    for kind in kinds:
+        line = [sys.executable, *map(str, words), *kind, "--help"]
+        run = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+        assert run.returncode == 0, run.stderr
+        shown += run.stdout
+    flags = set(re.findall(r"--\w+", shown))
+    if command == "research/ablate.py":
         flags |= {f"--{field.name}" for field in dataclasses.fields(TrainingConfig)}  # hands them to the training
-    assert {flag: page for flag, page in commands()[script].items() if flag not in flags} == {}
+    assert {flag: page for flag, page in commands()[command].items() if flag not in flags} == {}
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

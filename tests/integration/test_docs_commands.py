@@ -1,28 +1,27 @@
 """The shell blocks of README and docs/: typed by bash, run on small data, their trainings cut short."""
 
 import functools
-import json
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from in_process import run_script
+from drawn import write_photos, write_voc
+from in_process import ROOT, run_command, run_script
 
-from cosa_hf.data import SHAPES_CLASSES, VOC_CLASSES, load_shapes
+from cosa_hf.cli import COMMANDS
+from cosa_hf.data import VOC_CLASSES
 from cosa_hf.inference import load_model
 from cosa_hf.publishing.official import to_official
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 #: What bash is kept from running: it writes down what it was asked to run.
-PROGRAMS = ("python", "python3", ".venv/bin/pip", "accelerate", "torchrun", "pip", "make", "hf")
+PROGRAMS = ("cosa-hf", "python", "python3", ".venv/bin/pip", "accelerate", "torchrun", "pip", "make", "hf")
 #: Flags given last win. Sizes and lengths only, and nothing that would need a download.
 RANDOM = "--pretrained false --backbone_weights ''"
 NETWORK = f"--backbone test_vit --aux_layer -2 {RANDOM} --resume false --label_scales 1.0 --ema_momentum 0.2"
@@ -31,21 +30,25 @@ SHORT = (
     "--num_workers 0 --mixed_precision no --eval_every 0 --checkpoint_every 0 --tracker none"
 )
 CUT = {
-    "train.py": f"{NETWORK} --warmup_steps 1 {SHORT}",
-    "train_multistage.py": f"--network largefov/test_resnet {RANDOM} --decoder_channels 16 {SHORT}",
-    "convert_checkpoint.py": "--backbone test_vit",
-    "evaluate.py": "--scales 1",
-    "analyze.py": "--num_images 2",
-    "compress.py": "--num_images 2",
-    "threshold.py": "--images 2",
-    # One of the four that wait for a compiler.
-    "ways.py": "--rounds 1 --ways flips scales SDPA last bf16 AdamW EMA stride 'compiled AN, ViT-S'",
+    "train": f"{NETWORK} --warmup_steps 1 {SHORT}",
+    "multistage": f"--network largefov/test_resnet {RANDOM} --decoder_channels 16 {SHORT}",
+    "convert checkpoint": "--backbone test_vit",
+    "evaluate": "--scales 1",
+    "research/figures.py": "--num_images 2",
+    "research/compress.py": "--num_images 2",
+    "research/threshold.py": "--images 2",
 }
-#: Too long even so; the tests named here run them.
+#: Too long even so, or never done; the tests named here run them.
 ELSEWHERE = {
-    "research/ablate.py": "test_ablate.py",
-    "research/benchmark.py": "test_benchmark.py",
-    "app.py": "test_app.py",
+    "demo": "integration/test_demo.py",
+    "app": "integration/test_space.py",
+    "research/ablate.py": "research/test_ablate.py",
+    "research/benchmark.py": "research/test_benchmark.py",
+}
+#: What `accelerate launch` and `torchrun` start from a clone.
+FRONTS = {
+    f"scripts/{path.name}": re.search(r'main\(\["(\w+)"', path.read_text())[1]
+    for path in (ROOT / "scripts").glob("*.py")
 }
 
 
@@ -57,8 +60,8 @@ def typed(page):
     return [block for block in blocks if not re.search(r"\s(\.\.\.|\[--)", block)]
 
 
-def commands(page, directory):
-    """The commands of a page's `sh` blocks in words, typed in `directory`, where all but PROGRAMS runs."""
+def asked(page, directory):
+    """(command or script, arguments) of a page's `sh` blocks, typed in `directory`, where all but PROGRAMS runs."""
     written = directory / "commands"
     record = "".join(
         f"{name}() {{ printf '%q ' {name} \"$@\" >> {written}; echo >> {written}; }}\n" for name in PROGRAMS
@@ -72,74 +75,64 @@ def commands(page, directory):
         timeout=60,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    return [shlex.split(line) for line in written.read_text().splitlines()]
+    for line in written.read_text().splitlines():
+        words = shlex.split(line)
+        if words[0] == "cosa-hf":
+            yield words[1], words[2:]
+        elif "cosa_hf.cli" in words:
+            place = words.index("cosa_hf.cli") + 1
+            yield words[place], words[place + 1 :]
+        elif scripts := [place for place, word in enumerate(words) if word.endswith(".py")]:
+            yield FRONTS.get(words[scripts[0]], words[scripts[0]]), words[scripts[0] + 1 :]
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """What somebody has who reads one page: a clone, VOC 2012, photos, and models that were trained before."""
     directory = tmp_path_factory.mktemp("clone")
-    for name in ("space", "src", "app.py", "recipes"):
+    for name in ("space", "src", "research"):
         (directory / name).symlink_to(ROOT / name)
 
-    # Six drawn pictures pass for VOC, their classes for its first eight.
-    voc = directory / "VOCdevkit/VOC2012"
-    for name in ("JPEGImages", "ImageSets/Segmentation", "SegmentationClassAug"):
-        (voc / name).mkdir(parents=True)
-    (directory / "VOC2012").symlink_to(voc, target_is_directory=True)
-    tags = {}
-    for row in load_shapes("val", num_images=6, masks=True):
-        row["image"].save(voc / "JPEGImages" / f"{row['image_id']}.jpg")
-        row["mask"].save(voc / "SegmentationClassAug" / f"{row['image_id']}.png")
-        tags[row["image_id"]] = [VOC_CLASSES[label] for label in row["labels"]]
-    (voc / "image_labels.json").write_text(json.dumps(tags))
-    for split in ("train_aug", "val", "val_tune", "val_report"):
-        (voc / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(tags) + "\n")
-
-    photos = directory / "photos"
-    photos.mkdir()
-    lines = ["file_name,labels"]
-    for index, row in enumerate(load_shapes("train", num_images=6)):
-        row["image"].save(photos / f"{index}.png")
-        lines.append(f"{index}.png,{'; '.join(SHAPES_CLASSES[label] for label in row['labels'])}")
-    (photos / "metadata.csv").write_text("\n".join(lines))
-    shutil.copy(photos / "0.png", directory / "photo.jpg")
+    # Drawn pictures pass for VOC, their classes for its first eight.
+    write_voc(directory / "VOCdevkit/VOC2012", ("train_aug", "val", "val_tune", "val_report"), VOC_CLASSES)
+    (directory / "VOC2012").symlink_to(directory / "VOCdevkit/VOC2012", target_is_directory=True)
+    write_photos(directory / "photos", 6)
+    shutil.copy(directory / "photos/0.png", directory / "photo.jpg")
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(directory)
-        run_here(
-            monkeypatch, shlex.split("scripts/train.py --recipe voc-vit-b --data_dir VOC2012 --output_dir runs/voc")
-        )
+        recipe = shlex.split("--recipe voc-vit-b --data_dir VOC2012 --output_dir runs/voc")
+        run_here(monkeypatch, "train", recipe)
     for name in ("cosa", "no-raw", "long", "long-gt"):
         shutil.copytree(directory / "runs/voc", directory / "runs" / name)
     for name in ("MODEL", "runs/demo/model", "runs/upernet/model"):
         shutil.copytree(directory / "runs/voc/assignment", directory / name)
-    shutil.copy(photos / "0.png", directory / "runs/demo/unseen.png")
+    shutil.copy(directory / "photos/0.png", directory / "runs/demo/unseen.png")
     torch.save(to_official(load_model(str(directory / "MODEL"), "cpu")[0]), directory / "voc_weights.pth")
     return directory
 
 
-def run_here(monkeypatch, command):
-    script, *arguments = command
+def run_here(monkeypatch, command, arguments):
+    words = [*arguments, *shlex.split(CUT.get(" ".join([command, *arguments[:1]]), CUT.get(command, "")))]
     try:
-        run_script(monkeypatch, script, *arguments, *shlex.split(CUT.get(Path(script).name, "")))
+        failed = run_command(command, *words) if command in COMMANDS else run_script(monkeypatch, command, *words)
     except SystemExit as end:
-        if end.code:
-            pytest.fail(f"{shlex.join(sys.argv)}\n{end.code}")
+        failed = end.code
+    if failed:
+        pytest.fail(f"{command} {shlex.join(words)}\n{failed}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if typed(page)], ids=lambda page: page.stem)
 def test_commands_run(page, clone, tmp_path, monkeypatch):
     monkeypatch.chdir(shutil.copytree(clone, tmp_path / "clone", symlinks=True))
-    for words in commands(page, Path.cwd()):
-        scripts = [place for place, word in enumerate(words) if word.endswith(".py")]
-        sends = "scripts/push_to_hub.py" in words and "--dry_run" not in words  # test_push_to_hub.py has a Hub
-        if scripts and words[scripts[0]] not in ELSEWHERE and not sends:
-            run_here(monkeypatch, words[scripts[0] :])
+    for command, arguments in asked(page, Path.cwd()):
+        sends = command == "push" and "--dry_run" not in arguments  # test_push_to_hub.py has a Hub
+        if command not in ELSEWHERE and not sends:
+            run_here(monkeypatch, command, arguments)
 
 
-def test_what_is_installed_and_made_exists(tmp_path):
+def test_what_is_installed_and_made_exists():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for page in PAGES:
@@ -148,5 +141,5 @@ def test_what_is_installed_and_made_exists(tmp_path):
             assert extra in project["optional-dependencies"], page
         for target in re.findall(r"^make (\S+)", code, flags=re.MULTILINE):
             assert target in targets, page
-    for place, test in ELSEWHERE.items():
-        assert place.split("/")[-1].removesuffix(".py") in (Path(__file__).parent / test).read_text()
+    for test in ELSEWHERE.values():
+        assert (ROOT / "tests" / test).is_file()

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from drawn import write_voc
 
-from cosa_hf.data import SHAPES_CLASSES, load_shapes, load_voc
+from cosa_hf.data import SHAPES_CLASSES, load_voc
 
 SETTINGS = shlex.split("--dataset shapes --split val --source cam_mean --scales 1 --shard_size 20 --batch_size 4")
 
@@ -20,16 +21,8 @@ SETTINGS = shlex.split("--dataset shapes --split val --source cam_mean --scales 
 def voc_dir(tmp_path_factory):
     """Six drawn pictures and their masks in VOC layout; the split is called "val"."""
     root = tmp_path_factory.mktemp("VOC2012")
-    for name in ("JPEGImages", "ImageSets/Segmentation", "SegmentationClassAug"):
-        (root / name).mkdir(parents=True)
-    dataset = load_shapes("val", num_images=6, masks=True)
-    for row in dataset:
-        row["image"].save(root / "JPEGImages" / f"{row['image_id']}.jpg")
-        row["mask"].save(root / "SegmentationClassAug" / f"{row['image_id']}.png")
-    tags = {row["image_id"]: [SHAPES_CLASSES[label] for label in row["labels"]] for row in dataset}
-    (root / "image_labels.json").write_text(json.dumps(tags))
+    write_voc(root, ["val"])
     (root / "classes.txt").write_text("\n".join(SHAPES_CLASSES))
-    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(tags))
     return root
 
 

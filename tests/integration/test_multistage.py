@@ -1,20 +1,15 @@
-"""From tags to a network of CoSA-MS and its masks, with the scripts as a user runs them (docs/multistage.md)."""
+"""From tags to a network of CoSA-MS and its masks, with the commands as a user runs them (docs/multistage.md)."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from transformers import pipeline
 
-import cosa_hf  # noqa: F401  (registers the networks)
+from cosa_hf.commands.multistage import parse
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = shlex.split(
     "--network largefov/test_resnet --pretrained false --decoder_channels 16 --dataset shapes --crop_size 48 "
     "--input_size 64 --batch_size 2 --images_per_step 2 --num_workers 0 --lr_warmup_steps 1 --log_every 1"
@@ -27,36 +22,30 @@ COSA = shlex.split(
 ONE_PASS = ("--scales", "1.0", "--no_flip")
 
 
-def run(script, *arguments):
-    command = [sys.executable, ROOT / "scripts" / script, *arguments]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=600)
-
-
-def done(script, *arguments):
-    finished = run(script, *arguments)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
-
-
 @pytest.mark.slow
-def test_tags_to_cosa_to_pseudo_labels_to_network_to_mask(tmp_path):
-    done("train.py", *COSA, "--output_dir", tmp_path / "cosa")
-    done(
-        *("export_pseudo_labels.py", tmp_path / "cosa/assignment", "--dataset", "shapes", "--split", "val"),
+def test_tags_to_cosa_to_pseudo_labels_to_network_to_mask(tmp_path, cosa_hf, subprocess_of):
+    def trained(*arguments):
+        """A training, in a process of its own: those in one process share a state."""
+        run = subprocess_of(*arguments)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout.splitlines()[-1]
+
+    trained("train", *COSA, "--output_dir", tmp_path / "cosa")
+    cosa_hf(
+        *("label", tmp_path / "cosa/assignment", "--dataset", "shapes", "--split", "val"),
         *("--source", "cam_mean", "--format", "parquet", *ONE_PASS, "--output_dir", tmp_path / "labels"),
     )
-    taught = (*TINY, "--pseudo_labels", tmp_path / "labels", "--checkpoint_every", 2)
-    stdout = done("train_multistage.py", *taught, "--max_steps", 2, "--output_dir", tmp_path / "network")
-    assert stdout.splitlines()[-1] == str(tmp_path / "network/model")
-    done("train_multistage.py", *taught, "--max_steps", 4, "--output_dir", tmp_path / "network", "--resume")
-    log = [json.loads(line) for line in (tmp_path / "network/log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    multistage = ("multistage", *TINY, "--pseudo_labels", tmp_path / "labels", "--checkpoint_every", 2)
+    network = ("--output_dir", tmp_path / "network")
+    assert trained(*multistage, "--max_steps", 2, *network) == str(tmp_path / "network/model")
+    trained(*multistage, "--max_steps", 4, *network, "--resume")
+    state = json.loads((tmp_path / "network/trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
 
     again = ("--self_training", tmp_path / "network/model", "--label_scales", "1.0", "--confidence_weighting", "true")
-    done("train_multistage.py", *taught, *again, "--max_steps", 2, "--output_dir", tmp_path / "second")
-    table = done(
-        *("evaluate.py", tmp_path / "second/model", "--dataset", "shapes", "--num_images", 3, *ONE_PASS),
+    trained(*multistage, *again, "--max_steps", 2, "--output_dir", tmp_path / "second")
+    table = cosa_hf(
+        *("evaluate", tmp_path / "second/model", "--dataset", "shapes", "--num_images", 3, *ONE_PASS),
         *("--report", tmp_path / "report.json", "--panels", tmp_path / "panels"),
     )
     assert "seg: tags unknown; seg_tags: tags given" in table
@@ -65,7 +54,7 @@ def test_tags_to_cosa_to_pseudo_labels_to_network_to_mask(tmp_path):
     assert len(list((tmp_path / "panels").iterdir())) == 3
 
     Image.effect_noise((60, 50), 64).convert("RGB").save(tmp_path / "noise.jpg")
-    done("predict.py", tmp_path / "second/model", tmp_path / "noise.jpg", "--output_dir", tmp_path / "masks")
+    cosa_hf("predict", tmp_path / "second/model", tmp_path / "noise.jpg", "--output_dir", tmp_path / "masks")
     assert Image.open(tmp_path / "masks/noise.png").size == (60, 50)
     segments = pipeline("image-segmentation", model=str(tmp_path / "second/model"))(str(tmp_path / "noise.jpg"))
     assert segments[0]["mask"].size == (60, 50)
@@ -83,28 +72,20 @@ def test_tags_to_cosa_to_pseudo_labels_to_network_to_mask(tmp_path):
         (("--recipe", "nothing"), "known by name: deeplabv3plus-r101, largefov-wr38, upernet-swin-b"),
     ],
 )
-def test_what_cannot_be_trained_is_named(arguments, message, tmp_path):
-    failed = run("train_multistage.py", *arguments, "--tracker", "none", "--output_dir", tmp_path / "run")
-    assert failed.returncode != 0
-    assert re.search(message, failed.stderr), failed.stderr[-500:]
-    assert "Traceback" not in failed.stderr
+def test_what_cannot_be_trained_is_named(arguments, message, tmp_path, complaint):
+    said = complaint("multistage", *arguments, "--tracker", "none", "--output_dir", tmp_path / "run")
+    assert re.match(f"error: .*{message}", said.splitlines()[-1])
     assert not (tmp_path / "run").exists()
 
 
-def test_the_network_chooses_its_recipe_and_flags_win(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from train_multistage import parse
-
+def test_the_network_chooses_its_recipe_and_flags_win():
     recipe = parse(["--network", "largefov-wr38", "--pseudo_labels", "x", "--crop_size", "96"])
     assert (recipe.network, recipe.output_stride, recipe.crop_size) == ("largefov-wr38", 8, 96)
     recipe = parse(["--recipe", "voc-1696-lite0", "--network", "upernet/test_resnet", "--pseudo_labels", "x"])
     assert (recipe.network, recipe.crop_size) == ("upernet/test_resnet", 224)
 
 
-def test_a_field_that_a_recipe_file_misspells_is_named(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from train_multistage import parse
-
+def test_a_field_that_a_recipe_file_misspells_is_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("network: upernet/test_resnet\nmax_step: 40\n")
     with pytest.raises(ValueError, match="unknown recipe fields \\['max_step'\\]"):
         parse(["--recipe", str(tmp_path / "mine.yaml"), "--pseudo_labels", "x"])

@@ -1,32 +1,29 @@
-"""scripts/push_to_hub.py against a hub on this machine, and the published model in a process without this package."""
+"""`cosa-hf push` against a hub on this machine, and the published model in a process without this package."""
 
 import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from cosa_hf.evaluation.weights import weights_sha256
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants
-from in_process import run_script
 from PIL import Image
 from transformers import pipeline
 
-import cosa_hf.publishing.hub
+import cosa_hf.commands.push
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.digest import weights_sha256
+from cosa_hf.inference import load_model
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.publishing.hub import publish, stage
 from cosa_hf.training.config import TrainingConfig
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 REPO = "org/cosa-tiny"
 MODEL_FILES = {
     *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml"),
@@ -124,7 +121,7 @@ def run(*command, hub, home):
 
 
 def push(model, *arguments, hub, home):
-    return run(SCRIPTS / "push_to_hub.py", model, "--repo_id", REPO, *arguments, hub=hub, home=home)
+    return run("-m", "cosa_hf.cli", "push", model, "--repo_id", REPO, *arguments, hub=hub, home=home)
 
 
 @pytest.fixture
@@ -144,14 +141,14 @@ def published(run_dir, online, tmp_path):
 def test_evaluated_pushed_and_loaded_by_a_stranger(of, model_name, model_files, run_dir, hub, tmp_path, request):
     model = request.getfixturevalue(of) / model_name
     done = run(
-        *(SCRIPTS / "evaluate.py", model, "--dataset", "shapes", "--num_images", 3, "--scales", 1, "--no_flip"),
+        *("-m", "cosa_hf.cli", "evaluate", model, "--dataset", "shapes", "--num_images", 3, "--scales", 1, "--no_flip"),
         *("--report", tmp_path / "report.json", "--panels", tmp_path / "panels", "--num_panels", 2),
         hub=hub,
         home=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["weights_sha256"] == weights_sha256(model)
+    assert report["weights_sha256"] == weights_sha256(load_model(str(model), "cpu")[0])
 
     shown = ("--report", tmp_path / "report.json", "--panels", tmp_path / "panels")
     done = push(model, "--private", *shown, hub=hub, home=tmp_path)
@@ -235,7 +232,7 @@ def test_a_public_repository_is_no_place_for_a_private_model(online, published, 
 
 
 @pytest.mark.slow
-def test_script_says_that_nothing_was_committed(run_dir, hub, tmp_path):
+def test_it_says_that_nothing_was_committed(run_dir, hub, tmp_path):
     hub.refuse_large_files = True
     done = push(run_dir / "assignment", hub=hub, home=tmp_path)
     assert done.returncode != 0
@@ -244,14 +241,13 @@ def test_script_says_that_nothing_was_committed(run_dir, hub, tmp_path):
     assert len(hub.repos[REPO]["commits"]) == 1
 
 
-def test_a_reason_is_given_once(model_dir, monkeypatch):
+def test_a_reason_is_given_once(model_dir, monkeypatch, complaint):
     def out_of_reach(*arguments):
         raise OSError("no way to the Hub")
 
-    monkeypatch.setattr(cosa_hf.publishing.hub, "publish", out_of_reach)
-    said = f"error: no way to the Hub\nno commit was made; {REPO} is as it was"
-    with pytest.raises(SystemExit, match=f"^{re.escape(said)}$"):
-        run_script(monkeypatch, "scripts/push_to_hub.py", model_dir, "--repo_id", REPO)
+    monkeypatch.setattr(cosa_hf.commands.push, "publish", out_of_reach)
+    said = complaint("push", model_dir, "--repo_id", REPO)
+    assert said == f"error: no way to the Hub\nno commit was made; {REPO} is as it was\n"
 
 
 @pytest.mark.slow

@@ -1,18 +1,16 @@
-"""scripts/train.py as a user runs it."""
+"""`cosa-hf train` as a user runs it, alone and through Accelerate."""
 
 import json
-import os
 import re
 import shlex
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from in_process import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+from cosa_hf.commands.train import parse
+
 SHARED = ROOT.parent / "shared"
 TINY = shlex.split(
     "--backbone test_vit --aux_layer -2 --decoder_channels 16 --decoder_dilation 1 --crop_size 48 --input_size 48 "
@@ -21,16 +19,15 @@ TINY = shlex.split(
 )
 
 
-def train(*arguments, launch=()):
-    command = [sys.executable, *launch, ROOT / "scripts" / "train.py", *arguments]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=600)
+ACCELERATE = ("-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
 @pytest.mark.slow
-def test_the_embedded_demo_trains_without_any_recipe_or_data(tmp_path):
-    launch = ("-m", "accelerate.commands.launch", "--num_processes", "1")
-    run = train(*TINY, "--output_dir", tmp_path / "run", "--eval_every", "4", "--eval_images", "2", launch=launch)
+@pytest.mark.parametrize("front", [("-m", "cosa_hf.cli", "train"), (ROOT / "scripts" / "train.py",)])
+def test_the_embedded_demo_trains_without_any_recipe_or_data(front, tmp_path, subprocess_of):
+    launch = (*ACCELERATE, "--num_processes", "1", "--num_machines", "1", *front)
+    watched = ("--output_dir", tmp_path / "run", "--eval_every", "4", "--eval_images", "2")
+    run = subprocess_of(*TINY, *watched, launch=launch)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == str(tmp_path / "run" / "assignment")
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -39,18 +36,21 @@ def test_the_embedded_demo_trains_without_any_recipe_or_data(tmp_path):
     assert list((tmp_path / "run").glob("cosa_hf/events.out.tfevents*"))
 
 
-LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no")
+LAUNCH = (*ACCELERATE, "--multi_gpu")
+TRAIN = ("-m", "cosa_hf.cli", "train")
 
 
 @pytest.mark.slow
-def test_two_processes_and_two_machines_train_what_one_process_trains(tmp_path, monkeypatch):
+def test_two_processes_and_two_machines_train_what_one_process_trains(tmp_path, subprocess_of):
     """The machines are two launchers on this one, which find each other over the loopback interface."""
-    expected = train(*TINY, "--output_dir", tmp_path / "one", "--batch_size", 4, "--max_grad_norm", 1)
-    assert expected.returncode == 0, expected.stderr
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     shared = (*TINY, "--max_grad_norm", 1, "--output_dir")
+    expected = subprocess_of("train", *shared, tmp_path / "one", "--batch_size", 4)
+    assert expected.returncode == 0, expected.stderr
 
-    two = train(*shared, tmp_path / "two", launch=(*LAUNCH, "--num_processes", "2", "--num_machines", "1"))
+    def launched(name, *options):
+        return subprocess_of(*shared, tmp_path / name, launch=(*LAUNCH, *options, *TRAIN), ACCELERATE_USE_CPU="1")
+
+    two = launched("two", "--num_processes", "2", "--num_machines", "1")
     assert two.returncode == 0, two.stderr
 
     with socket.socket() as free:
@@ -58,10 +58,7 @@ def test_two_processes_and_two_machines_train_what_one_process_trains(tmp_path, 
         port = free.getsockname()[1]
     meeting = ("--num_processes", 2, "--num_machines", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port)
     with ThreadPoolExecutor(2) as pool:
-        machines = [
-            pool.submit(train, *shared, tmp_path / "machines", launch=(*LAUNCH, *meeting, "--machine_rank", rank))
-            for rank in (0, 1)
-        ]
+        machines = [pool.submit(launched, "machines", *meeting, "--machine_rank", rank) for rank in (0, 1)]
     for machine in machines:
         assert machine.result().returncode == 0, machine.result().stderr
 
@@ -75,26 +72,34 @@ def test_two_processes_and_two_machines_train_what_one_process_trains(tmp_path, 
 
 
 @pytest.mark.slow
-def test_processes_without_a_gpu_and_without_a_word_of_it_are_refused(tmp_path):
-    run = train(
-        *TINY, "--output_dir", tmp_path / "run", launch=(*LAUNCH, "--num_processes", "2", "--num_machines", "1")
-    )
+def test_processes_without_a_gpu_and_without_a_word_of_it_are_refused(tmp_path, subprocess_of):
+    launch = (*LAUNCH, "--num_processes", "2", "--num_machines", "1", *TRAIN)
+    run = subprocess_of(*TINY, "--output_dir", tmp_path / "run", launch=launch)
     assert run.returncode != 0
     assert "set ACCELERATE_USE_CPU=1" in run.stderr
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_real_voc_with_real_weights(tmp_path):
+def test_real_voc_with_real_weights(tmp_path, cosa_hf):
     data, weights = SHARED / "data/VOC2012", SHARED / "weights/tf_efficientnet_lite0.in1k.fp16.safetensors"
     if not data.is_dir() or not weights.is_file():
         pytest.skip("needs the VOC subset and the backbone weights beside the repository")
-    run = train(
-        *("--recipe", "voc-lite0", "--data_dir", data, "--backbone_weights", weights, "--output_dir", tmp_path / "run"),
+    printed = cosa_hf(
+        *(
+            "train",
+            "--recipe",
+            "voc-lite0",
+            "--data_dir",
+            data,
+            "--backbone_weights",
+            weights,
+            "--output_dir",
+            tmp_path / "run",
+        ),
         *("--max_steps", 12, "--warmup_steps", 8, "--lr_warmup_steps", 2, "--eval_every", 0, "--log_every", 4),
     )
-    assert run.returncode == 0, run.stderr
-    assert "1696 images, 20 classes" in run.stdout
+    assert "1696 images, 20 classes" in printed
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     # Twelve steps are enough for pretrained features to find out that most tags are absent: ln 2 at the start.
     assert entries[-1]["cls"] < 0.5 < entries[0]["cls"]
@@ -105,14 +110,33 @@ def test_real_voc_with_real_weights(tmp_path):
     [
         (("--recipe", "voc-vit-x"), "known by name: .*shapes-tiny"),
         (("--recipe", "voc-lite0", "--data_dir", "nowhere"), "nowhere"),
-        (("--max_steps", "many"), "max_steps"),
-        (("--learning_speed", "1"), "learning_speed"),
         (("--ema_momentum", "1.0"), "ema_momentum"),
     ],
 )
-def test_what_cannot_be_trained_is_named(arguments, message, tmp_path):
-    run = train(*arguments, "--output_dir", tmp_path / "run")
-    assert run.returncode != 0
-    assert re.search(message, run.stderr), run.stderr[-500:]
-    assert "Traceback" not in run.stderr
+def test_what_cannot_be_trained_is_named(arguments, message, tmp_path, complaint):
+    said = complaint("train", *arguments, "--output_dir", tmp_path / "run")
+    assert re.match(f"error: .*{message}", said)
+    assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--max_steps", "many"), ("--learning_speed", "1"), ("--max_step", "1")])
+def test_flags_that_do_not_fit_are_named(flag, value, complaint):
+    assert flag in complaint("train", flag, value, usage=True).splitlines()[-1]
+
+
+def test_flags_win_over_the_recipe_wherever_it_is_called_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse(["--crop_size", "96", "--recipe", "folder-lite0", "--data_dir", "photos"])
+    assert (config.dataset, config.backbone, config.crop_size) == ("folder", "tf_efficientnet_lite0.in1k", 96)
+    assert parse([]).dataset == "shapes"
+
+
+def test_help_has_groups(complaint, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    groups = re.findall(r"^([A-Z][^:\n]+):$", shown, re.MULTILINE)
+    assert len(groups) >= 8
+    assert "--no_" not in shown
+    assert "--max-steps" not in shown

@@ -4,12 +4,10 @@ import torch
 from datasets import Dataset
 from pets import CLASSES
 from PIL import Image
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data.tags import tag_features
-from cosa_hf.multistage.config import MultistageConfig
-from cosa_hf.multistage.networks import build_network
+from cosa_hf.inference import Segmenter
 
 SIZES = {"plain": (40, 30), "IMG 12%": (31, 44), "pets/übung": (24, 24), "turned": (50, 20), "long": (20_000, 20)}
 
@@ -23,26 +21,9 @@ def model():
     return CoSAForWeaklySupervisedSegmentation(config).eval()
 
 
-@pytest.fixture(scope="session")
-def processor():
-    return CoSAImageProcessor(size={"height": 64, "width": 64})
-
-
-@pytest.fixture(params=["cosa-ms", "segformer"])
-def segmentation_only(request, tmp_path):
-    """A directory with a tiny network of another kind than CoSA, untrained."""
-    if request.param == "cosa-ms":
-        recipe = MultistageConfig(
-            network="largefov/test_resnet", pseudo_labels="labels", pretrained=False, decoder_channels=16
-        )
-        network, processor = build_network(recipe, ["background", *CLASSES])
-    else:
-        small = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
-        network = SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8))
-        processor = SegformerImageProcessor()
-    network.save_pretrained(tmp_path / "network")
-    processor.save_pretrained(tmp_path / "network")
-    return tmp_path / "network"
+@pytest.fixture
+def segmenter(model):
+    return Segmenter(model, CoSAImageProcessor(size={"height": 64, "width": 64}), batch_size=2)
 
 
 @pytest.fixture

@@ -5,42 +5,37 @@ import json
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import torch
-from cosa_hf.evaluation.maps import predict_maps
 from datasets import Dataset, load_dataset
 from pets import CLASSES
 from PIL import Image, ImageOps
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import class_names, load_voc
 from cosa_hf.data.images import read_image, read_mask, undecoded
 from cosa_hf.data.tags import tag_features
-from cosa_hf.evaluation.evaluate import predict_dataset
+from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.files import whole_file
+from cosa_hf.inference import Segmenter
 from cosa_hf.pseudo_labels import formats
 from cosa_hf.pseudo_labels.export import SOURCES, export_pseudo_labels
 from cosa_hf.pseudo_labels.formats import FORMATS
 
-ONE_SCALE = {"scales": (1.0,), "flip": False, "batch_size": 2}
+
+def export(segmenter, dataset, output_dir, **settings):
+    settings = {"source": "cam", "format": "png", "split": "train", "shard_size": 2} | settings
+    return export_pseudo_labels(segmenter, dataset, output_dir, progress=False, **settings)
 
 
-def export(model, processor, dataset, output_dir, **settings):
-    settings = {"source": "cam", "format": "png", "split": "train", "shard_size": 2} | ONE_SCALE | settings
-    return export_pseudo_labels(model, processor, dataset, output_dir, progress=False, **settings)
-
-
-def expected_masks(model, processor, dataset, protocol, threshold=0.4):
-    """What evaluation compares with the truth, for these images."""
-    blank = [Image.new("L", read_image(row).size) for row in undecoded(dataset)]
-    columns = {name: undecoded(dataset)[name][:] for name in dataset.column_names} | {"mask": blank}
-    with_masks = Dataset.from_dict(columns, features=tag_features(class_names(dataset), masks=True))
-    predictions = predict_dataset(model, processor, with_masks, **ONE_SCALE, cam_threshold=threshold)
-    return {one.image_id: one.masks[protocol].numpy() for one in predictions}
+def expected_masks(segmenter, dataset, protocol, threshold=0.4):
+    """What evaluation compares with the ground truth, for these images."""
+    return {one.image_id: one.label(protocol, threshold)[0].numpy() for one in segmenter.predict(dataset)}
 
 
 def masks_in_png(directory):
@@ -83,9 +78,9 @@ def tree(directory):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_read_back_the_masks_are_those_of_evaluation(format, model, processor, dataset, tmp_path):
-    assert export(model, processor, dataset, tmp_path / "out", format=format, source="cam_mean") == 5
-    expected = expected_masks(model, processor, dataset, "cam_mean")
+def test_read_back_the_masks_are_those_of_evaluation(format, segmenter, dataset, tmp_path):
+    assert export(segmenter, dataset, tmp_path / "out", format=format, source="cam_mean") == 5
+    expected = expected_masks(segmenter, dataset, "cam_mean")
     found = READERS[format](tmp_path / "out")
     assert list(found) == list(expected)
     for image_id, mask in expected.items():
@@ -96,15 +91,15 @@ def test_read_back_the_masks_are_those_of_evaluation(format, model, processor, d
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("threshold", [None, 0.7])
-def test_every_source_at_every_threshold(source, threshold, model, processor, dataset, tmp_path):
-    export(model, processor, dataset, tmp_path / "out", source=source, threshold=threshold)
-    expected = expected_masks(model, processor, dataset, SOURCES[source], threshold or model.config.cam_threshold)
+def test_every_source_at_every_threshold(source, threshold, segmenter, dataset, tmp_path):
+    export(segmenter, dataset, tmp_path / "out", source=source, threshold=threshold)
+    expected = expected_masks(segmenter, dataset, SOURCES[source], threshold or segmenter.model.config.cam_threshold)
     for image_id, mask in masks_in_png(tmp_path / "out").items():
         np.testing.assert_array_equal(mask, expected[image_id])
 
 
-def test_png_is_a_voc_directory_with_links_to_the_images(model, processor, dataset, columns, tmp_path):
-    export(model, processor, dataset, tmp_path / "out")
+def test_png_is_a_voc_directory_with_links_to_the_images(segmenter, dataset, columns, tmp_path):
+    export(segmenter, dataset, tmp_path / "out")
     read = load_voc(tmp_path / "out", "train", masks=True)
     assert class_names(read) == CLASSES
     assert read["labels"][:] == columns["labels"]
@@ -116,31 +111,30 @@ def test_png_is_a_voc_directory_with_links_to_the_images(model, processor, datas
     assert not (tmp_path / "out" / ".parts").exists()
 
 
-def test_links_to_images_of_relative_names_lead_to_them(model, processor, columns, tmp_path, monkeypatch):
+def test_links_to_images_of_relative_names_lead_to_them(segmenter, columns, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     columns["image"] = [f"photos/{number}.jpg" for number in range(5)]
-    export(model, processor, Dataset.from_dict(columns, features=tag_features(CLASSES)), tmp_path / "out")
+    export(segmenter, Dataset.from_dict(columns, features=tag_features(CLASSES)), tmp_path / "out")
     assert os.readlink(tmp_path / "out/JPEGImages/plain.jpg") == str(tmp_path / "photos/0.jpg")
 
 
-def test_images_without_a_file_are_written_out(model, processor, columns, tmp_path):
+def test_images_without_a_file_are_written_out(segmenter, columns, tmp_path):
     images = [{"bytes": Path(path).read_bytes(), "path": None} for path in columns["image"]]
     dataset = Dataset.from_dict(columns | {"image": images}, features=tag_features(CLASSES))
-    export(model, processor, dataset, tmp_path / "out")
+    export(segmenter, dataset, tmp_path / "out")
     written = [path.read_bytes() for path in sorted((tmp_path / "out" / "JPEGImages").iterdir())]
     assert sorted(written) == sorted(image["bytes"] for image in images)
     assert not any(path.is_symlink() for path in (tmp_path / "out" / "JPEGImages").iterdir())
 
 
-def test_parquet_is_a_dataset_with_images_tags_and_confidence(model, processor, dataset, columns, tmp_path):
-    export(model, processor, dataset, tmp_path / "out", format="parquet")
+def test_parquet_is_a_dataset_with_images_tags_and_confidence(segmenter, dataset, columns, tmp_path):
+    export(segmenter, dataset, tmp_path / "out", format="parquet")
     read = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert class_names(read) == CLASSES
     assert read.column_names == ["image", "labels", "image_id", "mask", "confidence"]
     assert read["labels"][:] == columns["labels"]
     assert undecoded(read)[0]["image"]["bytes"] == Path(columns["image"][0]).read_bytes()
-    maps = predict_maps(model, processor, dataset, **ONE_SCALE)
-    for row, one in zip(read, maps, strict=True):
+    for row, one in zip(read, segmenter.predict(dataset), strict=True):
         confidence, mask = np.array(row["confidence"]), np.array(row["mask"])
         assert confidence.dtype == np.uint8
         np.testing.assert_array_equal(confidence, np.rint(255 * one.label("cam")[1].numpy()))
@@ -149,16 +143,16 @@ def test_parquet_is_a_dataset_with_images_tags_and_confidence(model, processor, 
     assert len(list((tmp_path / "out" / "data").iterdir())) == 3  # five images, two a shard
 
 
-def test_confidence_of_a_segmentation_is_the_probability_of_its_label(model, processor, dataset, tmp_path):
-    export(model, processor, dataset, tmp_path / "out", format="parquet", source="seg")
+def test_confidence_of_a_segmentation_is_the_probability_of_its_label(segmenter, dataset, tmp_path):
+    export(segmenter, dataset, tmp_path / "out", format="parquet", source="seg")
     read = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
-    one, row = next(predict_maps(model, processor, dataset, **ONE_SCALE)), read[0]  # tagged "cat"
+    one, row = next(segmenter.predict(dataset)), read[0]  # tagged "cat"
     probability = one.upsample(one.seg_logits[:2]).softmax(0).amax(0)
     np.testing.assert_allclose(np.array(row["confidence"]), 255 * probability.numpy(), atol=0.6)
 
 
-def test_coco_json_has_what_pycocotools_wants(model, processor, dataset, tmp_path):
-    export(model, processor, dataset, tmp_path / "out", format="coco-json", data_dir=tmp_path)
+def test_coco_json_has_what_pycocotools_wants(segmenter, dataset, tmp_path):
+    export(segmenter, dataset, tmp_path / "out", format="coco-json", data_dir=tmp_path)
     content = json.loads((tmp_path / "out" / "annotations" / "instances_train.json").read_text())
     assert content["categories"] == [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
     assert [image["file_name"] for image in content["images"]] == [f"photos/{number}.jpg" for number in range(5)]
@@ -175,7 +169,7 @@ def test_coco_json_has_what_pycocotools_wants(model, processor, dataset, tmp_pat
         assert annotation["iscrowd"] == 0
 
 
-def test_coco_json_tells_images_of_equal_names_apart(model, processor, columns, tmp_path):
+def test_coco_json_tells_images_of_equal_names_apart(segmenter, columns, tmp_path):
     """Two folders with a 1.jpg each, and no directory that they were read from."""
     places = [tmp_path / "animals" / name for name in ("cat/1.jpg", "dog/1.jpg")]
     for place, source in zip(places, columns["image"], strict=False):
@@ -183,109 +177,112 @@ def test_coco_json_tells_images_of_equal_names_apart(model, processor, columns, 
         place.write_bytes(Path(source).read_bytes())
     rows = {"image": list(map(str, places)), "labels": [[0], [1]], "image_id": ["a", "b"]}
     dataset = Dataset.from_dict(rows, features=tag_features(CLASSES))
-    export(model, processor, dataset, tmp_path / "out", format="coco-json")
+    export(segmenter, dataset, tmp_path / "out", format="coco-json")
     content = json.loads((tmp_path / "out" / "annotations" / "instances_train.json").read_text())
     assert [image["file_name"] for image in content["images"]] == ["cat/1.jpg", "dog/1.jpg"]
     # In a dataset with the bytes, nothing but the name is left of a path.
     rows["image"] = [{"bytes": place.read_bytes(), "path": place.name} for place in places]
     dataset = Dataset.from_dict(rows, features=tag_features(CLASSES))
     with pytest.raises(ValueError, match=r"1\.jpg more than once among the images' files.*export png or parquet"):
-        export(model, processor, dataset, tmp_path / "other", format="coco-json")
+        export(segmenter, dataset, tmp_path / "other", format="coco-json")
     assert not (tmp_path / "other").exists()
 
 
-def test_parquet_of_a_split_that_cannot_be_read_back_is_refused(model, processor, dataset, tmp_path):
+def test_parquet_of_a_split_that_cannot_be_read_back_is_refused(segmenter, dataset, tmp_path):
     with pytest.raises(ValueError, match=r"`datasets` reads none of 'train\[:1\]': export the whole split, or another"):
-        export(model, processor, dataset, tmp_path / "out", format="parquet", split="train[:1]")
+        export(segmenter, dataset, tmp_path / "out", format="parquet", split="train[:1]")
     assert not (tmp_path / "out").exists()
-    export(model, processor, dataset, tmp_path / "out", format="parquet", split="train.clean_2")
+    export(segmenter, dataset, tmp_path / "out", format="parquet", split="train.clean_2")
     assert len(load_dataset(str(tmp_path / "out"), split="train.clean_2", cache_dir=str(tmp_path / "cache"))) == 5
-    assert export(model, processor, dataset, tmp_path / "png", split="train[:1]") == 5
+    assert export(segmenter, dataset, tmp_path / "png", split="train[:1]") == 5
 
 
-def test_without_pycocotools_coco_json_says_what_to_install(model, processor, dataset, tmp_path, monkeypatch):
+def test_without_pycocotools_coco_json_says_what_to_install(segmenter, dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(ValueError, match=r'pip install -e "\.\[coco\]"'):
-        export(model, processor, dataset, tmp_path / "out", format="coco-json")
+    with pytest.raises(ValueError, match=r'pip install "cosa-hf\[coco\]"'):
+        export(segmenter, dataset, tmp_path / "out", format="coco-json")
     assert not (tmp_path / "out").exists()
 
 
-def test_images_without_a_tag_are_named_and_refused(model, processor, columns, tmp_path):
+def test_images_without_a_tag_are_named_and_refused(segmenter, columns, tmp_path):
     columns["labels"][1] = columns["labels"][3] = []
     dataset = Dataset.from_dict(columns, features=tag_features(CLASSES))
     with pytest.raises(ValueError, match=r"2 of 5 images have no tag: IMG 12%, turned; .*--tags predicted"):
-        export(model, processor, dataset, tmp_path / "out")
+        export(segmenter, dataset, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_predicted_tags_are_for_images_without_one(model, processor, columns, tmp_path):
+def test_predicted_tags_are_for_images_without_one(segmenter, columns, tmp_path):
     columns["labels"] = [[0], [], [2], [], []]
     dataset = Dataset.from_dict(columns, features=tag_features(CLASSES))
     with torch.no_grad():
         images = [read_image(row) for row in undecoded(dataset)]
-        probabilities = model(**processor(images, return_tensors="pt")).cls_logits.sigmoid()
+        probabilities = segmenter.model(**segmenter.processor(images, return_tensors="pt")).cls_logits.sigmoid()
     threshold = float(probabilities[1].median())  # one or two classes of the second image reach it
     expected = [
         tags or (probabilities[number] >= threshold).nonzero().flatten().tolist()
         for number, tags in enumerate(columns["labels"])
     ]
     assert len(expected[1]) == 2
-    export(model, processor, dataset, tmp_path / "out", class_threshold=threshold)
+    export(segmenter, dataset, tmp_path / "out", class_threshold=threshold)
     assert load_voc(tmp_path / "out", "train")["labels"][:] == expected
     # The masks are those of somebody who had given these tags.
     tagged = Dataset.from_dict(columns | {"labels": expected}, features=tag_features(CLASSES))
-    for image_id, mask in expected_masks(model, processor, tagged, "cam").items():
+    for image_id, mask in expected_masks(segmenter, tagged, "cam").items():
         np.testing.assert_array_equal(masks_in_png(tmp_path / "out")[image_id], mask)
 
 
-def test_no_class_recognised_is_all_background(model, processor, columns, tmp_path):
+def test_no_class_recognised_is_all_background(segmenter, columns, tmp_path):
     columns["labels"][0] = []
     dataset = Dataset.from_dict(columns, features=tag_features(CLASSES))
     for source in SOURCES:
-        export(model, processor, dataset, tmp_path / source, class_threshold=0.9999, source=source)
+        export(segmenter, dataset, tmp_path / source, class_threshold=0.9999, source=source)
         assert not masks_in_png(tmp_path / source)["plain"].any()
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_complete_export_is_left_alone(format, model, processor, dataset, tmp_path):
-    export(model, processor, dataset, tmp_path / "out", format=format)
+def test_a_complete_export_is_left_alone(format, segmenter, dataset, tmp_path):
+    export(segmenter, dataset, tmp_path / "out", format=format)
     before = {path: os.lstat(path).st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert json.loads((tmp_path / "out" / "export.json").read_text())["complete"] is True
-    assert export(model, processor, dataset, tmp_path / "out", format=format) == 0
+    assert export(segmenter, dataset, tmp_path / "out", format=format) == 0
     assert {path: os.lstat(path).st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-def test_settings_are_recorded_and_others_refused(model, processor, dataset, columns, tmp_path):
-    export(model, processor, dataset, tmp_path / "out", threshold=0.3)
+def test_settings_are_recorded_and_others_refused(segmenter, dataset, columns, tmp_path):
+    export(segmenter, dataset, tmp_path / "out", threshold=0.3)
     settings = json.loads((tmp_path / "out" / "export.json").read_text())["settings"]
     assert (settings["source"], settings["threshold"], settings["scales"]) == ("cam", 0.3, [1.0])
-    for name, other in {"threshold": 0.35, "source": "cam_aux", "scales": [1.0, 0.5], "shard_size": 3}.items():
+    for name, other in {"threshold": 0.35, "source": "cam_aux", "shard_size": 3}.items():
         with pytest.raises(ValueError, match=f"(?s)other settings.*  {name}: "):
-            export(model, processor, dataset, tmp_path / "out", **({"threshold": 0.3} | {name: other}))
+            export(segmenter, dataset, tmp_path / "out", **({"threshold": 0.3} | {name: other}))
+    for name, other in {"scales": (1.0, 0.5), "flip": True, "crf": DenseCRF(backend="torch")}.items():
+        with pytest.raises(ValueError, match=f"(?s)other settings.*  {name}: "):
+            export(replace(segmenter, **{name: other}), dataset, tmp_path / "out", threshold=0.3)
     columns["labels"][0] = [1]
     retagged = Dataset.from_dict(columns, features=tag_features(CLASSES))
     with pytest.raises(ValueError, match="dataset_sha256: "):
-        export(model, processor, retagged, tmp_path / "out", threshold=0.3)
+        export(segmenter, retagged, tmp_path / "out", threshold=0.3)
 
 
-def test_another_model_is_another_export(model, processor, dataset, tmp_path):
-    export(model, processor, dataset, tmp_path / "out")
+def test_another_model_is_another_export(segmenter, dataset, tmp_path):
+    export(segmenter, dataset, tmp_path / "out")
     with torch.no_grad():
-        model.classifier.weight[0, 0] += 1e-3
+        segmenter.model.classifier.weight[0, 0] += 1e-3
     try:
         with pytest.raises(ValueError, match="weights_sha256: "):
-            export(model, processor, dataset, tmp_path / "out")
+            export(segmenter, dataset, tmp_path / "out")
     finally:
         with torch.no_grad():
-            model.classifier.weight[0, 0] -= 1e-3
+            segmenter.model.classifier.weight[0, 0] -= 1e-3
 
 
-def test_a_directory_with_other_files_is_not_touched(model, processor, dataset, tmp_path):
+def test_a_directory_with_other_files_is_not_touched(segmenter, dataset, tmp_path):
     mask = tmp_path / "VOC2012" / "SegmentationClassAug" / "plain.png"
     mask.parent.mkdir(parents=True)
     mask.write_bytes(b"drawn by hand")
     with pytest.raises(FileExistsError, match=r"not empty and has no export\.json"):
-        export(model, processor, dataset, tmp_path / "VOC2012")
+        export(segmenter, dataset, tmp_path / "VOC2012")
     assert tree(tmp_path / "VOC2012") == {"SegmentationClassAug/plain.png": b"drawn by hand"}
 
 
@@ -299,9 +296,9 @@ def test_a_directory_with_other_files_is_not_touched(model, processor, dataset, 
         ("coco-json", 3),
     ],
 )
-def test_full_disk(format, write, model, processor, dataset, tmp_path, monkeypatch):
+def test_full_disk(format, write, segmenter, dataset, tmp_path, monkeypatch):
     """The disk is full at one write after another: what is there is whole, and the next call goes on."""
-    export(model, processor, dataset, tmp_path / "whole", format=format)
+    export(segmenter, dataset, tmp_path / "whole", format=format)
     count = 0
 
     @contextmanager
@@ -316,7 +313,7 @@ def test_full_disk(format, write, model, processor, dataset, tmp_path, monkeypat
 
     monkeypatch.setattr(formats, "whole_file", until_full)
     with pytest.raises(OSError, match=r"No space left on device: .*make room and run the same command again"):
-        export(model, processor, dataset, tmp_path / "out", format=format)
+        export(segmenter, dataset, tmp_path / "out", format=format)
     monkeypatch.undo()
     whole, there = tree(tmp_path / "whole"), tree(tmp_path / "out")
     assert json.loads(there.pop("export.json"))["complete"] is False
@@ -324,38 +321,38 @@ def test_full_disk(format, write, model, processor, dataset, tmp_path, monkeypat
     assert there.items() <= whole.items()
     written = {path: os.lstat(tmp_path / "out" / path).st_mtime_ns for path in there}
 
-    export(model, processor, dataset, tmp_path / "out", format=format)
+    export(segmenter, dataset, tmp_path / "out", format=format)
     assert tree(tmp_path / "out") == whole
     # What the end of an export makes of all parts is made again; a mask never is.
     again = {path for path in written if os.lstat(tmp_path / "out" / path).st_mtime_ns != written[path]}
     assert again <= {"image_labels.json", "classes.txt"}
 
 
-def test_what_a_killed_export_left_is_removed(model, processor, dataset, tmp_path):
+def test_what_a_killed_export_left_is_removed(segmenter, dataset, tmp_path):
     left = tmp_path / "out" / ".0a1b.unfinished"
     left.parent.mkdir()
     left.write_bytes(b"half")
-    export(model, processor, dataset, tmp_path / "out")
+    export(segmenter, dataset, tmp_path / "out")
     assert not left.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])
-def test_an_unreadable_image_stops_no_other_shard(content, model, processor, dataset, columns, tmp_path):
+def test_an_unreadable_image_stops_no_other_shard(content, segmenter, dataset, columns, tmp_path):
     broken, good = Path(columns["image"][2]), Path(columns["image"][2]).read_bytes()
     broken.write_bytes(good[: len(good) // 2] if content is None else content)
     with pytest.raises(ValueError, match=r"(?s)image 'pets/übung' .*2\.jpg.*replaced, the same command goes on"):
-        export(model, processor, dataset, tmp_path / "out")
+        export(segmenter, dataset, tmp_path / "out")
     assert {path.stem for path in (tmp_path / "out" / "SegmentationClassAug").iterdir()} >= {"plain", "long"}
     broken.write_bytes(good)
-    assert export(model, processor, dataset, tmp_path / "out") == 2
+    assert export(segmenter, dataset, tmp_path / "out") == 2
     assert set(masks_in_png(tmp_path / "out")) == set(columns["image_id"])
 
 
-def test_every_unreadable_image_of_a_shard_is_named_once(model, processor, dataset, columns, tmp_path):
+def test_every_unreadable_image_of_a_shard_is_named_once(segmenter, dataset, columns, tmp_path):
     for number in (0, 1, 4):
         Path(columns["image"][number]).write_bytes(b"no image")
     with pytest.raises(ValueError, match="another export, which starts anew in another directory") as refused:
-        export(model, processor, dataset, tmp_path / "out", shard_size=3, batch_size=1)
+        export(replace(segmenter, batch_size=1), dataset, tmp_path / "out", shard_size=3)
     lines = str(refused.value).splitlines()
     assert len(lines) == 4
     for line, image_id in zip(lines, ("plain", "IMG 12%", "long"), strict=False):
@@ -365,10 +362,10 @@ def test_every_unreadable_image_of_a_shard_is_named_once(model, processor, datas
 @pytest.mark.parametrize(
     "record", ["", "{", "[]", "{}", '{"settings": 5, "complete": false}', '{"settings": {"source": "cam"}}']
 )
-def test_a_broken_record_is_named(record, model, processor, dataset, tmp_path):
+def test_a_broken_record_is_named(record, segmenter, dataset, tmp_path):
     (tmp_path / "export.json").write_text(record)
     with pytest.raises(ValueError, match=r"export\.json is not as an export writes it.*: take another directory"):
-        export(model, processor, dataset, tmp_path)
+        export(segmenter, dataset, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -378,41 +375,53 @@ def test_a_broken_record_is_named(record, model, processor, dataset, tmp_path):
         ({"format": "gif"}, "unknown format 'gif'; known: png, parquet, coco-json"),
         ({"threshold": 1.0}, "threshold must lie strictly between 0 and 1, got 1.0"),
         ({"class_threshold": 0.0}, "class_threshold must lie strictly between 0 and 1"),
-        ({"shard_size": 0}, "shard_size and batch_size must be 1 or more, got 0 and 2"),
-        ({"scales": ()}, "scales must be positive"),
+        ({"shard_size": 0}, "shard_size must be 1 or more, got 0"),
     ],
 )
-def test_settings_out_of_range(settings, message, model, processor, dataset, tmp_path):
+def test_settings_out_of_range(settings, message, segmenter, dataset, tmp_path):
     with pytest.raises(ValueError, match=message):
-        export(model, processor, dataset, tmp_path / "out", **settings)
+        export(segmenter, dataset, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
 
 
-def test_datasets_that_cannot_be_exported(model, processor, dataset, columns, tmp_path):
+def test_datasets_that_cannot_be_exported(segmenter, dataset, columns, tmp_path):
     with pytest.raises(ValueError, match="empty"):
-        export(model, processor, dataset.select([]), tmp_path / "out")
+        export(segmenter, dataset.select([]), tmp_path / "out")
     columns["image_id"][4] = "plain"
     with pytest.raises(ValueError, match="plain more than once"):
-        export(model, processor, Dataset.from_dict(columns, features=tag_features(CLASSES)), tmp_path / "out")
+        export(segmenter, Dataset.from_dict(columns, features=tag_features(CLASSES)), tmp_path / "out")
     columns["image_id"][4] = "long"
     with pytest.raises(ValueError, match="classes are not the model's"):
-        export(model, processor, Dataset.from_dict(columns, features=tag_features(CLASSES[::-1])), tmp_path / "out")
+        export(segmenter, Dataset.from_dict(columns, features=tag_features(CLASSES[::-1])), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_more_classes_than_a_mask_holds_are_refused(processor, columns, tmp_path):
+def test_a_network_that_only_segments_labels_from_given_tags_alone(segmentation_only, dataset, tmp_path):
+    segmenter = Segmenter.from_pretrained(segmentation_only, device="cpu", size=64)
+    with pytest.raises(
+        ValueError, match="only segments: its masks come from source seg and given tags, got source cam"
+    ):
+        export(segmenter, dataset, tmp_path / "out")
+    with pytest.raises(ValueError, match="got source seg and predicted tags"):
+        export(segmenter, dataset, tmp_path / "out", source="seg", class_threshold=0.5)
+    assert export(segmenter, dataset, tmp_path / "out", source="seg") == 5
+    for image_id, mask in expected_masks(segmenter, dataset, "seg_tags").items():
+        np.testing.assert_array_equal(masks_in_png(tmp_path / "out")[image_id], mask)
+
+
+def test_more_classes_than_a_mask_holds_are_refused(columns, tmp_path):
     classes = [f"class {number}" for number in range(255)]
     config = CoSAConfig(backbone="test_vit", decoder_channels=8, id2label=dict(enumerate(["background", *classes])))
-    model = CoSAForWeaklySupervisedSegmentation(config).eval()
+    segmenter = Segmenter(CoSAForWeaklySupervisedSegmentation(config), CoSAImageProcessor())
     with pytest.raises(ValueError, match="masks of 8 bits hold 254 classes, the model has 255"):
-        export(model, processor, Dataset.from_dict(columns, features=tag_features(classes)), tmp_path / "out")
+        export(segmenter, Dataset.from_dict(columns, features=tag_features(classes)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_masks_in_the_dataset_are_not_opened(model, processor, columns, tmp_path):
+def test_masks_in_the_dataset_are_not_opened(segmenter, columns, tmp_path):
     columns["mask"] = [str(tmp_path / "nowhere.png")] * 5
     dataset = Dataset.from_dict(columns, features=tag_features(CLASSES, masks=True))
-    assert export(model, processor, dataset, tmp_path / "out") == 5
+    assert export(segmenter, dataset, tmp_path / "out") == 5
 
 
 def test_upright_images(columns):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cosa_hf.evaluation.weights import weights_sha256
 from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForSemanticSegmentation,
@@ -19,7 +18,9 @@ from transformers import (
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import VOC_CLASSES
 from cosa_hf.data.coco import COCO_CLASSES
+from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.evaluate import PROTOCOLS
+from cosa_hf.inference import load_model
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.publishing.card import model_card
@@ -40,8 +41,12 @@ def model(tmp_path_factory):
     return directory
 
 
+def digest_of(model):
+    return weights_sha256(load_model(str(model), "cpu")[0])
+
+
 def write_report(model, path, columns=PROTOCOLS):
-    """As scripts/evaluate.py writes it; a class that never occurs has no score."""
+    """As `cosa-hf evaluate` writes it; a class that never occurs has no score."""
     scores = {
         column: {
             "miou": 40.126 + number,
@@ -62,10 +67,8 @@ def write_report(model, path, columns=PROTOCOLS):
         "split": "val_report",
         "model": "/home/someone/run/online",
     }
-    digest = weights_sha256(model)
-    path.write_text(
-        json.dumps({**scores, "images": 200, "untagged": [], "protocol": protocol, "weights_sha256": digest})
-    )
+    rest = {"images": 200, "untagged": [], "cls_map": 87.65 if "cam" in columns else None, "protocol": protocol}
+    path.write_text(json.dumps({**scores, **rest, "weights_sha256": digest_of(model)}))
     return path
 
 
@@ -124,7 +127,8 @@ def test_numbers_come_from_the_report(model, report, tmp_path):
     assert f"| `seg` | {PROTOCOLS['seg']} | 40.1 | - |" in text
     assert "| cat | 20.0 | 21.0 | 22.0 | 23.0 | 24.0 |" in text
     assert "| dog | - | - | - | - | - |" in text
-    assert weights_sha256(model) in text
+    assert digest_of(model) in text
+    assert "Classification: mean average precision 87.7 over" in text
     assert "200 images" in text
     assert "--split val_report --scales 1 0.5 --input_size 64 --num_images 200 --no_flip" in text
     assert "not recorded: they were published without a recipe" in text
@@ -179,7 +183,7 @@ def test_report_of_other_weights_is_refused(model, report, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"report\.json is no whole JSON file \(.+\): write it again, or name another"),
+        ("", r"report\.json is not a whole JSON file \(.+\): write it again, or name another"),
         ("[]", r"report\.json holds a list where a JSON object was expected: name another file"),
         ("{digest}", r"report\.json lacks protocol, images, seg, seg_tags: write it again"),
     ],
@@ -187,7 +191,7 @@ def test_report_of_other_weights_is_refused(model, report, tmp_path):
 )
 def test_a_broken_report_is_named(content, message, model, tmp_path):
     file = tmp_path / "report.json"
-    file.write_text(content.replace("{digest}", json.dumps({"weights_sha256": weights_sha256(model)})))
+    file.write_text(content.replace("{digest}", json.dumps({"weights_sha256": digest_of(model)})))
     with pytest.raises(ValueError, match=message):
         stage(model, tmp_path / "staged", "org/cats", report=file)
     assert not (tmp_path / "staged").exists()
@@ -205,8 +209,8 @@ def test_without_a_report_there_are_no_numbers(model, tmp_path):
     ("fields", "role", "data"),
     [
         ({}, "learned from image-level tags alone", "image-level tags only"),
-        ({"supervision": "masks"}, "the fully supervised upper bound", "true masks |"),
-        ({"guidance": "gt"}, "an oracle", "image-level tags and true masks |"),
+        ({"supervision": "masks"}, "the fully supervised upper bound", "ground-truth masks |"),
+        ({"guidance": "gt"}, "an oracle", "image-level tags and ground-truth masks |"),
     ],
 )
 def test_a_run_that_saw_masks_is_not_called_weakly_supervised(fields, role, data):
@@ -291,9 +295,8 @@ def test_weights_in_many_files_are_asked_for_in_one(model, tmp_path):
     CoSAForWeaklySupervisedSegmentation.from_pretrained(model).save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     CoSAImageProcessor.from_pretrained(model).save_pretrained(tmp_path)
-    for refused in (lambda: stage(tmp_path, tmp_path / "staged", "org/cats"), lambda: weights_sha256(tmp_path)):
-        with pytest.raises(FileNotFoundError, match=r"model\.safetensors: .* in one file \(see its max_shard_size\)"):
-            refused()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: .* in one file \(see its max_shard_size\)"):
+        stage(tmp_path, tmp_path / "staged", "org/cats")
 
 
 def test_nothing_is_mixed_into_a_directory(model, tmp_path):
@@ -307,7 +310,7 @@ def test_nothing_is_mixed_into_a_directory(model, tmp_path):
 def test_cards_of_the_papers_settings_are_up_to_date(dataset, classes):
     """After a change of template or recipe: write `card.content` to the file."""
     name = f"cosa-vit-b-{dataset}"
-    recipe = TrainingConfig.from_yaml(ROOT / "recipes" / f"{dataset}-vit-b.yaml")
+    recipe = TrainingConfig.named(f"{dataset}-vit-b")
     config = CoSAConfig(backbone=recipe.backbone, id2label=dict(enumerate(["background", *classes])))
     card = model_card(name, config, recipe, recipe_name=f"{dataset}-vit-b")
     assert card.data.eval_results is None
@@ -339,13 +342,14 @@ def test_the_card_of_a_taught_network_tells_what_taught_it(network, tmp_path):
     ) in text
     assert "| hardware | 1 x abacus |" in text
     assert (
-        "python scripts/export_pseudo_labels.py assignment --dataset voc --data_dir VOCdevkit/VOC2012 "
+        "cosa-hf label assignment --dataset voc --data_dir VOCdevkit/VOC2012 "
         "--split train_aug --source cam_mean --format parquet --threshold 0.45 --scales 1.0 0.5 --no_flip "
         "--output_dir VOC2012-pseudo\n"
-        "accelerate launch scripts/train_multistage.py --recipe recipe.yaml --pseudo_labels VOC2012-pseudo "
+        "cosa-hf multistage --recipe recipe.yaml --pseudo_labels VOC2012-pseudo "
         "--data_dir VOCdevkit/VOC2012\n"
     ) in text
     assert "| cat | 20.0 | 21.0 |\n" in text  # no columns for CAMs, which it has not
+    assert "mean average precision" not in text
     assert "| CoSA-MS, DeepLabV3+ on ResNet-101 | val | not stated | 76.5 |" in text
     assert "ViT-B/16" not in text
     assert "No human drew the outlines it learned from" in text
@@ -380,7 +384,7 @@ def test_the_card_claims_no_more_than_the_run_recorded(taught, fields, words, ne
     for each in words:
         assert each in text
     assert "someone" not in text
-    assert "export_pseudo_labels.py" not in text
+    assert "cosa-hf label" not in text
     assert "class activation maps of" not in text
 
 

@@ -1,4 +1,4 @@
-"""Scripts of benchmarks/ as a user runs them."""
+"""The scripts of research/benchmarks/ as a user runs them."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "research" / "benchmarks"
 
 
 def benchmark(name, *arguments):
@@ -28,16 +28,25 @@ def test_memory_grows_with_tokens_not_pairs():
 def test_a_number_of_tokens_that_makes_no_square_map_is_refused():
     run = benchmark("separation_memory.py", "--tokens", "1000")
     assert run.returncode == 2
-    assert "1000 is no square number" in run.stderr
+    assert "1000 is not a square number" in run.stderr
 
 
 @pytest.mark.slow
-def test_ways_are_compared_with_the_first_of_them():
-    run = benchmark("ways.py", "--ways", "AdamW", "EMA", "--rounds", "1")
+def test_variants_are_compared_with_the_first_of_them():
+    run = benchmark("variants.py", "--only", "AdamW", "EMA", "stride", "--rounds", "1")
     assert run.returncode == 0, run.stderr
     rows = [line.split(" | ") for line in run.stdout.splitlines()[4:]]
-    assert [row[1] for row in rows] == ["a loop", "foreach", "fused", "a loop", "foreach"]
-    assert [row[3] for row in rows if row[1] == "a loop"] == ["1.00 x", "1.00 x"]
+    assert [row[1] for row in rows] == [
+        "a loop",
+        "foreach",
+        "fused",
+        "a loop",
+        "foreach",
+        "stride 1",
+        "stride 2",
+        "stride 4",
+    ]
+    assert [row[3] for row in rows if row[1] in ("a loop", "stride 1")] == ["1.00 x"] * 3
 
 
 @pytest.mark.slow

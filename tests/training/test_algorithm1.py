@@ -1,16 +1,15 @@
-"""The training loop against Algorithm 1 in one straight line: same losses, same xi, same weights of both networks."""
+"""The trainer against Algorithm 1 in one straight line: same losses, same xi, same weights of both networks."""
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from algorithm1 import algorithm_1
-from safetensors.torch import load_file
+from runs import weights_of
 from torch.utils.data import DataLoader
 
-from cosa_hf.training import cosa, loop
+from cosa_hf.training import trainer
 
 BATCH, SIZE, CLASSES, STEPS, WARMUP = 3, 64, 8, 4, 1
 
@@ -45,54 +44,49 @@ def draw_items() -> list[dict]:
 @pytest.fixture(params=[2, 0], ids=["rising rate", "full rate at once"])
 def run(tiny, few_shapes, monkeypatch, request):
     """`train` on those items in float64; what its steps saw, the weights it left, and the model it began with."""
-    recipe = tiny(
+    config = tiny(
         batch_size=BATCH, crop_size=SIZE, max_steps=STEPS, warmup_steps=WARMUP, learning_rate=1e-3,
         lr_warmup_steps=request.param, ema_momentum=0.7, label_scales=[1.0, 0.5, 1.5],
         threshold_decay=0.6, threshold_queue=2,
     )  # fmt: skip
-    start, steps, thresholds = [], [], [(0.5, 0.5)]
-    build, assign, require_finite = cosa.build_model, cosa.assign, loop.RunGuard.require_finite
+    start, steps = [], []
+    build, training_step, losses = trainer.build_student, trainer.Trainer.training_step, trainer.Trainer.losses
 
-    def build_in_float64(recipe, dataset):
-        model = build(recipe, dataset).double()
+    def build_in_float64(config, names):
+        model = build(config, names).double()
         with torch.no_grad():  # fresh heads say next to nothing
             for head in (model.classifier, model.aux_classifier, model.decoder.conv8):
                 head.weight.mul_(20)
         start.append(copy.deepcopy(model))
         return model
 
-    def recorded_assign(*args, **kwargs):
-        targets = assign(*args, **kwargs)
-        thresholds.append((targets.threshold, targets.aux_threshold))
-        return targets
+    def recorded_losses(self, *arguments):
+        whole = losses(self, *arguments)
+        steps.append(SimpleNamespace(losses={name: value.item() for name, value in whole.items()}))
+        return whole
 
-    def record_losses(watch, losses, image_ids):
-        (whole,) = losses
-        values = {name: value.item() for name, value in whole.items()}
-        steps.append(SimpleNamespace(losses=values, thresholds=thresholds[-1]))
-        require_finite(watch, losses, image_ids)
+    def recorded_step(self, batch):
+        training_step(self, batch)
+        steps[-1].thresholds = tuple(threshold.value for threshold in self.teacher.thresholds)
 
-    monkeypatch.setattr(cosa, "build_model", build_in_float64)
-    monkeypatch.setattr(loop, "_loader", lambda *_: DataLoader(draw_items(), batch_size=BATCH))
-    monkeypatch.setattr(cosa, "assign", recorded_assign)
-    monkeypatch.setattr(loop.RunGuard, "require_finite", record_losses)
-    loop.train(recipe)
-    weights = {
-        name: load_file(Path(recipe.output_dir) / name / "model.safetensors") for name in ("online", "assignment")
-    }
-    return SimpleNamespace(recipe=recipe, start=start[0], steps=steps, weights=weights)
+    monkeypatch.setattr(trainer, "build_student", build_in_float64)
+    monkeypatch.setattr(trainer, "training_loader", lambda *_: DataLoader(draw_items(), batch_size=BATCH))
+    monkeypatch.setattr(trainer.Trainer, "losses", recorded_losses)
+    monkeypatch.setattr(trainer.Trainer, "training_step", recorded_step)
+    trainer.train(config)
+    return SimpleNamespace(config=config, start=start[0], steps=steps, weights=weights_of(config))
 
 
 def test_one_warm_up_and_three_whole_steps(run):
-    online, recipe = run.start, run.recipe
+    online, config = run.start, run.config
     batches = [
         [torch.stack([item[name] for item in items]) for name in ("weak", "strong", "labels", "valid")]
         for items in (draw_items()[BATCH * step : BATCH * (step + 1)] for step in range(STEPS))
     ]
     before = copy.deepcopy(online.state_dict())
     assignment, expected = algorithm_1(
-        online, batches, STEPS, WARMUP, recipe.learning_rate, recipe.lr_warmup_steps, recipe.ema_momentum,
-        recipe.label_scales, recipe.threshold_decay, recipe.threshold_queue,
+        online, batches, STEPS, WARMUP, config.learning_rate, config.lr_warmup_steps, config.ema_momentum,
+        config.label_scales, config.threshold_decay, config.threshold_queue,
     )  # fmt: skip
     assert len(run.steps) == STEPS
     for actual, step in zip(run.steps, expected, strict=True):

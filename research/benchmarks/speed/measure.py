@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: the package's own training loop, or the straight version of it."""
+"""One measurement in a process of its own: the package's own training, the naive baseline, or prediction."""
 
 import contextlib
 import itertools
@@ -11,28 +11,32 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from cosa_hf.evaluation.maps import SCALES, predict_maps
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from torch.utils.flop_counter import FlopCounterMode
-from views import photos
 
 from cosa_hf.assignment import network as assignment
 from cosa_hf.assignment.threshold import DynamicThreshold
-from cosa_hf.image_processing_cosa import CoSAImageProcessor
-from cosa_hf.inference import forward_multiscale
+from cosa_hf.data import class_names
+from cosa_hf.evaluation.crf import DenseCRF
+from cosa_hf.inference import SCALES, Segmenter, forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective import overall
-from cosa_hf.training import cosa, loop
+from cosa_hf.training import trainer
 from cosa_hf.training.config import TrainingConfig
-from speed import straight
-from speed.stopwatch import Stopwatch, matmul_rate, peak_memory
+from cosa_hf.training.guard import RunGuard
+from cosa_hf.training.setup import build_processor, build_student
 
-# What `instruments` finds in a step of the training loop.
-PARTS = (
-    "data", "AN forward", "pseudo-labels", "threshold", "ON forward", "classification", "CAM2Seg (two)", "Seg2CAM",
-    "separation", "objective, rest", "objective, backward", "ON backward", "optimiser", "EMA", "telemetry", "rest",
+from ..views import photos
+from . import naive_baseline
+from .stopwatch import Stopwatch, matmul_rate, peak_memory
+
+#: What `instruments` finds in a training step.
+PHASES = (
+    "data", "AN forward", "pseudo-labels", "threshold", "targets", "ON forward", "classification", "CAM2Seg (two)",
+    "Seg2CAM", "separation", "objective, rest", "objective, backward", "ON backward", "optimiser", "EMA", "telemetry",
+    "rest",
 )  # fmt: skip
-FIRST = 1  # steps that are not counted: memory is taken and kernels are chosen in them
+FIRST = 1  # steps that are not counted: memory is allocated and kernels are chosen in them
 
 
 def measure(
@@ -41,8 +45,8 @@ def measure(
     """Run `steps` steps and say where their time went.
 
     Args:
-        kind: `package`, the training loop; `sklearn`, the same with the threshold fitted as the paper does;
-            `straight`, the released code's plan; `floor`, FLOPs and matmul rates; `evaluation`, prediction alone.
+        kind: `package`, the package's training; `sklearn`, the same with the threshold fitted as the paper does;
+            `naive`, the naive baseline; `flop_bound`, FLOPs and matmul rates; `evaluation`, prediction alone.
         recipe: its name.
         changes: fields of it to replace.
         steps: how many, after one that is not counted.
@@ -50,7 +54,7 @@ def measure(
         cpu_time: see `Stopwatch`.
 
     Returns:
-        JSON-serialisable: `steps`, a dict of seconds by part for each; `memory`, peak bytes; or what `kind` gives.
+        JSON-serialisable: `steps`, a dict of seconds by phase for each; `memory`, peak bytes; or what `kind` gives.
     """
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,23 +63,23 @@ def measure(
             "dataset": "folder", "pretrained": False, "tracker": "none", "num_workers": 0, "warmup_steps": 0,
             "lr_warmup_steps": 0, "eval_every": 0, "checkpoint_every": 0, "output_dir": folder,
         }  # fmt: skip
-        chosen = TrainingConfig.named(recipe, **{**changes, **settings, "max_steps": FIRST + steps})
-        if kind == "floor":
+        config = TrainingConfig.named(recipe, **{**changes, **settings, "max_steps": FIRST + steps})
+        if kind == "flop_bound":
             plan = TrainingConfig.named(recipe, **changes)
-            return floor(chosen, plan.warmup_steps / plan.max_steps, classes, device, cpu_time)
+            return flop_bound(config, plan.warmup_steps / plan.max_steps, classes, device, cpu_time)
         if kind == "evaluation":
-            return evaluation(chosen, classes, device, cpu_time)
+            return evaluation(config, classes, device, cpu_time)
         watch = Stopwatch(device, cpu_time)
-        dataset = tagged_photos(classes, chosen.batch_size * chosen.gradient_accumulation_steps)
-        if kind == "straight":
-            straight.train(chosen, dataset, watch, device)
+        dataset = tagged_photos(classes, config.batch_size * config.gradient_accumulation_steps)
+        if kind == "naive":
+            naive_baseline.train(config, dataset, watch, device)
         else:
             with contextlib.ExitStack() as patches:
-                patches.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the loop says of the run
-                patches.enter_context(mock.patch.object(cosa, "_training_data", return_value=(dataset, [])))
+                patches.enter_context(contextlib.redirect_stdout(sys.stderr))  # what training says of the run
+                patches.enter_context(mock.patch.object(trainer, "training_data", return_value=(dataset, [])))
                 for patch in instruments(watch, fitted_by_sklearn=kind == "sklearn"):
                     patches.enter_context(patch)
-                loop.train(chosen)
+                trainer.train(config)
         return {"steps": watch.steps[FIRST:], "memory": peak_memory(device)}
 
 
@@ -95,34 +99,34 @@ def tagged_photos(classes: int, count: int) -> Dataset:
 
 
 def instruments(watch: Stopwatch, fitted_by_sklearn: bool) -> Iterator[Any]:
-    """What makes the training loop tell the time of its parts, as context managers."""
+    """Patches that assign the time of a training step to its phases, as context managers."""
 
-    def timed(owner: Any, attribute: str, part: str) -> Any:
-        return mock.patch.object(owner, attribute, watch.timed(part, getattr(owner, attribute)))
+    def timed(owner: Any, attribute: str, phase: str) -> Any:
+        return mock.patch.object(owner, attribute, watch.timed(phase, getattr(owner, attribute)))
 
-    steps, forward, backward = loop.Watch.steps, CoSAForWeaklySupervisedSegmentation.forward, Accelerator.backward
+    batches, forward = RunGuard.batches, CoSAForWeaklySupervisedSegmentation.forward
     objective = overall.CoSAObjective.__call__
 
-    def counted_steps(self: Any, loader: Any) -> Iterator[Any]:
-        batches = steps(self, loader)
+    def timed_batches(self: RunGuard, loader: Any) -> Iterator[Any]:
+        remaining = batches(self, loader)
         while True:
             watch.begin()
-            with watch.part("data"):
-                batch = next(batches, None)
+            with watch.phase("data"):
+                batch = next(remaining, None)
             if batch is None:
                 return
             yield batch
             watch.end()
 
-    def online_forward(self: Any, *arguments: Any, **options: Any) -> Any:
-        with watch.part("ON forward" if torch.is_grad_enabled() else watch.inside[-1]):
+    def timed_forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        with watch.phase("ON forward" if torch.is_grad_enabled() else watch.inside[-1]):
             return forward(self, *arguments, **options)
 
     reached: list[bool] = []
 
     def timed_objective(self: Any, outputs: Any, *arguments: Any) -> Any:
-        # All of the objective comes before any of the network in the backward pass: autograd takes what was recorded
-        # last first. So the first gradient that reaches an output parts the two.
+        # The backward pass goes through all of the objective before it reaches the network, because autograd takes
+        # first what was recorded last. So the first gradient that reaches an output separates the two.
         reached.clear()
 
         def objective_is_through(_: torch.Tensor) -> None:
@@ -133,38 +137,45 @@ def instruments(watch: Stopwatch, fitted_by_sklearn: bool) -> Iterator[Any]:
         for name in ("logits", "cls_logits", "aux_cls_logits", "cam_logits"):
             if outputs[name].requires_grad:
                 outputs[name].register_hook(objective_is_through)
-        with watch.part("objective, rest"):
+        with watch.phase("objective, rest"):
             return objective(self, outputs, *arguments)
 
-    yield mock.patch.object(loop.Watch, "steps", counted_steps)
-    yield timed(cosa, "assign", "pseudo-labels")
-    yield timed(assignment, "forward_multiscale", "AN forward")
     if fitted_by_sklearn:
-        yield mock.patch.object(DynamicThreshold, "update", straight.update_with_sklearn)
-    yield timed(DynamicThreshold, "update", "threshold")
-    yield mock.patch.object(CoSAForWeaklySupervisedSegmentation, "forward", online_forward)
+        yield mock.patch.object(DynamicThreshold, "update", naive_baseline.update_with_sklearn)
+    yield mock.patch.object(RunGuard, "batches", timed_batches)
+    yield mock.patch.object(CoSAForWeaklySupervisedSegmentation, "forward", timed_forward)
     yield mock.patch.object(overall.CoSAObjective, "__call__", timed_objective)
-    yield timed(overall, "classification_loss", "classification")
-    yield timed(overall.CoSAObjective, "_cam2seg", "CAM2Seg (two)")
-    yield timed(overall.CoSAObjective, "_seg2cam", "Seg2CAM")
-    yield timed(overall.CoSAObjective, "_separation", "separation")
-    yield timed(overall.CoSAObjective, "_dense_energy", "dense energy")
-    yield mock.patch.object(Accelerator, "backward", watch.timed("ON backward", backward))
-    yield timed(AcceleratedOptimizer, "step", "optimiser")
-    yield timed(assignment.AssignmentNetwork, "update", "EMA")
-    yield timed(loop.Telemetry, "add", "telemetry")
-    yield timed(loop.Telemetry, "step", "telemetry")
-    yield mock.patch.object(cosa, "save_networks")  # the models of a benchmark are of no use
+    yield mock.patch.object(trainer.Trainer, "_save")  # the models of a benchmark are of no use
+    for owner, attribute, phase in (
+        (assignment.AssignmentNetwork, "label", "pseudo-labels"),
+        (assignment, "forward_multiscale", "AN forward"),
+        (DynamicThreshold, "update", "threshold"),
+        (trainer.Trainer, "targets", "targets"),
+        (overall, "classification_loss", "classification"),
+        (overall, "cam2seg_loss", "CAM2Seg (two)"),
+        (overall, "seg2cam_loss", "Seg2CAM"),
+        (overall, "contrastive_separation_loss", "separation"),
+        (overall, "dense_energy_loss", "dense energy"),
+        (Accelerator, "backward", "ON backward"),
+        (AcceleratedOptimizer, "step", "optimiser"),
+        (assignment.AssignmentNetwork, "update", "EMA"),
+        (trainer.Trainer, "label_statistics", "telemetry"),
+        (trainer.Telemetry, "add", "telemetry"),
+        (trainer.Telemetry, "step", "telemetry"),
+    ):
+        yield timed(owner, attribute, phase)
 
 
-def floor(recipe: TrainingConfig, warm_up: float, classes: int, device: torch.device, cpu_time: bool) -> dict[str, Any]:
-    """FLOPs of the network in one step, counted without computing any, and what matrix products reach here."""
+def flop_bound(
+    config: TrainingConfig, warm_up: float, classes: int, device: torch.device, cpu_time: bool
+) -> dict[str, Any]:
+    """FLOPs of the network in one step, counted without computing any, and the rate of matrix products here."""
     with torch.device("meta"):
-        model = cosa.build_model(recipe, tagged_photos(classes, 1))
-        images = torch.empty(recipe.batch_size, 3, recipe.crop_size, recipe.crop_size)
+        model = build_student(config, class_names(tagged_photos(classes, 1)))
+        images = torch.empty(config.batch_size, 3, config.crop_size, config.crop_size)
     flops = {}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward_multiscale(model, images, recipe.label_scales)
+        forward_multiscale(model, images, config.label_scales)
     flops["AN forward"] = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
@@ -172,24 +183,31 @@ def floor(recipe: TrainingConfig, warm_up: float, classes: int, device: torch.de
     # Each product has two in the backward pass; the counter takes those of grouped convolutions for dense ones.
     flops["ON backward"] = 2 * flops["ON forward"]
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    rates = {name: matmul_rate(device, dtype, cpu_time) for name, dtype in kinds.items()}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": name}
-    of_recipe = {"crop_size": recipe.crop_size, "warm-up share": warm_up}
-    return {"flops": flops, "rates": rates, **versions, **of_recipe}
+    return {
+        "flops": flops,
+        "rates": {name: matmul_rate(device, dtype, cpu_time) for name, dtype in kinds.items()},
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "crop_size": config.crop_size,
+        "warm-up share": warm_up,
+    }
 
 
-def evaluation(recipe: TrainingConfig, classes: int, device: torch.device, cpu_time: bool) -> dict[str, Any]:
-    """Seconds an image, from JPEG to label map: 5 scales and flip, and a single scale."""
-    dataset = tagged_photos(classes, recipe.batch_size).select(range(recipe.batch_size))
-    model = cosa.build_model(recipe, dataset).to(device)
-    processor = CoSAImageProcessor(size={"height": recipe.input_size, "width": recipe.input_size})
+def evaluation(config: TrainingConfig, classes: int, device: torch.device, cpu_time: bool) -> dict[str, Any]:
+    """Seconds an image, from JPEG to label map, at one scale and at five with flips, without and with CRF (Tab. 6b)."""
+    dataset = tagged_photos(classes, config.batch_size).select(range(config.batch_size))
+    model = build_student(config, class_names(dataset)).to(device)
+    processor, crf = build_processor(config, model), DenseCRF()
     watch, seconds = Stopwatch(device, cpu_time), {}
     for name, scales, flip in (("single scale", (1.0,), False), ("5 scales and flip", SCALES, True)):
-        for _ in range(2):  # the first is not counted
-            watch.begin()
-            for maps in predict_maps(model, processor, dataset, scales, flip, recipe.batch_size):
-                maps.label("seg")
-            watch.end()
-        seconds[name] = sum(watch.steps[-1].values()) / len(dataset)
+        seconds[name] = {}
+        for column, refinement in (("no CRF", None), (f"CRF ({crf.backend})", crf)):
+            segmenter = Segmenter(model, processor, scales, flip, config.batch_size, refinement)
+            for _ in range(2):  # the first is not counted
+                watch.begin()
+                for image in segmenter.predict(dataset):
+                    image.label("seg")
+                watch.end()
+            seconds[name][column] = sum(watch.steps[-1].values()) / len(dataset)
     return {"seconds": seconds, "memory": peak_memory(device)}

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cosa_hf.assignment.threshold import FLOOR, DynamicThreshold
+from cosa_hf.data import class_names
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.views import Views
 from cosa_hf.objective.dense_energy import dense_energy_loss
-from cosa_hf.training import cosa
 from cosa_hf.training.config import TrainingConfig
+from cosa_hf.training.setup import build_student
 
 from .stopwatch import Stopwatch
 
@@ -57,7 +58,7 @@ def sklearn_split(values: np.ndarray) -> float | None:
     return float(between[changes[0]]) if len(changes) else None
 
 
-def update_with_sklearn(self: DynamicThreshold, confidence: Tensor, mean: Any = None) -> None:
+def update_with_sklearn(self: DynamicThreshold, confidence: Tensor, reduce: Any = None) -> None:
     """Replaces `DynamicThreshold.update`."""
     fitted = self.__dict__.setdefault("fitted_by_sklearn", SklearnThreshold(self.value, self.decay))
     fitted.update(confidence)
@@ -66,7 +67,7 @@ def update_with_sklearn(self: DynamicThreshold, confidence: Tensor, mean: Any = 
 
 def train(recipe: TrainingConfig, dataset: Dataset, watch: Stopwatch, device: torch.device) -> list[dict[str, float]]:
     """Train by the naive baseline; returns the loss terms of each step."""
-    online = cosa.build_model(recipe, dataset).to(device).train()
+    online = build_student(recipe, class_names(dataset)).to(device).train()
     materialise_attention(online)
     assignment = copy.deepcopy(online).eval()
     optimizer = torch.optim.AdamW(online.parameters(), lr=recipe.learning_rate, foreach=False)

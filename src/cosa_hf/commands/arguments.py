@@ -2,14 +2,12 @@
 
 import argparse
 import copy
-import dataclasses
-import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from transformers import HfArgumentParser
+from cosa_hf.training.config import RunConfig, config_from_flags
 
-AnyConfig = TypeVar("AnyConfig")
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -19,7 +17,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
         if not action.help or not action.option_strings or silent:
             return action.help
-        return f"{action.help} (default: %(default)s)"
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
+        return f"{action.help} (default: {default})"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = copy.copy(action)
@@ -53,20 +52,11 @@ def parse_config(
     description: str | None,
     values: dict[str, Any],
 ) -> AnyConfig:
-    """A configuration from the fields that a recipe sets and from flags, which win.
-
-    Args:
-        kind: a dataclass. Its `parts`, where it has them, are the groups of `--help`.
-        flags: the command line, without what `chooser` took.
-        chooser: took --recipe before.
-        description: what `--help` begins with.
-        values: of the recipe, by field.
-
-    Raises:
-        ValueError: a value that the configuration refuses.
-    """
-    parser = HfArgumentParser(
-        [_flags_of(part) for part in getattr(kind, "parts", ()) or (kind,)],
+    """A configuration from the fields that a recipe sets and from flags, which win; `chooser` took --recipe before."""
+    return config_from_flags(
+        kind,
+        values,
+        flags,
         prog=chooser.prog,
         usage=f"{chooser.prog} [--recipe RECIPE] [--FIELD VALUE ...]",
         parents=[chooser],
@@ -74,22 +64,6 @@ def parse_config(
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(**values)
-    found = parser.parse_args(flags)
-    return kind(**{spec.name: getattr(found, spec.name) for spec in dataclasses.fields(kind)})  # type: ignore[arg-type]
-
-
-def _flags_of(part: type) -> type:
-    """The fields of a dataclass as flags: without its checks, and without what only those read of a field."""
-    hints = typing.get_type_hints(part)
-    fields: list[Any] = []
-    for spec in dataclasses.fields(part):
-        default: Any = {"default": spec.default, "default_factory": spec.default_factory}
-        plain = dataclasses.field(**default, metadata={"help": spec.metadata["help"]})
-        fields.append((spec.name, hints[spec.name], plain))
-    group = getattr(part, "_argument_group_name", None)
-    namespace = {"_argument_group_name": group} if group else {}
-    return dataclasses.make_dataclass(part.__name__, fields, namespace=namespace, kw_only=True)
 
 
 def positive(text: str) -> int:

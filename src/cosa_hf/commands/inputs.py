@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import ClassLabel, Dataset, load_dataset
-from transformers import HfArgumentParser
 
 from cosa_hf.commands.arguments import HelpFormatter, positive
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
 from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.inference import SCALES, Segmenter, check_classes
+from cosa_hf.training.config import ConfigParser
 
 
-def dataset_parser(name: str, description: str | None) -> HfArgumentParser:
+def dataset_parser(name: str, description: str | None) -> ConfigParser:
     """The parser of a command that reads a dataset: --dataset, --data_dir and the options of its readers."""
-    parser = HfArgumentParser(
-        DatasetOptions,
+    kinds: list[Any] = [DatasetOptions]
+    parser = ConfigParser(
+        kinds,
         prog=f"cosa-hf {name}",
         description=description,
         formatter_class=HelpFormatter,
@@ -30,10 +31,10 @@ def dataset_parser(name: str, description: str | None) -> HfArgumentParser:
     return parser
 
 
-def parse_dataset_args(parser: HfArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]:
+def parse_dataset_args(parser: ConfigParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]:
     """What a `dataset_parser` finds."""
-    options, args = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
-    return args, options
+    args = parser.parse_args(arguments)
+    return args, DatasetOptions(**{spec.name: getattr(args, spec.name) for spec in dataclasses.fields(DatasetOptions)})
 
 
 def dataset_of(args: argparse.Namespace, options: DatasetOptions, segmenter: Segmenter, masks: bool = False) -> Dataset:

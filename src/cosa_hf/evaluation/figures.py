@@ -140,17 +140,17 @@ def comparison(lines: Sequence[tuple[Image.Image, dict[str, Any]]], names: Seque
     seen = np.unique(np.concatenate([np.unique(_numpy(mask)) for _, masks in lines for mask in masks.values()]))
     legend = _legend(seen, names, len(captions) * column)
     height = GAP + LINE_HEIGHT + sum(line[0].height + GAP for line in tiles) + legend.height
-    picture = Image.new("RGB", (len(captions) * column + GAP, height), PAPER)
-    draw = ImageDraw.Draw(picture)
+    sheet = Image.new("RGB", (len(captions) * column + GAP, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
     for index, caption in enumerate(captions):
         draw.text((GAP + index * column, GAP), caption, fill=INK, font=_font())
     top = GAP + LINE_HEIGHT
     for line in tiles:
         for index, tile in enumerate(line):
-            picture.paste(tile, (GAP + index * column, top))
+            sheet.paste(tile, (GAP + index * column, top))
         top += line[0].height + GAP
-    picture.paste(legend, (GAP, top))
-    return picture
+    sheet.paste(legend, (GAP, top))
+    return sheet
 
 
 def overlay(image: Image.Image, mask: Any, names: Sequence[str]) -> Image.Image:

@@ -83,7 +83,6 @@ class SegmentationMetric(evaluate.Metric):
 
         Raises:
             ValueError: shapes differ, or an id is outside the range.
-
         """
         if kwargs:
             raise ValueError(f"unknown inputs {sorted(kwargs)}; this metric takes predictions= and references=")
@@ -91,35 +90,22 @@ class SegmentationMetric(evaluate.Metric):
             raise ValueError("give both predictions= and references=")
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-        if isinstance(predictions, (list, tuple)) or isinstance(references, (list, tuple)):
-            for prediction, reference in zip(predictions, references, strict=True):
-                self._count(prediction, reference)
-        else:
-            self._count(predictions, references)
+        for prediction, reference in zip(predictions, references, strict=True):
+            self._count(prediction, reference)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Count one (H, W) mask; see `add_batch`.
-
-        Raises:
-            ValueError: as `add_batch`.
-
-        """
+        """Count one (H, W) mask; see `add_batch`."""
         self.add_batch(predictions=[prediction], references=[reference], **kwargs)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Scores of all that was added since the last `compute`; then starts afresh, as in any metric.
 
         Args:
-            predictions: a last batch to add first, or None.
-            references: its references, or None.
+            predictions: a last batch to add first, with its references, or None.
 
         Returns:
             `miou` (percent, None when nothing was counted) and `per_class`, {name: percent, or None where the
             class occurs in no prediction and no reference}.
-
-        Raises:
-            ValueError: as `add_batch`.
-
         """
         if predictions is not None or references is not None or kwargs:
             self.add_batch(predictions=predictions, references=references, **kwargs)
@@ -130,11 +116,8 @@ class SegmentationMetric(evaluate.Metric):
     def coexistence(self, names: Sequence[str]) -> float | None:
         """Mean IoU in percent over the named classes (the paper's C-mIoU); ask before `compute`.
 
-        Args:
-            names: class names; classes that occur nowhere do not count.
-
         Returns:
-            The mean, or None when `names` is empty or none of them occurs.
+            The mean over those that occur; None when none does.
 
         Raises:
             ValueError: a name is not among the label names.

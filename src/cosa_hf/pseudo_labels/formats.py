@@ -111,7 +111,7 @@ class PngFormat(Format):
 
     `SegmentationClassAug/ID.png`, `ImageSets/Segmentation/SPLIT.txt`, the tags in `image_labels.json`, the
     class names in `classes.txt`. `JPEGImages/ID.jpg` is a link to the image where that is a file, so that no
-    picture is on the disk twice, and else the image's own bytes, whatever their format. A slash, backslash,
+    image is on the disk twice, and else the image's own bytes, whatever their format. A slash, backslash,
     percent sign or blank in an id becomes %2F, %5C, %25 or %20.
     """
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from cosa_hf.evaluation.evaluate import PROTOCOLS, label_names
-from cosa_hf.inference import MASK_SETS
+from cosa_hf.evaluation.evaluate import PROTOCOLS
+from cosa_hf.inference import MASK_SETS, label_names
 from cosa_hf.publishing.kinds import Origin, encoder_origin, kind_of, needs, network_name, trained_network
 from cosa_hf.training.config import RunConfig, TrainingConfig
 
@@ -32,14 +32,14 @@ _DATA = {
         "VOCdevkit/VOC2012",
         "photographs from Flickr, under Flickr's terms of use; the owners keep their rights.",
         "PASCAL VOC holds Flickr photographs of 2012 and earlier, mostly European and American scenes; a third of them "
-        "show people, whose age, skin and dress are no sample of the world's.",
+        "show people, whose age, skin and dress do not represent the world's.",
     ),
     "coco": _Data(
         "MS-COCO 2014",
         "COCO2014",
         "annotations CC BY 4.0; photographs from Flickr, under the licences their owners chose.",
-        "MS-COCO holds Flickr photographs, mostly European and American scenes; its people and kitchens are no sample "
-        "of the world's, and small objects are often left untagged.",
+        "MS-COCO holds Flickr photographs, mostly European and American scenes; its people and kitchens do not "
+        "represent the world's, and small objects are often left untagged.",
     ),
     "shapes": _Data(
         "the embedded demo set: drawn shapes",
@@ -70,10 +70,10 @@ def model_card(
         config: the model's.
         recipe: what it was trained with; the card says so where there is none.
         run: `run.json` of the training run: images, hardware, seconds, and how the pseudo-labels were made.
-        report: of `scripts/evaluate.py`, on these weights.
+        report: of `cosa-hf evaluate`, on these weights.
         weights_sha256: of the weights the card lies beside; None for a model that is only described.
         recipe_name: how the command calls the recipe of a model that is only described.
-        panels: file names of pictures in `panels/`.
+        panels: file names of visualizations in `panels/`.
         license: identifier of the Hub for the weights' licence.
         notes: Markdown before everything else: what a reader must know and no file says.
 
@@ -160,7 +160,7 @@ def _eval_results(report: dict[str, Any]) -> list[EvalResult]:
 def _evaluate_command(report: dict[str, Any]) -> str:
     protocol = report["protocol"]
     data = _DATA.get(protocol["dataset"])
-    words = ["python scripts/evaluate.py MODEL --dataset", protocol["dataset"]]
+    words = ["cosa-hf evaluate MODEL --dataset", protocol["dataset"]]
     if data is None or data.directory:
         words += ["--data_dir", data.directory if data else "DIR"]
     words += ["--split", protocol["split"], "--scales", *(f"{scale:g}" for scale in protocol["scales"])]

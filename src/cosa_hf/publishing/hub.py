@@ -15,7 +15,8 @@ from huggingface_hub import (
 )
 from transformers import AutoConfig
 
-from cosa_hf.evaluation.weights import weights_sha256
+from cosa_hf.digest import weights_sha256
+from cosa_hf.inference import load_model
 from cosa_hf.publishing.card import HEADLINES, model_card
 from cosa_hf.publishing.kinds import check_network, read_recipe
 from cosa_hf.training.config import RunConfig, place_name
@@ -39,19 +40,19 @@ def stage(
     """Write into `folder` all that the repository `repo_id` is going to hold, and nothing else.
 
     That is the saved model with its code (a model of transformers has none), the card as `README.md`, the recipe
-    without paths of this machine, the pictures as `panels/` and the scores as `.eval_results/seg.yaml` (tags unknown)
-    and `seg_tags.yaml` (tags given).
+    without paths of this machine, the visualizations as `panels/` and the scores as `.eval_results/seg.yaml` (tags
+    unknown) and `seg_tags.yaml` (tags given).
 
     Args:
         model: directory of a saved model with its processor.
         folder: does not exist yet, or is empty.
         repo_id: "org/name"; a name alone for a model that goes elsewhere than to the Hub.
-        report: JSON of `scripts/evaluate.py` on exactly these weights; without it no number is published.
+        report: JSON of `cosa-hf evaluate` on exactly these weights; default: no number is published.
         panels: directory of PNG files.
-        recipe: a YAML file; without it `recipe.yaml` of the training run that `model` lies in, where there is one.
+        recipe: a YAML file; default: `recipe.yaml` of the training run that `model` lies in, where there is one.
             `run.json` beside it tells hardware and wall clock.
         benchmark: data set on the Hub, "org/name", whose leaderboard the scores are for; the Hub shows
-            `.eval_results` of registered benchmarks only. The name in the report otherwise.
+            `.eval_results` of registered benchmarks only. Default: the name in the report.
         license: identifier of the Hub for the weights' licence.
         notes: a Markdown file that the card begins with.
 
@@ -71,11 +72,11 @@ def stage(
         )
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a directory that holds nothing yet")
-    digest = weights_sha256(model)
+    digest = weights_sha256(load_model(str(model), "cpu")[0])
     scores = _matching_report(Path(report), digest) if report else None
     recipe_file = Path(recipe) if recipe else model.parent / "recipe.yaml"
     settings, run = _recipe_and_run(recipe_file, config) if recipe or recipe_file.is_file() else (None, None)
-    pictures = _pictures(Path(panels)) if panels else []
+    images = _images(Path(panels)) if panels else []
     if notes and not Path(notes).is_file():
         raise FileNotFoundError(f"no notes {notes}")
 
@@ -84,10 +85,10 @@ def stage(
         shutil.copyfile(model / name, folder / name)
     if settings:
         settings.to_yaml(folder / "recipe.yaml")
-    if pictures:
+    if images:
         (folder / "panels").mkdir()
-    for picture in pictures:
-        shutil.copyfile(picture, folder / "panels" / picture.name)
+    for image in images:
+        shutil.copyfile(image, folder / "panels" / image.name)
     if scores:
         _write_eval_results(scores, folder / ".eval_results", benchmark)
     model_card(
@@ -97,7 +98,7 @@ def stage(
         run=run,
         report=scores,
         weights_sha256=digest,
-        panels=[picture.name for picture in pictures],
+        panels=[image.name for image in images],
         license=license,
         notes=Path(notes).read_text(encoding="utf-8").strip() if notes else None,
     ).save(folder / "README.md")
@@ -123,7 +124,7 @@ def publish(folder: str | Path, repo_id: str, private: bool = False) -> str:
         raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or publish without private")
     # Not upload_folder: it may make several commits, and readers would meet new code with old weights.
     files = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
-    # Scores and pictures of earlier weights must not stay behind.
+    # Scores and visualizations of earlier weights must not stay behind.
     outdated = {sibling.rfilename for sibling in info.siblings or ()} - files.keys() - {".gitattributes"}
     commit = api.create_commit(
         repo_id,
@@ -139,18 +140,18 @@ def publish(folder: str | Path, repo_id: str, private: bool = False) -> str:
 
 def _matching_report(path: Path, digest: str) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"no report {path}: scripts/evaluate.py writes it")
+        raise FileNotFoundError(f"no report {path}: `cosa-hf evaluate` writes it")
     report = _read_object(path)
     measured = report.get("weights_sha256")
     if measured != digest:
         found = f"those with SHA-256 {measured[:12]}..." if measured else "unknown weights: it has no weights_sha256"
         raise ValueError(
-            f"{path} was measured on {found}; this model's are {digest[:12]}...: score it with scripts/evaluate.py, "
+            f"{path} was measured on {found}; this model's are {digest[:12]}...: score it with `cosa-hf evaluate`, "
             "or publish without a report, and so without numbers"
         )
     absent = [name for name in ("protocol", "images", *HEADLINES) if name not in report]
     if absent:
-        raise ValueError(f"{path} lacks {', '.join(absent)}: write it again with scripts/evaluate.py")
+        raise ValueError(f"{path} lacks {', '.join(absent)}: write it again with `cosa-hf evaluate`")
     return report
 
 
@@ -158,7 +159,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no whole JSON file ({error}): write it again, or name another") from error
+        raise ValueError(f"{path} is not a whole JSON file ({error}): write it again, or name another") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__} where a JSON object was expected: name another file")
     return value
@@ -170,16 +171,16 @@ def _recipe_and_run(path: Path, config: Any) -> tuple[RunConfig, dict[str, Any] 
     check_network(recipe, config, path)
     file = path.with_name("run.json")
     run = _read_object(file) if file.is_file() else None
-    if taught := (run or {}).get("pseudo_labels"):
-        taught["model"] = place_name(taught["model"]) or "MODEL"
+    if export := (run or {}).get("pseudo_labels"):
+        export["model"] = place_name(export["model"]) or "MODEL"
     return recipe.portable(), run
 
 
-def _pictures(directory: Path) -> list[Path]:
-    pictures = sorted(directory.glob("*.png"))
-    if not pictures:
-        raise FileNotFoundError(f"no PNG files in {directory}: scripts/evaluate.py --panels writes them")
-    return pictures
+def _images(directory: Path) -> list[Path]:
+    images = sorted(directory.glob("*.png"))
+    if not images:
+        raise FileNotFoundError(f"no PNG files in {directory}: `cosa-hf evaluate --panels` writes them")
+    return images
 
 
 def _write_eval_results(report: dict[str, Any], directory: Path, benchmark: str | None) -> None:

@@ -317,5 +317,5 @@ def config_from_flags(
     """
     parser = ConfigParser(kind.parts, **parser_options)
     parser.set_defaults(**values)
-    found = parser.parse_args_into_dataclasses(list(flags))[: len(kind.parts)]
-    return kind(**{name: value for part in found for name, value in vars(part).items()})
+    found = parser.parse_args(list(flags))
+    return kind(**{spec.name: getattr(found, spec.name) for spec in dataclasses.fields(kind)})

@@ -8,24 +8,20 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
-from cosa_hf.training.cosa import recommendation
-from cosa_hf.training.loop import train
 from fp16_on_cpu import HalfAccelerator
 from PIL import Image
-from safetensors.torch import load_file
+from runs import assert_equal, left, load_few_shapes, log_of, summary_of, weights_of
 from transformers import AutoModelForSemanticSegmentation
 
-from cosa_hf.data import VOC_CLASSES, load_shapes
+from cosa_hf.assignment.network import AssignmentNetwork
+from cosa_hf.data import VOC_CLASSES
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.training import cosa, loop
+from cosa_hf.objective.overall import CoSAObjective
+from cosa_hf.training import setup
 from cosa_hf.training.config import TrainingConfig
+from cosa_hf.training.trainer import Trainer, recommendation, train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
-
-
-def log_of(recipe: TrainingConfig) -> list[dict]:
-    return [json.loads(line) for line in (Path(recipe.output_dir) / "log.jsonl").read_text().splitlines()]
-
 
 TOLD = {"step", "lr", "xi", "aux_xi", "an_on_distance", "images_per_second", "memory_gb"}
 MIXTURES = {
@@ -36,37 +32,25 @@ MIXTURES = {
 }
 
 
-def weights_of(recipe: TrainingConfig) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: load_file(Path(recipe.output_dir) / name / "model.safetensors") for name in ("online", "assignment")}
-
-
-def assert_same_weights(one: TrainingConfig, other: TrainingConfig) -> None:
-    for name, weights in weights_of(one).items():
-        others = weights_of(other)[name]
-        assert weights.keys() == others.keys()
-        for key, value in weights.items():
-            assert torch.equal(value, others[key]), f"{name}: {key}"
-
-
 def test_a_run_leaves_two_loadable_models_and_says_which_to_use(tiny, capsys):
-    recipe = tiny()
-    recommended = train(recipe)
-    assert recommended == Path(recipe.output_dir) / "assignment"
+    config = tiny()
+    recommended = train(config)
+    assert recommended == Path(config.output_dir) / "assignment"
     assert "recommended: assignment" in capsys.readouterr().out
     for name in ("online", "assignment"):
-        model = AutoModelForSemanticSegmentation.from_pretrained(Path(recipe.output_dir) / name)
+        model = AutoModelForSemanticSegmentation.from_pretrained(Path(config.output_dir) / name)
         assert model.config.id2label[0] == "background"
-    summary = json.loads((recommended.parent / "run.json").read_text())
+    summary = summary_of(config)
     assert summary["recommended"] == "assignment"
     assert summary["hardware"].startswith("1 x ")
     assert summary["seconds"] >= 0
-    assert TrainingConfig.from_yaml(recommended.parent / "recipe.yaml") == recipe
+    assert TrainingConfig.from_yaml(recommended.parent / "recipe.yaml") == config
 
 
 def test_warmup_is_classification_only_and_the_rest_is_everything(tiny):
-    recipe = tiny()
-    train(recipe)
-    log = log_of(recipe)
+    config = tiny()
+    train(config)
+    log = log_of(config)
     assert all(set(entry) >= TOLD for entry in log)
     assert set(log[-1]) >= MIXTURES
     parts = [set(entry) - TOLD - MIXTURES for entry in log]
@@ -79,82 +63,83 @@ def test_warmup_never_runs_the_assignment_network(tiny, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("the assignment network ran during warm-up")
 
-    monkeypatch.setattr(cosa, "assign", forbidden)
+    monkeypatch.setattr(AssignmentNetwork, "label", forbidden)
     train(tiny(warmup_steps=6))
     with pytest.raises(AssertionError, match="ran during warm-up"):
         train(tiny(warmup_steps=5))
 
 
+@pytest.fixture
+def precisions(monkeypatch):
+    """In what the networks compute, with gradient (ON) and without (AN)."""
+    seen, forward = {}, CoSAForWeaklySupervisedSegmentation.forward
+
+    def noted(self, *arguments, **options):
+        outputs = forward(self, *arguments, **options)
+        seen.setdefault("ON" if torch.is_grad_enabled() else "AN", set()).add(outputs.logits.dtype)
+        return outputs
+
+    monkeypatch.setattr(CoSAForWeaklySupervisedSegmentation, "forward", noted)
+    return seen
+
+
 @pytest.mark.parametrize("alone", [False, True])
-def test_the_assignment_network_alone_may_run_in_bf16(tiny, monkeypatch, alone):
-    seen = {"AN": set(), "ON": set()}
-    assign, outputs = cosa.assign, cosa.CoSATask.outputs
-
-    def precision(name):
-        seen[name].add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-
-    monkeypatch.setattr(cosa, "assign", lambda *args, **kwargs: precision("AN") or assign(*args, **kwargs))
-    monkeypatch.setattr(cosa.CoSATask, "outputs", lambda *args: precision("ON") or outputs(*args))
-    recipe = tiny(bf16_assignment=alone)
-    train(recipe)
-    assert seen == {"AN": {torch.bfloat16 if alone else torch.float32}, "ON": {torch.float32}}
-    assert log_of(recipe)[-1]["s2c"] > 0
+def test_the_assignment_network_alone_may_run_in_bf16(tiny, precisions, alone):
+    config = tiny(bf16_assignment=alone)
+    train(config)
+    assert precisions == {"AN": {torch.bfloat16 if alone else torch.float32}, "ON": {torch.float32}}
+    assert log_of(config)[-1]["s2c"] > 0
 
 
-def test_switches_remove_their_parts(tiny):
-    recipe = tiny(
-        seg2cam_weight=0.0,
-        separation_weight=0.0,
-        aux_cam2seg_weight=0.0,
-        reliability_weighting=False,
-        dynamic_threshold=False,
-        threshold=0.4,
-        swapping_assignments=False,
-    )
-    train(recipe)
-    last = log_of(recipe)[-1]
-    assert {"s2c", "csc", "aux_c2s"}.isdisjoint(last)
-    assert last["xi"] == last["aux_xi"] == 0.4
-
-
-def test_the_release_trains_with_its_regulariser(tiny):
-    recipe = tiny(
-        cam_fusion="sum",
-        label_scales=[1.0, 0.5],
-        dynamic_threshold=False,
-        threshold=0.7,
-        background_threshold=0.2,
-        reliability_weighting=False,
-        balanced=True,
-        relu_cams=True,
-        separation_weight=0.0,
-        dense_energy_weight=0.05,
-        supervision_stride=2,
-    )
-    train(recipe)
-    last = log_of(recipe)[-1]
-    assert {"c2s", "aux_c2s", "s2c", "energy"} <= set(last)
-    assert "csc" not in last
-    assert last["energy"] < 0
+@pytest.mark.parametrize(
+    ("fields", "terms"),
+    [
+        pytest.param(
+            {
+                "seg2cam_weight": 0.0, "separation_weight": 0.0, "aux_cam2seg_weight": 0.0,
+                "reliability_weighting": False, "dynamic_threshold": False, "threshold": 0.4,
+                "swapping_assignments": False,
+            },
+            {"c2s"},
+            id="all switched off",
+        ),
+        pytest.param(
+            {
+                "cam_fusion": "sum", "label_scales": [1.0, 0.5], "dynamic_threshold": False, "threshold": 0.7,
+                "background_threshold": 0.2, "reliability_weighting": False, "balanced": True, "relu_cams": True,
+                "separation_weight": 0.0, "dense_energy_weight": 0.05, "supervision_stride": 2,
+            },
+            {"c2s", "aux_c2s", "s2c", "energy"},
+            id="release",
+        ),
+    ],
+)  # fmt: skip
+def test_switches_remove_terms_and_the_release_adds_its_regulariser(tiny, fields, terms):
+    config = tiny(**fields)
+    train(config)
+    last = log_of(config)[-1]
+    assert {"c2s", "aux_c2s", "s2c", "csc", "energy"} & last.keys() == terms
+    assert last["xi"] == last["aux_xi"] == fields["threshold"]
+    assert last.get("energy", -1) < 0
 
 
 @pytest.fixture
 def objective_calls(monkeypatch):
-    """What the loop handed to the objective after warm-up, and the losses it got back."""
-    calls, whole = [], cosa.CoSAObjective.__call__
+    """What the trainer handed to the objective after warm-up, and the losses it got back."""
+    calls, objective = [], CoSAObjective.__call__
 
-    def record(self, outputs, labels, valid, pseudo_labels, mean, images, classifier):
-        losses = whole(self, outputs, labels, valid, pseudo_labels, mean, images, classifier)
+    def record(self, outputs, labels, targets, valid, images, classifier):
+        losses = objective(self, outputs, labels, targets, valid, images, classifier)
         if "s2c" in losses:
             reached = torch.autograd.grad(losses["s2c"], (outputs.cam_logits,), allow_unused=True, retain_graph=True)
-            calls.append({"direct": reached[0], "target": pseudo_labels.segmentation, "images": images})
+            calls.append({"direct": reached[0], "spl": targets.spl, "images": images})
             if outputs.hidden_states is not None:
                 sources = (outputs.hidden_states[-1], classifier)
                 reached = torch.autograd.grad(losses["s2c"], sources, allow_unused=True, retain_graph=True)
                 calls[-1] |= dict(zip(("features", "classifier"), reached, strict=True))
         return losses
 
-    monkeypatch.setattr(cosa.CoSAObjective, "__call__", record)
+    monkeypatch.setattr(CoSAObjective, "__call__", record)
     return calls
 
 
@@ -171,20 +156,20 @@ def test_a_detached_guidance_reaches_one_of_its_two_sources(tiny, objective_call
 def test_the_oracle_reads_masks_and_says_so(tiny, few_shapes, objective_calls, capsys):
     train(tiny(guidance="gt", scale_min=1.0, scale_max=1.0))
     assert few_shapes == [("train_aug", True)]
-    assert "ORACLE: guidance gt reads the true masks" in capsys.readouterr().out
+    assert "ORACLE: guidance gt reads the ground-truth masks" in capsys.readouterr().out
     # Shares of tokens of 16 x 16 pixels, where the pseudo-labels of an untrained network would be anything.
     for call in objective_calls:
-        pixels = call["target"] * 256
+        pixels = call["spl"] * 256
         torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("guidance", ["spl", "noise", "none"])
 def test_no_other_guidance_reads_masks(tiny, few_shapes, objective_calls, guidance, capsys):
-    recipe = tiny(guidance=guidance)
-    train(recipe)
+    config = tiny(guidance=guidance)
+    train(config)
     assert few_shapes == [("train_aug", False)]
     assert "ORACLE" not in capsys.readouterr().out
-    assert ("s2c" in log_of(recipe)[-1]) == (guidance != "none") == bool(objective_calls)
+    assert ("s2c" in log_of(config)[-1]) == (guidance != "none") == bool(objective_calls)
 
 
 def test_the_dense_energy_sees_the_strong_view_in_steps_of_0_to_255(tiny, objective_calls):
@@ -198,29 +183,29 @@ def test_the_dense_energy_sees_the_strong_view_in_steps_of_0_to_255(tiny, object
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_path):
     runs = [tiny(seed=seed, output_dir=str(tmp_path / name)) for seed, name in ((1, "a"), (1, "b"), (2, "c"))]
-    for recipe in runs:
-        train(recipe)
-    assert_same_weights(runs[0], runs[1])
+    for config in runs:
+        train(config)
+    first, same, other = map(weights_of, runs)
+    assert_equal(first, same)
     with pytest.raises(AssertionError):
-        assert_same_weights(runs[0], runs[2])
+        assert_equal(first, other)
 
 
 def test_images_without_a_tag_are_left_out_and_named(tiny, monkeypatch, capsys):
-    def with_two_untagged(*args, masks=False, **kwargs):
-        dataset = load_shapes("train", num_images=6, image_size=48)
+    def with_two_untagged(*arguments, **options):
+        dataset = load_few_shapes(None, None, "train")
         return dataset.map(
             lambda row, index: {"labels": [] if index in (1, 4) else row["labels"]},
             with_indices=True,
             features=dataset.features,
         )
 
-    monkeypatch.setattr(cosa, "load_dataset_by_name", with_two_untagged)
-    recipe = tiny(max_steps=2, warmup_steps=2)
-    train(recipe)
+    monkeypatch.setattr(setup, "load_dataset_by_name", with_two_untagged)
+    config = tiny(max_steps=2, warmup_steps=2)
+    train(config)
     assert "left out 2 images without a tag: train-00001, train-00004" in capsys.readouterr().out
-    summary = json.loads((Path(recipe.output_dir) / "run.json").read_text())
-    assert summary["untagged_dropped"] == ["train-00001", "train-00004"]
-    assert summary["images"] == 4
+    summary = summary_of(config)
+    assert (summary["untagged_dropped"], summary["images"]) == (["train-00001", "train-00004"], 4)
 
 
 def test_masks_are_loaded_for_the_bound_and_for_evaluation_only(tiny, few_shapes, tmp_path):
@@ -238,7 +223,7 @@ def test_masks_are_loaded_for_the_bound_and_for_evaluation_only(tiny, few_shapes
     bound = tiny(output_dir=str(tmp_path / "bound"), supervision="masks")
     train(bound)
     assert few_shapes == [("train_aug", True)]
-    assert "seg" in log_of(bound)[-1]
+    assert {"loss", "cls", "aux_cls", "c2s"} == log_of(bound)[-1].keys() - TOLD
 
 
 def test_training_never_opens_a_mask(tiny, monkeypatch, tmp_path):
@@ -254,37 +239,28 @@ def test_training_never_opens_a_mask(tiny, monkeypatch, tmp_path):
         Image.effect_noise((60, 50), 64).convert("RGB").save(root / f"JPEGImages/{image_id}.jpg")
         for folder in ("SegmentationClassAug", "SegmentationClass"):
             (root / folder / f"{image_id}.png").write_bytes(b"not a mask")
-    recipe = tiny(dataset="voc", data_dir=str(root))
-    train(recipe)
-    assert len(log_of(recipe)) == 6
+    config = tiny(dataset="voc", data_dir=str(root))
+    train(config)
+    assert len(log_of(config)) == 6
     with pytest.raises(ValueError, match="2007_00000"):
         train(tiny(dataset="voc", data_dir=str(root), supervision="masks", output_dir=str(tmp_path / "bound")))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method is being renamed; the floor has the old name
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method is being renamed; the least version has the old name
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny, tmp_path):
     plain = tiny(output_dir=str(tmp_path / "plain"))
     checkpointed = tiny(output_dir=str(tmp_path / "checkpointed"), gradient_checkpointing=True)
-    for recipe in (plain, checkpointed):
-        train(recipe)
+    for config in (plain, checkpointed):
+        train(config)
     for name, weights in weights_of(plain).items():
-        for key, value in weights.items():
-            torch.testing.assert_close(value, weights_of(checkpointed)[name][key], atol=1e-5, rtol=1e-4)
-
-
-@pytest.fixture
-def any_precision():
-    """A process has one precision; these tests want another."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
+        torch.testing.assert_close(weights_of(checkpointed)[name], weights, atol=1e-5, rtol=1e-4)
 
 
 def test_bf16_trains(tiny, any_precision):
-    recipe = tiny(mixed_precision="bf16")
-    train(recipe)
-    assert all(math.isfinite(value) for entry in log_of(recipe) for value in entry.values())
-    assert {weight.dtype for weight in weights_of(recipe)["online"].values()} == {torch.float32}
+    config = tiny(mixed_precision="bf16")
+    train(config)
+    assert all(math.isfinite(value) for entry in log_of(config) for value in entry.values())
+    assert {weight.dtype for weight in weights_of(config)["online"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("steps", "name"), [(20_000, "assignment"), (2_000, "online")])
@@ -304,36 +280,36 @@ def test_another_number_of_images_than_the_schedule_is_made_for_is_announced(tin
 def test_processes_that_do_not_know_of_each_other_are_refused(tiny, monkeypatch):
     """As `accelerate launch --multi_gpu --num_processes 2` starts them on a machine without GPUs."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    recipe = tiny()
+    config = tiny()
     with pytest.raises(ValueError, match="ACCELERATE_USE_CPU=1"):
-        train(recipe)
-    assert not Path(recipe.output_dir).exists()
+        train(config)
+    assert not Path(config.output_dir).exists()
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_a_network_split_among_processes_is_refused(tiny, monkeypatch, kind):
-    monkeypatch.setattr(loop.Accelerator, "distributed_type", kind)
-    recipe = tiny()
+    monkeypatch.setattr(setup.Accelerator, "distributed_type", kind)
+    config = tiny()
     with pytest.raises(ValueError, match=f"{kind.value} splits the network .* use plain processes"):
-        train(recipe)
-    assert not Path(recipe.output_dir).exists()
+        train(config)
+    assert not Path(config.output_dir).exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for accelerators, and here is one")
 def test_fp16_without_an_accelerator_is_refused(tiny, any_precision):
-    recipe = tiny(mixed_precision="fp16")
+    config = tiny(mixed_precision="fp16")
     with pytest.raises(ValueError, match="fp16 needs an accelerator, this is cpu"):
-        train(recipe)
-    assert not Path(recipe.output_dir).exists()
+        train(config)
+    assert not Path(config.output_dir).exists()
 
 
 @pytest.fixture
 def fp16(any_precision, monkeypatch):
-    """Let the loop train in real fp16 on this machine; takes arguments of the scaler."""
+    """Let training be in real fp16 on this machine; takes arguments of the scaler."""
 
     def train_in_fp16(**scaling):
         accelerator = type("Scaled", (HalfAccelerator,), {"scaling": scaling})
-        monkeypatch.setattr(loop, "Accelerator", accelerator)
+        monkeypatch.setattr(setup, "Accelerator", accelerator)
         return {"mixed_precision": "fp16"}
 
     return train_in_fp16
@@ -341,20 +317,6 @@ def fp16(any_precision, monkeypatch):
 
 # Grows after three steps to where gradients overflow, and falls back.
 OVERFLOWING = {"init_scale": 2.0**10, "growth_factor": 2.0**30, "backoff_factor": 2.0**-30, "growth_interval": 3}
-
-
-@pytest.fixture
-def precisions(monkeypatch):
-    """In what the networks compute, with gradient (ON) and without (AN)."""
-    seen, forward = {}, CoSAForWeaklySupervisedSegmentation.forward
-
-    def noted(self, *arguments, **options):
-        outputs = forward(self, *arguments, **options)
-        seen.setdefault("ON" if torch.is_grad_enabled() else "AN", set()).add(outputs.logits.dtype)
-        return outputs
-
-    monkeypatch.setattr(CoSAForWeaklySupervisedSegmentation, "forward", noted)
-    return seen
 
 
 def test_fp16_learns_what_fp32_learns(tiny, fp16, precisions, tmp_path):
@@ -385,18 +347,18 @@ def test_fp16_learns_what_fp32_learns(tiny, fp16, precisions, tmp_path):
 
 def test_fp16_skips_a_step_whose_gradients_overflow(tiny, fp16, monkeypatch):
     """Weights, moving average and schedule are left as they were; the steps after it go on."""
-    states, step = [], cosa.CoSATask.shares
+    states, statistics = [], Trainer.label_statistics
 
     def after_step(self, *arguments):
         states.append(
-            [parameter.detach().clone() for parameter in (*self.network.parameters(), *self.assignment.parameters())]
+            [parameter.detach().clone() for parameter in (*self.student.parameters(), *self.teacher.parameters())]
         )
-        return step(self, *arguments)
+        return statistics(self, *arguments)
 
-    monkeypatch.setattr(cosa.CoSATask, "shares", after_step)
-    recipe = tiny(max_steps=10, **fp16(**OVERFLOWING))
-    train(recipe)
-    log = log_of(recipe)
+    monkeypatch.setattr(Trainer, "label_statistics", after_step)
+    config = tiny(max_steps=10, **fp16(**OVERFLOWING))
+    train(config)
+    log = log_of(config)
     assert all(math.isfinite(value) for entry in log for value in entry.values())
     stood_still = [
         all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
@@ -406,12 +368,12 @@ def test_fp16_skips_a_step_whose_gradients_overflow(tiny, fp16, monkeypatch):
     assert stood_still == kept_rate == [number in (4, 8) for number in range(2, 11)]
 
 
-def test_fp16_resumes_with_its_scaler(tiny, fp16, left, assert_equal, tmp_path):
+def test_fp16_resumes_with_its_scaler(tiny, fp16, tmp_path):
     # In the middle of what the scaler counts: one that began anew would overflow at another step.
     scaled = {"max_steps": 9, "checkpoint_every": 6, **fp16(**OVERFLOWING)}
     whole, cut = (tiny(output_dir=str(tmp_path / name), **scaled) for name in ("whole", "cut"))
-    for recipe in (whole, cut):
-        train(recipe)
+    for config in (whole, cut):
+        train(config)
     train(dataclasses.replace(cut, resume=True))
     assert_equal(left(whole), left(cut))
 
