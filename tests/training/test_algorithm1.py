@@ -1,4 +1,4 @@
-"""The trainer against Algorithm 1 in one straight line: same losses, same xi, same weights of both networks."""
+"""The trainer against a plain Algorithm 1: same losses, same xi, same weights of both networks."""
 
 import copy
 from types import SimpleNamespace

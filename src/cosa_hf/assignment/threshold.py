@@ -16,10 +16,10 @@ from cosa_hf.settings import Settings, setting
 BINS = 512
 # Confidences up to here are what min-max leaves of an inactive map. Their spike would be a Gaussian of its own and all
 # else the other, so that they belong to no cluster; where both must be equally wide they are the background.
-FLOOR = 0.05
+LEAST = 0.05
 Covariance = Literal["full", "tied"]
 Pair = Sequence[float] | np.ndarray
-LOWEST: dict[Covariance, float] = {"full": FLOOR, "tied": 0.0}
+LOWEST: dict[Covariance, float] = {"full": LEAST, "tied": 0.0}
 # Nats per value by which two Gaussians must explain the confidences better than one. A single narrow cluster gains
 # 1e-4, the confidences of real CAMs a hundred to a thousand times more.
 LEAST_GAIN = 1e-3
@@ -106,7 +106,7 @@ class DynamicThreshold(nn.Module):
         """
         values = at_least_float32(confidence.detach())
         if self.covariance == "full":
-            values = values[values > FLOOR]
+            values = values[values > LEAST]
         histogram = torch.histc(values, bins=BINS, min=LOWEST[self.covariance], max=1.0)
         self.histograms[self.seen % len(self.histograms)] = reduce(histogram).to(self.histograms)
         self.seen += 1
@@ -134,7 +134,7 @@ def fit_mixture(
 
     Example:
         >>> low, high = 0.2 + 0.02 * torch.randn(3000), 0.8 + 0.02 * torch.randn(1000)
-        >>> mixture = fit_mixture(torch.histc(torch.cat([low, high]), BINS, FLOOR, 1.0).double())
+        >>> mixture = fit_mixture(torch.histc(torch.cat([low, high]), BINS, LEAST, 1.0).double())
         >>> [round(weight, 2) for weight in mixture.weights], [round(mean, 1) for mean in mixture.means]
         ([0.75, 0.25], [0.2, 0.8])
     """

@@ -130,7 +130,7 @@ def export_pseudo_labels(
                 _write_record(output_dir, settings, model, complete=False)
             files.prepare()
         state.wait_for_everyone()
-        missing = [shard for shard in range(len(rows)) if not files.part(shard).exists()]
+        missing = [shard for shard in range(len(rows)) if not files.shard_file(shard).exists()]
         state.wait_for_everyone()
         unreadable: list[str] = []
         with state.split_between_processes(missing) as mine:
