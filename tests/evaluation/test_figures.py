@@ -7,6 +7,7 @@ from PIL import Image
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.data.palette import voc_palette
 from cosa_hf.evaluation.figures import (
     SMALL_TILE,
     TILE_HEIGHT,
@@ -16,7 +17,6 @@ from cosa_hf.evaluation.figures import (
     save_visualizations,
     visualization,
 )
-from cosa_hf.data.palette import voc_palette
 from cosa_hf.inference import Segmenter
 
 NAMES = ["background", "cat", "dog"]
