@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md.
+"""Draws the figures of docs/concepts.md.
 
 make demo && python docs/concepts.py runs/demo/model --voc_dir VOC2012
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from cosa_hf.evaluation.maps import predict_maps
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -19,39 +18,39 @@ from cosa_hf import demo_model
 from cosa_hf.assignment.threshold import BINS, FLOOR, fit_mixture
 from cosa_hf.data import load_dataset_by_name, load_shapes
 from cosa_hf.data.palette import to_palette_image
-from cosa_hf.inference import load_model
+from cosa_hf.inference import Segmenter
 from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, segmentation_pseudo_labels
-from cosa_hf.objective.reliability import perplexity, reliability_weights
+from cosa_hf.objective.reliability import perplexity
 
 SCALES = (1.0, 0.5, 1.5)  # of the assignment network in training
-SHOWN = (1, 3, 5)  # pictures of the unseen split with a boat or a train
+SHOWN = (1, 3, 5)  # images of the unseen split with a boat or a train
 
 
 def draw_labels(model: str, path: Path) -> None:
-    """One row for each picture: image, M', CPL, its weight, SPL, truth."""
-    network, processor = load_model(model, "cpu")
+    """One row for each image: image, M', CPL, its weight, SPL, ground truth."""
+    segmenter = teacher(model)
     shapes = load_shapes("val", num_images=max(SHOWN) + 1, masks=True).select(SHOWN)
-    threshold = network.config.cam_threshold
+    threshold = segmenter.model.config.cam_threshold
     figure = Figure(figsize=(10.2, 1.75 * len(SHOWN) + 0.3), layout="constrained")
     axes = figure.subplots(len(SHOWN), 6)
-    for row, maps in zip(axes, predict_maps(network, processor, shapes, SCALES), strict=True):
-        cams = maps.upsample(maps.cam)[None]
+    for row, one in zip(axes, segmenter.predict(shapes), strict=True):
+        cams = one.upsample(one.cam)[None]
         confidence = cams.amax(1)
-        weights = reliability_weights(perplexity(confidence, threshold), torch.ones_like(confidence).bool())
-        spl = segmentation_pseudo_labels(maps.upsample(maps.seg_logits)[None], maps.labels[None])
-        for place, (title, picture, options) in zip(
+        reliability = 1 / perplexity(confidence, threshold)
+        spl = segmentation_pseudo_labels(one.upsample(one.seg_logits)[None], one.labels[None])
+        for place, (title, image, options) in zip(
             row,
             (
-                ("image", maps.image, {}),
+                ("image", one.image, {}),
                 ("M', strongest class", confidence[0], {"cmap": "viridis", "vmin": 0, "vmax": 1}),
                 (f"CPL, xi = {threshold:g}", _colours(cam_pseudo_labels(cams, threshold)[0]), {}),
-                ("its weight (RAW)", weights[0], {"cmap": "magma", "vmin": 0}),
+                ("its weight (RAW)", reliability[0] / reliability.mean(), {"cmap": "magma", "vmin": 0}),
                 ("SPL", _colours(spl[0].argmax(0)), {}),
-                ("truth, never seen", _colours(maps.truth), {}),
+                ("ground truth, never seen", _colours(one.ground_truth), {}),
             ),
             strict=True,
         ):
-            place.imshow(picture, **options)
+            place.imshow(image, **options)
             place.set_axis_off()
             if row[0] is axes[0, 0]:
                 place.set_title(title, fontsize=9)
@@ -83,8 +82,12 @@ def draw_threshold(confidences: dict[str, torch.Tensor], path: Path) -> None:
 
 def confidences(model: str, dataset: Any) -> torch.Tensor:
     """nu = max_c M' of every token of a dataset."""
-    network, processor = load_model(model, "cpu")
-    return torch.cat([maps.cam.amax(0).flatten() for maps in predict_maps(network, processor, dataset, SCALES)])
+    return torch.cat([one.cam.amax(0).flatten() for one in teacher(model).predict(dataset)])
+
+
+def teacher(model: str) -> Segmenter:
+    """A model that looks at images as the assignment network does in training."""
+    return Segmenter.from_pretrained(model, device="cpu", scales=SCALES, flip=True)
 
 
 def _colours(ids: Any) -> np.ndarray:
@@ -113,10 +116,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", metavar="MODEL", help="the model that `make demo` leaves, runs/demo/model")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).with_name("concepts"), help="(%(default)s)")
-    parser.add_argument("--voc_dir", help="VOC2012, for the confidences of photos; their histogram is left out without")
-    parser.add_argument("--split", default="train_aug", help="of VOC (%(default)s)")
-    parser.add_argument("--num_images", type=int, default=60, help="images in a histogram (%(default)s)")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path(__file__).with_name("concepts"),
+        help="for the PNGs (default: %(default)s)",
+    )
+    parser.add_argument("--voc_dir", help="VOC2012, for the histogram of photos (default: no such histogram)")
+    parser.add_argument("--split", default="train_aug", help="split of VOC (default: %(default)s)")
+    parser.add_argument("--num_images", type=int, default=60, help="images in a histogram (default: %(default)s)")
     return parser.parse_args(arguments)
 
 

@@ -96,8 +96,8 @@ class Benchmark:
         self.save(report.scaling_table(self.results["scaling"]))
 
 
-def main() -> None:
-    args, changes = parse()
+def main(arguments: list[str] | None = None) -> None:
+    args, changes = parse(arguments)
     benchmark = Benchmark(args, changes)
     benchmark.bound()
     if args.variants:
@@ -109,7 +109,7 @@ def main() -> None:
     print(f"saved in {args.output_dir}")
 
 
-def parse() -> tuple[argparse.Namespace, dict[str, Any]]:
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="voc-lite0", help="a YAML file, or a recipe's name (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="recipe fields to replace")
@@ -123,7 +123,7 @@ def parse() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/benchmark"), help="directory to write (default: %(default)s)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     unreadable = [pair for pair in args.set if "=" not in pair]
     if unreadable:
         parser.error(f"--set: {unreadable[0]!r} is not FIELD=VALUE")

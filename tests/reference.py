@@ -61,6 +61,48 @@ def large_fov(features: Array, conv6: Array, conv7: Array, conv8: Array, dilatio
     return activation_maps(np.stack(hidden), conv8[:, :, 0, 0])
 
 
+def layer_norm(tokens: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """Token by token."""
+    result = np.zeros(tokens.shape)
+    for index in np.ndindex(tokens.shape[:-1]):
+        token = tokens[index]
+        result[index] = (token - token.mean()) / math.sqrt(token.var() + eps) * weight + bias
+    return result
+
+
+def attention_weights(query: Array, key: Array) -> Array:
+    """softmax(q k^T / sqrt(d)) of one head, (N, N), row by row."""
+    result = np.zeros((len(query), len(key)))
+    for row in range(len(query)):
+        scores = np.array([query[row] @ other / math.sqrt(query.shape[1]) for other in key])
+        result[row] = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    return result
+
+
+def smooth_maximum(logits: Array, sharpness: float) -> Array:
+    """log mean exp(r z) / r over the tokens (B, C, N)."""
+    result = np.zeros(logits.shape[:2])
+    for image, c in np.ndindex(result.shape):
+        highest = logits[image, c].max()
+        mean = np.mean([math.exp(sharpness * (z - highest)) for z in logits[image, c]])
+        result[image, c] = highest + math.log(mean) / sharpness
+    return result
+
+
+def mlp(features: Array, hidden: tuple[Array, Array], output: tuple[Array, Array]) -> Array:
+    """Two linear layers at each token, exact GELU between: weights (out, in) and biases."""
+
+    def gelu(x: float) -> float:
+        return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
+
+    batch, _, height, width = features.shape
+    result = np.zeros((batch, len(output[1]), height, width))
+    for image, y, x in np.ndindex(batch, height, width):
+        inside = np.array([gelu(value) for value in hidden[0] @ features[image, :, y, x] + hidden[1]])
+        result[image, :, y, x] = output[0] @ inside + output[1]
+    return result
+
+
 def moving_average(assignment: Array, online: Array, momentum: float) -> Array:
     """Θ' <- m Θ' + (1 - m) Θ (Sec. 3.2)."""
     return momentum * assignment + (1 - momentum) * online
@@ -167,6 +209,64 @@ def cam2seg_loss(
         weight = 1.0 if weights is None else weights[image, y, x]
         losses.append(weight * (np.logaddexp.reduce(vector) - vector[ids[image, y, x]]))
     return float(np.mean(losses)) if losses else 0.0
+
+
+# --- the affinity of tokens (frozen encoders; not in the paper) -------------------------------------------
+
+
+def feature_affinity(
+    features: Array, temperature: float = 0.15, power: float | None = None, valid: Array | None = None
+) -> Array:
+    """(B, N, N): cosines of tokens less their image's mean, through a softmax or a power, row by row."""
+    batch, channels = features.shape[:2]
+    tokens = features.reshape(batch, channels, -1)
+    inside = np.ones((batch, tokens.shape[2]), bool) if valid is None else valid.reshape(batch, -1)
+    result = np.zeros((batch, tokens.shape[2], tokens.shape[2]))
+    for image, row, column in np.ndindex(result.shape):
+        known = [n for n in range(tokens.shape[2]) if inside[image, n]]
+        mean = tokens[image][:, known].mean(axis=1) if known else np.zeros(channels)
+        # Shorter than this, what sets a token apart is rounding.
+        least = 1e-5 * max(np.linalg.norm(token) for token in tokens[image].T)
+        one, other = (tokens[image][:, n] - mean for n in (row, column))
+        lengths = max(np.linalg.norm(one), least) * max(np.linalg.norm(other), least)
+        cosine = one @ other / lengths if lengths else 0.0
+        result[image, row, column] = math.exp(cosine / temperature) if power is None else max(cosine, 0.0) ** power
+    return normalize_rows(result)
+
+
+def attention_affinity(attention: Array, power: float = 1.0) -> Array:
+    """(B, N, N): the mean of both directions of two tokens' attention, to a power, row by row."""
+    result = np.zeros(attention.shape)
+    for image, row, column in np.ndindex(result.shape):
+        result[image, row, column] = ((attention[image, row, column] + attention[image, column, row]) / 2) ** power
+    return normalize_rows(result)
+
+
+def normalize_rows(affinity: Array, valid: Array | None = None) -> Array:
+    """Rows that sum to 1 over valid columns; a token that nothing is like has itself alone."""
+    result = np.zeros(affinity.shape)
+    for image, row in np.ndindex(affinity.shape[:2]):
+        columns = [n for n in range(affinity.shape[2]) if valid is None or valid[image, n]]
+        total = sum(affinity[image, row, n] for n in columns)
+        for n in columns:
+            result[image, row, n] = affinity[image, row, n] / total if total else 0.0
+        if not total:
+            result[image, row, row] = 1.0
+    return result
+
+
+def spread(cams: Array, affinity: Array, steps: int = 1, valid: Array | None = None) -> Array:
+    """Token by token the mean over valid tokens, weighted by affinity, as often as asked; then min-max (Sec. 3.3)."""
+    batch, classes, height, width = cams.shape
+    valid = np.ones((batch, height, width), bool) if valid is None else valid
+    rows = normalize_rows(affinity, valid.reshape(batch, -1))
+    maps = cams.reshape(batch, classes, -1)
+    for _ in range(steps):
+        after = np.zeros(maps.shape)
+        for image, c, n in np.ndindex(maps.shape):
+            after[image, c, n] = sum(rows[image, n, m] * maps[image, c, m] for m in range(height * width))
+        maps = after
+    return normalize_cams(maps.reshape(cams.shape), np.ones((batch, classes)), valid)
 
 
 # --- the dynamic threshold (Eq. 6) ------------------------------------------------------------------------

@@ -202,8 +202,8 @@ def measure(variants: Variants, rounds: int) -> dict[str, tuple[float, float]]:
     return {name: (first[name], statistics.median(several)) for name, several in seconds.items()}
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     print(f"torch {torch.__version__}, {DEVICE.type}, {torch.get_num_threads()} threads, {args.rounds} rounds\n")
     print("| optimisation | variant | seconds | speed-up | first call, s |\n|---|---|---|---|---|")
     for title, variants in OPTIMISATIONS.items():
@@ -216,11 +216,11 @@ def main() -> None:
             print(f"| {title} | {name} | {seconds:.4f} | {without / seconds:.2f} x | {first:.1f} |", flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only those with one of these words in their name")
     parser.add_argument("--rounds", type=int, default=5, help="calls of each variant (default: %(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 import shutil
 from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -120,22 +120,49 @@ class CoSAConfig(SegmentationConfig):
 
     The labels are the K = C + 1 segmentation labels with the background at id 0; the C classes an image can
     be tagged with are the labels 1..C in the same order. `label2id` follows from `id2label` when not given.
+    Layers are blocks of a ViT or stages of a hierarchical network, counted from the end. The defaults are the
+    paper's; what goes beyond it is for frozen encoders, whose features are not made for CAMs.
 
     Args:
         backbone: Name of any timm model that offers `forward_intermediates` and takes images of any size. The
             default is the paper's (Sec. 4.1).
-        aux_layer: Layer whose output is the auxiliary map F†, counted from the end: blocks of a ViT, stages
-            of a hierarchical network (-1 would be the last one). -3 is the released ViT setting; a network
-            with four stages wants -2, since F† should stay close to the end.
+        feature_layer: Layer whose output is the last map F. -1, the last, comes after the final norm of a ViT;
+            earlier ones as they are.
+        attention: What the last block of a plain ViT does to make F, where `feature_layer` is -1. `standard`: all
+            of it. `value`: each token's own value, without attention, residual and MLP (MaskCLIP, Zhou et al.
+            2022). `value-value`: the same, with attention of values to values (CLIP Surgery, Li et al. 2023).
+        aux_layer: Layer whose output is the auxiliary map F†. -3 is the released ViT setting; a network with
+            four stages wants -2, since F† should stay close to the end. -1 where F is another map.
+        aux_attention: As `attention`, for F† where `aux_layer` is -1.
         output_stride: Pixels per token for convolutional backbones, by dilation: 8, 16 or 32. Backbones that
             cannot change their stride (every transformer) keep their own.
-        decoder_channels: Width of the LargeFOV decoder.
-        decoder_dilation: Dilation of its two 3x3 convolutions.
+        pooling: How tokens become the class logits Z. `max`: the largest value of each channel, then W (Sec. 3.1).
+            `lse`: of the tokens' logits z = F Wᵀ their smooth maximum, log mean exp(r z) / r (Pinheiro and
+            Collobert, 2015). `token-max`: the largest of them.
+        pooling_sharpness: r of `lse`; from the mean of the logits, towards 0, to their maximum.
+        classifier_bias: Whether both classifiers, and with them M and M†, have a bias.
+        standardize_features: Whether the heads see F and F† less their mean over the training images, divided by
+            their standard deviation, channel by channel.
+        decoder: `largefov`, two dilated 3x3 convolutions and a classifier (Sec. 3.1), or `mlp`, two layers on each
+            token by itself.
+        decoder_inputs: `last`, F, or `concat`, F and F† one after the other, through a layer norm.
+        decoder_channels: Width of the decoder.
+        decoder_dilation: Dilation of LargeFOV's two 3x3 convolutions.
+        decoder_dropout: Share of the decoder's input channels that training leaves out, image by image.
         cam_threshold: Foreground threshold ξ on normalised CAMs at inference, between 0 and 1.
+        affinity: What tokens are alike by, where CAMs are spread over the tokens that are like theirs: `features`,
+            the cosine of the output of `affinity_layer`; `attention`, the encoder's own, of `affinity_blocks`.
+        affinity_layer: Layer whose tokens `features` compares.
+        affinity_blocks: Blocks of a plain ViT whose attention `attention` averages.
+        affinity_temperature: `features`: of a softmax over the cosines.
+        affinity_power: `features`: with it the positive cosines to this power take the softmax's place.
+            `attention`: the attention to this power.
+        affinity_steps: How often CAMs are spread.
         coexistence_classes, semantic_loss_ignore_index: As in `SegmentationConfig`.
 
     Raises:
-        ValueError: as `SegmentationConfig`, or for an `aux_layer` above -2 or a threshold outside (0, 1).
+        ValueError: as `SegmentationConfig`; for a number outside its range, a layer that is not counted from the
+            end, F and F† that are one map, or an attention for another layer than the last.
 
     Example:
 
@@ -154,19 +181,55 @@ class CoSAConfig(SegmentationConfig):
     code_files = ("configuration_cosa.py", "image_processing_cosa.py", "modeling_cosa.py")
 
     backbone: str = "vit_base_patch16_224.orig_in21k_ft_in1k"
+    feature_layer: int = -1
+    attention: Literal["standard", "value", "value-value"] = "standard"
     aux_layer: int = -3
+    aux_attention: Literal["standard", "value", "value-value"] = "standard"
+    pooling: Literal["max", "lse", "token-max"] = "max"
+    pooling_sharpness: float = 4.0
+    classifier_bias: bool = False
+    standardize_features: bool = False
+    decoder: Literal["largefov", "mlp"] = "largefov"
+    decoder_inputs: Literal["last", "concat"] = "last"
     decoder_channels: int = 512
     decoder_dilation: int = 5
+    decoder_dropout: float = 0.0
     cam_threshold: float = 0.5
+    affinity: Literal["none", "features", "attention"] = "none"
+    affinity_layer: int = -4
+    affinity_blocks: list[int] = field(default_factory=lambda: [-7, -6, -5, -4, -3])
+    affinity_temperature: float = 0.15
+    affinity_power: float | None = None
+    affinity_steps: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.aux_layer > -2:
-            raise ValueError(
-                f"aux_layer={self.aux_layer} is not a layer before the last: count from the end, -2 or lower."
-            )
+        self._check_layers()
         if not 0 < self.cam_threshold < 1:
             raise ValueError(f"cam_threshold={self.cam_threshold} must lie strictly between 0 and 1.")
+        if not 0 <= self.decoder_dropout < 1:
+            raise ValueError(f"decoder_dropout={self.decoder_dropout} must lie in [0, 1).")
+        for name in ("pooling_sharpness", "affinity_temperature", "affinity_power", "affinity_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0.")
+
+    def _check_layers(self) -> None:
+        for name in ("feature_layer", "aux_layer", "affinity_layer"):
+            if getattr(self, name) > -1:
+                raise ValueError(f"{name}={getattr(self, name)} is not a layer: count from the end, -1 or lower.")
+        if not self.affinity_blocks or max(self.affinity_blocks) > -1:
+            raise ValueError(f"affinity_blocks={self.affinity_blocks} must be blocks, counted from the end.")
+        maps = [(self.feature_layer, self.attention), (self.aux_layer, self.aux_attention)]
+        for (layer, attention), prefix in zip(maps, ("", "aux_"), strict=True):
+            if attention != "standard" and layer != -1:
+                name = "aux_layer" if prefix else "feature_layer"
+                raise ValueError(f"{prefix}attention={attention!r} is of the last block, but {name}={layer}.")
+        if maps[0] == maps[1]:
+            raise ValueError(
+                f"aux_layer={self.aux_layer} with aux_attention={self.aux_attention!r} is the map F itself: choose "
+                "another layer (-2 or lower), or another attention."
+            )
 
 
 __all__ = ["CoSAConfig", "SegmentationConfig"]

@@ -196,9 +196,7 @@ def _timm() -> Any:
 def _parts(config: CoSAMSConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
     timm = _timm()
     if not timm.is_model(config.encoder):
-        raise ValueError(
-            f"encoder={config.encoder!r} is not a model of timm {timm.__version__}; see timm.list_models()"
-        )
+        raise ValueError(f"encoder={config.encoder!r} is not a model of timm {timm.__version__}: see timm.list_models")
     architecture = None if config.architecture == "largefov" else _smp_class(config.architecture)
     try:
         return _smp_parts(config, architecture) if architecture else _large_fov_parts(config)

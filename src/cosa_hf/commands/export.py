@@ -8,7 +8,7 @@ the authors' code loads.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from cosa_hf.commands.arguments import command_parser
 from cosa_hf.commands.inputs import add_model
 from cosa_hf.files import check_output
 from cosa_hf.inference import load_model, require_cams
+from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.publishing.official import to_official
 from cosa_hf.publishing.onnx import OUTPUTS, export_onnx
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.format == "onnx":
         write_onnx(model, args.target, args.int8)
         return
-    checkpoint = to_official(model)
+    checkpoint = to_official(cast(CoSAForWeaklySupervisedSegmentation, model))
     args.target.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, args.target)
     print(f"{args.target}: a checkpoint for the authors' code; its encoder.head, unused, is zero")

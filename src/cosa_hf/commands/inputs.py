@@ -16,8 +16,9 @@ from cosa_hf.training.config import ConfigParser
 
 def dataset_parser(name: str, description: str | None) -> ConfigParser:
     """The parser of a command that reads a dataset: --dataset, --data_dir and the options of its readers."""
+    kinds: list[Any] = [DatasetOptions]
     parser = ConfigParser(
-        [DatasetOptions],  # type: ignore[list-item]  # a class, which the annotation of transformers does not say
+        kinds,
         prog=f"cosa-hf {name}",
         description=description,
         formatter_class=HelpFormatter,

@@ -266,9 +266,10 @@ def _images_per_step(arguments: TrainingArguments) -> int:
 def _announce(config: MultistageConfig, trainer: MultistageTrainer) -> None:
     labels = f"labels of {config.self_training}" if config.self_training else config.pseudo_labels
     per_step, say = _images_per_step(trainer.args), trainer.accelerator.print
+    millions = trainer.network.num_parameters() / 1e6
     say(
-        f"{config.network} ({type(trainer.network).__name__}, {trainer.network.num_parameters() / 1e6:.1f} M parameters) "
-        f"on {labels}: {config.max_steps} steps of {per_step} images"
+        f"{config.network} ({type(trainer.network).__name__}, {millions:.1f} M parameters) on {labels}: "
+        f"{config.max_steps} steps of {per_step} images"
     )
     if per_step != config.images_per_step:
         say(

@@ -23,7 +23,7 @@ UNKNOWN = -100  # an id that no class can have, however many there are
 
 @dataclass(kw_only=True)
 class ObjectiveConfig(Settings):
-    """Weights and switches of Eq. 3-11. The defaults are the paper's; "release" is what the released code differs in."""
+    """Weights and switches of Eq. 3-11. Defaults are the paper's; "release" is what the released code differs in."""
 
     _argument_group_name = "Objective (Eq. 3-11)"
 
