@@ -39,12 +39,12 @@ def measure(tokens: int, classes: int) -> tuple[float, float]:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / MIB, seconds
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="square numbers")
     parser.add_argument("--classes", type=int, default=20)
-    arguments = parser.parse_args()
-    for tokens in arguments.tokens:
+    args = parser.parse_args(arguments)
+    for tokens in args.tokens:
         if tokens < 4 or math.isqrt(tokens) ** 2 != tokens:
             parser.error(
                 f"--tokens: the map of tokens is square here, and {tokens} is not a square number of at least 4"
@@ -54,9 +54,9 @@ def main() -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     print("| tokens | peak, MiB | KiB a token | CPU seconds | one matrix of all pairs, MiB |")
     print("|---|---|---|---|---|")
-    for tokens in arguments.tokens:
+    for tokens in args.tokens:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            peak, seconds = process.submit(measure, tokens, arguments.classes).result()
+            peak, seconds = process.submit(measure, tokens, args.classes).result()
         pairs = 4 * tokens**2 / MIB
         print(f"| {tokens:,} | {peak:.0f} | {1024 * peak / tokens:.0f} | {seconds:.1f} | {pairs:,.0f} |", flush=True)
 

@@ -21,7 +21,8 @@ from cosa_hf.data.views import Views
 from cosa_hf.image_processing_cosa import to_rgb
 
 
-def main(args: argparse.Namespace) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     torch.set_num_threads(1)  # as in a process of the loader
     files = photos(args.images)
     views = Views(args.crop_size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -80,11 +81,15 @@ def rate(work: Callable[[int], object], count: int, seconds: float) -> float:
     return done / (time.process_time() - started)
 
 
-if __name__ == "__main__":
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--images", type=Path, help="directory of JPEGs, of which the first 32 are used (default: drawn)"
     )
     parser.add_argument("--crop_size", type=int, default=448, help="side in pixels (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="CPU seconds for each row (default: %(default)s)")
-    main(parser.parse_args())
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
