@@ -178,6 +178,7 @@ def mixture_values(threshold: DynamicThreshold, prefix: str = "") -> dict[str, f
     """xi, and the mixture that the last step fitted, by name; without one, xi alone.
 
     Example:
+        >>> from cosa_hf.assignment.threshold import ThresholdConfig
         >>> mixture_values(DynamicThreshold(ThresholdConfig(threshold=0.4)), prefix="aux_")
         {'aux_xi': 0.4}
     """
