@@ -112,7 +112,7 @@ class CoSABackbone(nn.Module):
         self._require_blocks()
         self.stride, (self.num_features, self.aux_num_features), unused = self._probe()
         for name in unused:
-            own = self.model.get_submodule(name)  # a list is gone through, whatever becomes of it
+            modules = self.model.get_submodule(name)  # a list is gone through, whatever becomes of it
             empty = (
                 nn.ModuleList(nn.Identity() for _ in modules) if isinstance(modules, nn.ModuleList) else nn.Identity()
             )
