@@ -119,7 +119,7 @@ def test_the_split_column_wins_over_the_directory(photos, tmp_path):
 def test_classes_can_be_fixed(photos):
     jsonl(photos, [{"file_name": "a.jpg", "labels": ["dog"]}])
     assert class_names(load_folder(photos, classes=["owl", "dog"])) == ["owl", "dog"]
-    with pytest.raises(ValueError, match=r"no class: 'dog' \(did you mean 'dogs'\?\) of 1 image \(a.jpg\)"):
+    with pytest.raises(ValueError, match=r"not classes: 'dog' \(did you mean 'dogs'\?\) of 1 image \(a.jpg\)"):
         load_folder(photos, classes=["owl", "dogs"])
 
 
