@@ -61,8 +61,8 @@ def score(model, dataset, cam_threshold=None, **settings):
 
 
 def masks_of(one, threshold=None):
-    """An image's masks by every protocol."""
-    return {protocol: one.label(protocol, threshold)[0].numpy() for protocol in PROTOCOLS}
+    """An image's masks by every protocol of a model without affinity."""
+    return {protocol: one.label(protocol, threshold)[0].numpy() for protocol in PROTOCOLS if protocol != "cam_spread"}
 
 
 def make_dataset(masks, tags):

@@ -8,11 +8,18 @@ from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImagePr
 from cosa_hf.publishing import onnx
 from cosa_hf.publishing.onnx import export_onnx
 
+# What recipes for frozen encoders use
+FROZEN = {
+    "aux_layer": -1, "aux_attention": "value-value", "pooling": "lse", "classifier_bias": True,
+    "standardize_features": True, "decoder": "mlp", "decoder_inputs": "concat", "affinity": "attention",
+    "affinity_blocks": [-2],
+}  # fmt: skip
+
 
 def tiny(backbone, **options):
     torch.manual_seed(0)
-    config = CoSAConfig(backbone=backbone, aux_layer=-2, decoder_channels=16, decoder_dilation=1, num_labels=4)
-    return CoSAForWeaklySupervisedSegmentation(config).eval()
+    settings = {"aux_layer": -2, "decoder_channels": 16, "decoder_dilation": 1, "num_labels": 4} | options
+    return CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone=backbone, **settings)).eval()
 
 
 def session_of(path):
@@ -21,10 +28,19 @@ def session_of(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet", "tf_efficientnet_lite0"])
-def test_same_maps_at_any_batch_and_size(backbone, tmp_path):
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("test_vit", {}),
+        ("test_vit", FROZEN | {"feature_layer": -3}),
+        ("test_vit", FROZEN | {"attention": "value"}),
+        ("test_resnet", {}),
+        ("tf_efficientnet_lite0", {}),
+    ],
+)
+def test_same_maps_at_any_batch_and_size(backbone, options, tmp_path):
     pytest.importorskip("onnxscript")
-    model = tiny(backbone)
+    model = tiny(backbone, **options)
     path = tmp_path / "new" / "model.onnx"
     assert export_onnx(model, path) < 1e-4
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]

@@ -22,13 +22,16 @@ NAMES = """
     background_threshold threshold_decay threshold_queue threshold_covariance cam2seg_weight aux_cam2seg_weight
     supervision_stride balanced seg2cam_weight guidance detach relu_cams separation_weight separation_temperature
     separation_scope reliability_weighting perplexity_alpha perplexity_beta perplexity_epsilon dense_energy_weight
-    dense_energy_scale
+    dense_energy_scale feature_layer attention aux_attention pooling pooling_sharpness classifier_bias
+    standardize_features decoder decoder_inputs decoder_dropout affinity affinity_layer affinity_blocks
+    affinity_temperature affinity_power affinity_steps
 """
 
 RANGES = {
     "least 1": """
         crop_size input_size batch_size gradient_accumulation_steps images_per_step max_steps shuffle_buffer log_every
         eval_images keep_checkpoints decoder_channels decoder_dilation threshold_queue supervision_stride
+        affinity_steps
     """,
     "least 0": """
         warmup_steps lr_warmup_steps lr_power weight_decay max_grad_norm seed num_workers eval_every eval_panels
@@ -36,13 +39,17 @@ RANGES = {
         separation_weight dense_energy_weight perplexity_beta
     """,
     "least 0, infinite": "perplexity_epsilon",
-    "least 0, below 1": "ema_momentum threshold_decay",  # a moving average at 1 would never move
+    "least 0, below 1": "ema_momentum threshold_decay decoder_dropout",  # a moving average at 1 would never move
     "least 0.001": "separation_temperature",
-    "above 0": "scale_min scale_max label_scales learning_rate head_lr_multiplier spl_temperature",
+    "above 0": """
+        scale_min scale_max label_scales learning_rate head_lr_multiplier spl_temperature pooling_sharpness
+        affinity_temperature affinity_power
+    """,
     "above 0, below 1": "threshold",
     "above 0, most 0.999": "perplexity_alpha",  # perplexity is 0 at full distance for 1 and infinite for 0
     "above 0, most 1": "dense_energy_scale",
-    "": "aux_layer output_stride",  # CoSAConfig knows
+    "most -1": "feature_layer aux_layer affinity_layer affinity_blocks",  # counted from the end
+    "": "output_stride",  # CoSAConfig knows
 }
 
 
@@ -59,6 +66,10 @@ PAPER = {
     "cam2seg_weight": 0.1, "aux_cam2seg_weight": 0.1, "seg2cam_weight": 0.05, "separation_weight": 0.1,
     # All switches of Tab. 3 on.
     "swapping_assignments": True, "reliability_weighting": True, "dynamic_threshold": True,
+    # Nothing that frozen encoders need.
+    "feature_layer": -1, "attention": "standard", "pooling": "max", "classifier_bias": False,
+    "standardize_features": False, "decoder": "largefov", "decoder_inputs": "last", "decoder_dropout": 0.0,
+    "affinity": "none",
     # Nothing that only the released code does.
     "supervision_stride": 1, "background_threshold": None, "balanced": False, "relu_cams": False,
     "dense_energy_weight": 0.0,
@@ -150,7 +161,7 @@ LENIENT = {"warmup_steps": 0, "lr_warmup_steps": 0, "scale_min": math.ulp(0.0), 
 def edges(name: str) -> tuple[list, list]:
     """The outermost values that belong to a field's range, and those next to them that do not."""
     spec = FIELDS[name]
-    bounds, whole = spec.metadata["bounds"], spec.type is int
+    bounds, whole = spec.metadata["bounds"], spec.type in (int, list[int])
     inside, outside = [], [] if whole else [math.nan, -math.inf]
     if not whole:
         (inside if bounds["infinite"] else outside).append(math.inf)
@@ -164,12 +175,14 @@ def edges(name: str) -> tuple[list, list]:
 
 @pytest.mark.parametrize("name", " ".join(RANGES.values()).split())
 def test_a_range_ends_where_it_says(name):
+    first = {"label_scales": [1.0], "affinity_blocks": [-2]}.get(name)
+
     def config(value):
-        return TrainingConfig.from_mapping(LENIENT | {name: [1.0, value] if name == "label_scales" else value})
+        return TrainingConfig.from_mapping(LENIENT | {name: [*first, value] if first else value})
 
     inside, outside = edges(name)
     for value in inside:
-        assert getattr(config(value), name) in (value, [1.0, value])
+        assert getattr(config(value), name) == ([*first, value] if first else value)
     for value in outside:
         with pytest.raises(ValueError, match=rf"^{name} must be"):
             config(value)

@@ -1,12 +1,13 @@
 """The assignment network (AN): the online network's moving average, and the pseudo-labels it gives to a batch."""
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from cosa_hf.assignment.affinity import spread_cams
 from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
 from cosa_hf.inference import MultiScaleOutput, forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
@@ -107,6 +108,8 @@ class AssignmentNetwork(nn.Module):
     ) -> PseudoLabels:
         """Pseudo-labels of a batch (Alg. 1 lines 7-10 and 13): maps filtered by the tags, thresholds moved on.
 
+        Where the network's config names an affinity, CAMs are spread by it, and the thresholds see them spread.
+
         Args:
             weak: normalised images, (B, 3, H, W).
             labels: multi-hot tags, (B, C).
@@ -119,6 +122,9 @@ class AssignmentNetwork(nn.Module):
         tokens = valid_tokens(valid, fused.cam_logits)
         cams = normalize_cams(fused.cam_logits, labels, tokens)
         aux_cams = normalize_cams(fused.aux_cam_logits, labels, tokens)
+        if fused.affinity is not None:
+            both = torch.cat([cams, aux_cams], dim=1)
+            cams, aux_cams = spread_cams(both, fused.affinity, self.network.config, tokens).chunk(2, dim=1)
         if self.threshold_config.dynamic_threshold:
             for threshold, maps in zip(self.thresholds, (cams, aux_cams), strict=True):
                 threshold.update(maps.amax(dim=1)[tokens], reduce)
@@ -136,9 +142,9 @@ class AssignmentNetwork(nn.Module):
             for images in weak.split(batch_size)
         ]
         network.train(was_training)
-        return MultiScaleOutput(
-            *(torch.cat(maps) for maps in zip(*(vars(each).values() for each in fused), strict=True))
-        )
+        parts: Any = zip(*(vars(part).values() for part in fused), strict=True)
+        joined: Any = [None if maps[0] is None else torch.cat(maps) for maps in parts]
+        return MultiScaleOutput(*joined)
 
     @torch.no_grad()
     def distance(self, online: CoSAForWeaklySupervisedSegmentation) -> float:

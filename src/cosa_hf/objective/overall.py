@@ -105,6 +105,7 @@ class CoSAObjective(ObjectiveConfig):
         valid: Tensor | None = None,
         images: Tensor | None = None,
         classifier: Tensor | None = None,
+        classifier_bias: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The terms and their weighted sum.
 
@@ -116,6 +117,7 @@ class CoSAObjective(ObjectiveConfig):
             valid: V, (B, H, W); for the dense energy alone.
             images: what `outputs` were made of, (B, 3, H, W) in steps of 0..255; for the dense energy alone.
             classifier: W_fc, (C, D, 1, 1); for `detach` alone.
+            classifier_bias: (C,), if there is one; likewise.
 
         Returns:
             Scalars by name; `loss` is what to differentiate.
@@ -125,14 +127,14 @@ class CoSAObjective(ObjectiveConfig):
             "aux_cls": classification_loss(outputs.aux_cls_logits, labels),
         }
         total = losses["cls"] + losses["aux_cls"]
-        for name, (weight, term) in self._terms(outputs, targets, valid, images, classifier).items():
+        for name, (weight, term) in self._terms(outputs, targets, valid, images, (classifier, classifier_bias)).items():
             if weight:
                 losses[name] = term()
                 total = total + weight * losses[name]
         return losses | {"loss": total}
 
     def _terms(
-        self, outputs: Any, targets: Targets | None, valid: Any, images: Any, classifier: Tensor | None
+        self, outputs: Any, targets: Targets | None, valid: Any, images: Any, classifier: tuple[Tensor | None, ...]
     ) -> dict[str, tuple[float, Callable[[], Tensor]]]:
         """The losses against pseudo-labels: by name, lambda and the loss."""
         if targets is None:
@@ -179,15 +181,17 @@ class CoSAObjective(ObjectiveConfig):
     def _perplexity(self, cams: Tensor, threshold: float) -> Tensor:
         return perplexity(cams.amax(dim=1), threshold, self.perplexity_alpha, self.perplexity_beta)
 
-    def _guided_cams(self, outputs: Any, classifier: Tensor | None) -> Tensor:
+    def _guided_cams(self, outputs: Any, classifier: tuple[Tensor | None, ...]) -> Tensor:
         """M as Seg2CAM sees it."""
         cam_logits = outputs.cam_logits
         if self.detach != "none":
             # M over again, with the gradient stopped in one of its two factors; CSC still sees all of it.
-            assert classifier is not None
-            features = outputs.hidden_states[-1]
-            factors = (features.detach(), classifier) if self.detach == "features" else (features, classifier.detach())
-            cam_logits = F.conv2d(*factors)
+            features, (weight, bias) = outputs.hidden_states[-1], classifier
+            assert weight is not None
+            if self.detach == "features":
+                cam_logits = F.conv2d(features.detach(), weight, bias)
+            else:
+                cam_logits = F.conv2d(features, weight.detach(), None if bias is None else bias.detach())
         return cam_logits.relu() if self.relu_cams else cam_logits
 
 

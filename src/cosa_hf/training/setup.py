@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
 
+from cosa_hf.assignment.affinity import AffinityConfig
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, without_untagged
 from cosa_hf.data.dataset import TrainingDataset
@@ -20,7 +21,7 @@ from cosa_hf.data.streaming import streaming_loader
 from cosa_hf.data.views import Views
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.training.config import RunConfig, TrainingConfig
+from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -118,16 +119,14 @@ def build_student(config: TrainingConfig, names: list[str]) -> CoSAForWeaklySupe
     """The online network that the configuration asks for.
 
     Args:
-        config: backbone, its weights, decoder.
+        config: backbone, its weights, heads and affinity.
         names: the C classes.
     """
     labels = ["background", *names]
+    architecture = vars(config.part(ModelConfig)) | vars(config.part(AffinityConfig))
+    del architecture["gradient_checkpointing"]
     model_config = CoSAConfig(
-        backbone=config.backbone,
-        aux_layer=config.aux_layer,
-        output_stride=config.output_stride,
-        decoder_channels=config.decoder_channels,
-        decoder_dilation=config.decoder_dilation,
+        **architecture,
         id2label=dict(enumerate(labels)),
         label2id={name: index for index, name in enumerate(labels)},
         coexistence_classes=list(COEXISTENCE_CLASSES.get(config.dataset, ())),

@@ -157,8 +157,8 @@ class Trainer:
     def losses(self, outputs: Any, micro: dict[str, Any], targets: Targets | None) -> dict[str, Tensor]:
         """Eq. 11 of one micro-batch."""
         colors = micro["strong"] * self.color_steps if self.objective.dense_energy_weight else None
-        classifier = self.student.classifier.weight
-        return self.objective(outputs, micro["labels"], targets, micro["valid"], colors, classifier)
+        weight, bias = self.student.classifier.weight, self.student.classifier.bias
+        return self.objective(outputs, micro["labels"], targets, micro["valid"], colors, weight, bias)
 
     def mean(self, value: Tensor) -> Tensor:
         """Over processes."""
