@@ -246,10 +246,10 @@ def test_with_swapping_the_average_labels(online, batch):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_labels_in_parts_are_those_of_the_whole(online, batch, size):
-    whole, parts = (teacher_of(online).label(*batch, batch_size=n) for n in (None, size))
-    torch.testing.assert_close(parts.cams, whole.cams, atol=1e-5, rtol=1e-4)
-    assert parts.threshold == pytest.approx(whole.threshold, abs=1e-4)
+def test_labels_of_micro_batches_are_those_of_the_batch(online, batch, size):
+    batch_labels, micro_labels = (teacher_of(online).label(*batch, batch_size=n) for n in (None, size))
+    torch.testing.assert_close(micro_labels.cams, batch_labels.cams, atol=1e-5, rtol=1e-4)
+    assert micro_labels.threshold == pytest.approx(batch_labels.threshold, abs=1e-4)
 
 
 def test_labels_leave_no_gradient(online, batch):

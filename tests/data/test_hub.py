@@ -8,7 +8,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from datasets.table import embed_table_storage
-from pictures import image_of
+from images_of import image_of
 from PIL import Image
 
 from cosa_hf.data import DatasetOptions, class_names, load_hub, read_image, read_mask, stream_hub, undecoded

@@ -7,7 +7,7 @@ from PIL import Image
 
 from cosa_hf.evaluation.crf import DenseCRF
 
-# A picture of 24 x 18 pixels is smaller than DeepLab's widths.
+# An image of 24 x 18 pixels is smaller than DeepLab's widths.
 SETTINGS = {"bilateral_sigma_xy": 8.0, "bilateral_sigma_rgb": 20.0}
 
 

@@ -203,7 +203,7 @@ def test_a_taught_network_is_loaded_by_a_stranger(taught_dir, run_dir, online, t
     assert_same_masks(taught_dir / "model", run_dir / "photo.png", online, tmp_path / "stranger")
 
 
-def test_failed_upload_leaves_the_old_revision_whole(run_dir, online, published, tmp_path):
+def test_failed_upload_leaves_the_old_revision(run_dir, online, published, tmp_path):
     assert set(published[-1][1]) == MODEL_FILES | {".gitattributes"}
 
     changed = tmp_path / "changed"

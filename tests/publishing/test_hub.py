@@ -183,7 +183,7 @@ def test_report_of_other_weights_is_refused(model, report, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"report\.json is not a whole JSON file \(.+\): write it again, or name another"),
+        ("", r"report\.json is not a complete JSON file \(.+\): write it again, or name another"),
         ("[]", r"report\.json holds a list where a JSON object was expected: name another file"),
         ("{digest}", r"report\.json lacks protocol, images, seg, seg_tags: write it again"),
     ],

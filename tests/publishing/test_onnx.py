@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from in_process import run_script
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.publishing import onnx
@@ -59,13 +58,13 @@ def test_same_maps_at_any_batch_and_size(backbone, options, tmp_path):
 
 
 @pytest.mark.slow
-def test_script_with_8_bits(tmp_path, monkeypatch, capsys):
+def test_command_with_8_bits(tmp_path, cosa_hf):
     pytest.importorskip("onnxscript")
     model = tiny("test_vit")
     model.save_pretrained(tmp_path / "model")
     CoSAImageProcessor().save_pretrained(tmp_path / "model")
-    run_script(monkeypatch, "scripts/export_onnx.py", tmp_path / "model", tmp_path / "small.onnx", "--int8")
-    assert "pixel_values (B, 3, H, W), H and W multiples of 16 -> logits, cam_logits" in capsys.readouterr().out
+    printed = cosa_hf("export", tmp_path / "model", tmp_path / "small.onnx", "--int8")
+    assert "pixel_values (B, 3, H, W), H and W multiples of 16 -> logits, cam_logits" in printed
     small = (tmp_path / "small.onnx").stat().st_size
     # Of a network this small, the graph itself is half of the file.
     assert small < 0.75 * (tmp_path / "model" / "model.safetensors").stat().st_size
@@ -81,14 +80,6 @@ def test_missing_extra_is_named(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'needs onnxscript: pip install "cosa-hf\[onnx\]"'):
         export_onnx(tiny("test_vit"), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_script_takes_no_network_without_cams(segmentation_only, tmp_path, monkeypatch):
-    with pytest.raises(
-        SystemExit, match=r"^error: a \w+ only segments and has no CAMs; give a model that CoSA trained$"
-    ):
-        run_script(monkeypatch, "scripts/export_onnx.py", segmentation_only, tmp_path / "model.onnx")
-    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_a_wrong_file_is_not_handed_over(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ class AssignmentNetwork(nn.Module):
         # AveragedModel would overwrite its copy at the first update; ours already is the start of the average.
         self.average.n_averaged.fill_(1)
         self.average.requires_grad_(False)
-        # In plain tuples: neither the thresholds nor the online network are parts of this module's state.
+        # In plain tuples: neither the thresholds nor the online network belong to this module's state.
         self.thresholds = tuple(DynamicThreshold(self.threshold_config) for _ in ("M'", "M†'"))
         self._labels = (self.network if self.config.swapping_assignments else online,)
         self.eval()
@@ -142,7 +142,7 @@ class AssignmentNetwork(nn.Module):
             for images in weak.split(batch_size)
         ]
         network.train(was_training)
-        parts: Any = zip(*(vars(part).values() for part in fused), strict=True)
+        parts: Any = zip(*(vars(each).values() for each in fused), strict=True)
         joined: Any = [None if maps[0] is None else torch.cat(maps) for maps in parts]
         return MultiScaleOutput(*joined)
 
@@ -153,8 +153,8 @@ class AssignmentNetwork(nn.Module):
             (own - other).square().sum()
             for own, other in zip(self.network.parameters(), online.parameters(), strict=True)
         )
-        whole = sum(parameter.square().sum() for parameter in online.parameters())
-        return float((cast(Tensor, apart) / whole).sqrt())
+        total = sum(parameter.square().sum() for parameter in online.parameters())
+        return float((cast(Tensor, apart) / total).sqrt())
 
 
 __all__ = ["AssignmentNetwork", "TeacherConfig"]

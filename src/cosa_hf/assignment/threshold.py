@@ -27,7 +27,7 @@ LEAST_GAIN = 1e-3
 
 @dataclass(kw_only=True)
 class ThresholdConfig(Settings):
-    """Where CAMs part foreground from background (Eq. 6). The defaults are the paper's."""
+    """The threshold that separates foreground from background in CAMs (Eq. 6). The defaults are the paper's."""
 
     _argument_group_name = "Threshold (Eq. 6)"
 
@@ -48,7 +48,7 @@ class ThresholdConfig(Settings):
 
 
 class Mixture(NamedTuple):
-    """Two Gaussians fitted to confidences, background first, and the value between their means that parts them.
+    """Two Gaussians fitted to confidences, background first, and the value between their means that separates them.
 
     That value, `split`, is where pi_fg N_fg = pi_bg N_bg: the threshold of greatest likelihood for the mixture (Eq. 6).
     """
@@ -60,7 +60,7 @@ class Mixture(NamedTuple):
 
 
 class DynamicThreshold(nn.Module):
-    """The value that parts foreground from background confidences, followed through training (Eq. 6).
+    """The value that separates foreground from background confidences, followed through training (Eq. 6).
 
     Keeps histograms of the last `queue` batches, fits a two-component Gaussian mixture to their sum by EM, takes the
     point between the means where both components are equally likely, and smooths it by EMA. All of it is state:
@@ -130,7 +130,7 @@ def fit_mixture(
         tolerance: stop once the means move less than this.
 
     Returns:
-        The mixture, or None where there are not two clusters to part.
+        The mixture, or None where there are not two clusters to separate.
 
     Example:
         >>> low, high = 0.2 + 0.02 * torch.randn(3000), 0.8 + 0.02 * torch.randn(1000)
@@ -147,13 +147,13 @@ def fit_mixture(
     width = (1.0 - lowest) / BINS
     powers = np.vander(lowest + width * (np.arange(BINS) + 0.5), 3, increasing=True).T  # 1, x, x^2 of each bin
     least = width**2 / 12  # nothing is narrower than the bin that it was counted in
-    _, mean, square = whole = powers @ mass
+    _, mean, square = total = powers @ mass
     # Start from the halves on either side of the mean, as two-means would.
     high = (powers[1] > mean).astype(float)
     means = np.full(2, np.inf)
     for _ in range(iterations):
         upper = powers @ (mass * high)
-        weights, sums, squares = np.stack([whole - upper, upper], axis=1)
+        weights, sums, squares = np.stack([total - upper, upper], axis=1)
         if weights.min() <= 1e-6:
             return None
         previous, means = means, sums / weights
@@ -165,7 +165,7 @@ def fit_mixture(
             break
         high = (1 + np.tanh(_log_odds(weights, means, variances) @ powers / 2)) / 2
 
-    # EM cuts even a single Gaussian in two; only a mixture that explains the values better parts anything.
+    # EM cuts even a single Gaussian in two; only a mixture that explains the values better separates anything.
     lower = _log_density(powers[1], weights[0], means[0], variances[0])
     two = lower + np.logaddexp(0, _log_odds(weights, means, variances) @ powers)
     one = _log_density(powers[1], 1.0, mean, max(square - mean**2, least))

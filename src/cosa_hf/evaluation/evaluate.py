@@ -65,7 +65,7 @@ def evaluate(
         cam_threshold: CAM values from here on are foreground; default: the model's own `cam_threshold`.
         progress: show a bar on stderr.
         dataset_name: written into the report, as is `split`.
-        split: which part of it.
+        split: of the dataset.
         accelerator: shares the images among its processes; each process returns the same report.
 
     Returns:
@@ -98,7 +98,7 @@ def evaluate(
         )
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     if accelerator is not None:
-        # Not through DistributedDataParallel: its forward synchronises buffers and hangs on uneven shares.
+        # Not through DistributedDataParallel: its forward synchronises buffers and hangs on uneven counts.
         segmenter = dataclasses.replace(segmenter, model=accelerator.unwrap_model(segmenter.model))
     share = dataset.select(range(rank, len(dataset), processes))
     config, names, protocols = segmenter.model.config, segmenter.names, protocols_of(segmenter.model)

@@ -50,7 +50,7 @@ class ObjectiveConfig(Settings):
         None, "CAM2Seg ignores confidences from here to a fixed `threshold` (release); default: none", least=0
     )
     balanced: bool = setting(False, "background and foreground make up half of CAM2Seg each (release)")
-    relu_cams: bool = setting(False, "Seg2CAM sees relu(M), which floors it at ln 2 for a background (release)")
+    relu_cams: bool = setting(False, "Seg2CAM sees relu(M), whose loss is at least ln 2 for a background (release)")
     dense_energy_weight: float = setting(0.0, "of the bilateral regulariser (release: 0.05)", least=0)
     dense_energy_scale: float = setting(
         0.5, "side of its grid, relative to the crop; its time grows with the fourth power", above=0, most=1
@@ -89,13 +89,13 @@ class CoSAObjective(ObjectiveConfig):
         tokens = valid_tokens(valid, spl)
         guided = tokens & spl.any(dim=1)  # ground truth leaves pixels open
         members = self._omega(pseudo_labels, tokens)
-        anchored = torch.cat([anchors(part, self.separation_scope) for part in members.chunk(micro_batches)])
+        anchored = torch.cat([anchors(micro, self.separation_scope) for micro in members.chunk(micro_batches)])
 
         weights = [*cpl_weights, *aux_cpl_weights, guided.to(cpl_weights[0]), anchored.to(cpl_weights[0])]
         *halves, spl_weights, anchor_weights = normalized(weights, micro_batches, reduce)
         count = len(cpl_weights)
-        cpl_share, aux_cpl_share = (torch.stack(part).sum(dim=0) / count for part in (halves[:count], halves[count:]))
-        return Targets(cpl, cpl_share, aux_cpl, aux_cpl_share, spl, spl_weights, members, anchor_weights)
+        cpl_mean, aux_cpl_mean = (torch.stack(each).sum(dim=0) / count for each in (halves[:count], halves[count:]))
+        return Targets(cpl, cpl_mean, aux_cpl, aux_cpl_mean, spl, spl_weights, members, anchor_weights)
 
     def __call__(
         self,
@@ -136,7 +136,7 @@ class CoSAObjective(ObjectiveConfig):
     def _terms(
         self, outputs: Any, targets: Targets | None, valid: Any, images: Any, classifier: tuple[Tensor | None, ...]
     ) -> dict[str, tuple[float, Callable[[], Tensor]]]:
-        """What the pseudo-labels teach: by name, lambda and the loss."""
+        """The losses against pseudo-labels: by name, lambda and the loss."""
         if targets is None:
             return {}
         cpl, cpl_weights, aux_cpl, aux_cpl_weights, spl, spl_weights, members, anchor_weights = targets
@@ -160,7 +160,7 @@ class CoSAObjective(ObjectiveConfig):
         }
 
     def _cam2seg(self, cams: Tensor, threshold: float, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """CPL (Eq. 3) at pixel resolution, and weights whose shares of the loss are equal: one, or two if balanced."""
+        """CPL (Eq. 3) at pixel resolution, and weights: one tensor, or two of equal effect if balanced."""
         grid = [math.ceil(side / self.supervision_stride) for side in valid.shape[-2:]]
         cams, classes = present_classes(cams)
         cams = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
@@ -185,7 +185,7 @@ class CoSAObjective(ObjectiveConfig):
         """M as Seg2CAM sees it."""
         cam_logits = outputs.cam_logits
         if self.detach != "none":
-            # M over again, with the gradient stopped in one of its two factors; CSC goes on seeing the whole of it.
+            # M over again, with the gradient stopped in one of its two factors; CSC still sees all of it.
             features, (weight, bias) = outputs.hidden_states[-1], classifier
             assert weight is not None
             if self.detach == "features":

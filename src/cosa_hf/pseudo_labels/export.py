@@ -50,7 +50,7 @@ def export_pseudo_labels(
 ) -> int:
     """Label every image of a dataset and write image, tags and mask in a format for other programs.
 
-    Masks have the size of the upright image. Nothing outside `output_dir` is written, and there only whole
+    Masks have the size of the upright image. Nothing outside `output_dir` is written, and there only complete
     files. The processes of `accelerate.PartialState` share the shards. A call with the same settings takes up
     an export that was interrupted: finished shards stay as they are, only those in hand are computed again,
     and the result is that of an uninterrupted export, byte for byte. Masks in the dataset are never opened.
@@ -283,6 +283,6 @@ def _full_disk_explained(output_dir: Path) -> Iterator[None]:
             raise
         raise OSError(
             errno.ENOSPC,
-            f"{os.strerror(errno.ENOSPC)}: what is finished in {output_dir} is whole; make room and run the same "
+            f"{os.strerror(errno.ENOSPC)}: what is finished in {output_dir} is complete; make room and run the same "
             "command again, it goes on from there",
         ) from error

@@ -121,7 +121,7 @@ class RunConfig(DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputCon
         """A recipe from field names and values.
 
         Raises:
-            ValueError: a name that is no field.
+            ValueError: a name that is not a field.
         """
         cls._check_names(values)
         return cls(**values)
@@ -142,7 +142,7 @@ class RunConfig(DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputCon
 
         Raises:
             FileNotFoundError: no such recipe; the message lists the known names.
-            ValueError: the file holds something else, or a name that is no field.
+            ValueError: the file holds something else, or a name that is not a field.
         """
         path = Path(name)
         if not path.suffix:
@@ -175,7 +175,7 @@ class RunConfig(DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputCon
         Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
 
     def portable(self) -> Self:
-        """The recipe for somebody else: of a path on this machine the last part is left, of `data_dir` nothing.
+        """The recipe for somebody else: of a path on this machine the last component is left, of `data_dir` nothing.
 
         Example:
             >>> config = TrainingConfig(backbone_weights="/home/me/vit.pth", output_dir="/tmp/cats").portable()
@@ -301,7 +301,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def place_name(place: str | None) -> str | None:
-    """The last part of a path; what is no path of this machine, as a name on the Hub, as it is.
+    """The last part of a path; anything else, such as a name on the Hub, as it is.
 
     Example:
         >>> place_name("/home/me/labels"), place_name("org/labels")

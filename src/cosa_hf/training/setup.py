@@ -32,7 +32,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        # The loader hands out whole steps, so its end is no reason to cut one short.
+        # The loader hands out whole steps, so its end is not a reason to cut one short.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -75,7 +75,7 @@ def training_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, li
 
 
 def evaluation_data(config: RunConfig, classes: list[str]) -> Dataset | None:
-    """The first `eval_images` of the evaluation split, with masks; None for a run that is not watched."""
+    """The first `eval_images` of the evaluation split, with masks; None for a run without evaluation."""
     if not config.eval_every:
         return None
     options = dataclasses.replace(config, classes=classes)
