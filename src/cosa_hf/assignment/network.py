@@ -142,7 +142,7 @@ class AssignmentNetwork(nn.Module):
             for images in weak.split(batch_size)
         ]
         network.train(was_training)
-        parts: Any = zip(*(vars(part).values() for part in fused), strict=True)
+        parts: Any = zip(*(vars(each).values() for each in fused), strict=True)
         joined: Any = [None if maps[0] is None else torch.cat(maps) for maps in parts]
         return MultiScaleOutput(*joined)
 
