@@ -1,7 +1,7 @@
 """Features of a frozen encoder, computed once an image and kept on disk.
 
-A `FeatureStore` is a directory of append-only parts. A record is found by the content of its image, so a changed photo
-is another record and never served stale; what made the records (encoder, layers, size, views) names the directory.
+A `FeatureStore` is a directory of append-only parts. A record is found by the identity of its image file, so a changed
+photo is another record and never served stale; what made the records (encoder, layers, size, views) names the directory.
 """
 
 import hashlib
