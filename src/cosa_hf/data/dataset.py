@@ -89,9 +89,7 @@ class TrainingDataset(torch.utils.data.Dataset):
     def _item(self, index: int, position: int) -> Item:
         """What row `index` gives to item `position`."""
         example = self._dataset[index]
-        return training_item(
-            example, self.views, self.num_classes, self.seed, position, self.masks, self.confidence
-        )
+        return training_item(example, self.views, self.num_classes, self.seed, position, self.masks, self.confidence)
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self._dataset))
