@@ -68,7 +68,7 @@ class CoSABackbone(nn.Module):
     token needs; a token's own value says what is at its place (MaskCLIP, Zhou et al. 2022; CLIP Surgery, Li et al.
     2023).
 
-    An image whose sides are no multiples of the stride is resized to the nearest multiples (one token at least), so
+    An image whose sides are not multiples of the stride is resized to the nearest multiples (one token at least), so
     every token covers the same area. Batch norm keeps its statistics in training, and position embeddings are frozen.
     What no map depends on, blocks behind the last that is used among it, is left out.
 
@@ -112,8 +112,10 @@ class CoSABackbone(nn.Module):
         self._require_blocks()
         self.stride, (self.num_features, self.aux_num_features), unused = self._probe()
         for name in unused:
-            parts = self.model.get_submodule(name)  # a list is gone through, whatever becomes of it
-            empty = nn.ModuleList(nn.Identity() for _ in parts) if isinstance(parts, nn.ModuleList) else nn.Identity()
+            modules = self.model.get_submodule(name)  # a list is gone through, whatever becomes of it
+            empty = (
+                nn.ModuleList(nn.Identity() for _ in modules) if isinstance(modules, nn.ModuleList) else nn.Identity()
+            )
             self.model.set_submodule(name, empty)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not tensor.is_meta:
@@ -176,7 +178,7 @@ class CoSABackbone(nn.Module):
         except AssertionError as own:
             layers = ["feature_layer", "aux_layer", *(["affinity_layer"] if config.affinity == "features" else [])]
             first = min(layers, key=lambda layer: getattr(config, layer))
-            return f"{first}={getattr(config, first)} is no layer of {name!r}: {own}"
+            return f"{first}={getattr(config, first)} is not a layer of {name!r}: {own}"
         except RuntimeError as own:
             return f"timm cannot return feature maps of backbone {name!r}: {own}"
         return f"backbone {name!r} takes images of {width}x{height}, not of any size: choose another"
@@ -295,7 +297,7 @@ class CoSABackbone(nn.Module):
         return attention
 
     def train(self, mode: bool = True) -> "CoSABackbone":
-        """Switches the mode of everything but batch norm: a few crops are no basis for statistics."""
+        """Switches the mode of everything but batch norm: a few crops are too few for statistics."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -781,7 +783,7 @@ def _create_timm_model(config: CoSAConfig, pretrained: bool = False) -> nn.Modul
 
     if not timm.is_model(config.backbone):
         raise ValueError(
-            f"backbone={config.backbone!r} is no model of timm {timm.__version__}; see timm.list_models()."
+            f"backbone={config.backbone!r} is not a model of timm {timm.__version__}; see timm.list_models()."
         )
     # Every family has its own words for "any input size" and "this stride", and refuses the others'.
     variants: list[dict[str, Any]] = [

@@ -91,7 +91,7 @@ def test_a_snapshot_is_saved_in_place_of_what_has_become_of_it(accelerator, tmp_
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_a_file_that_cannot_be_written_names_the_last_whole_one(accelerator, tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_names_the_last_complete_one(accelerator, tmp_path, monkeypatch):
     there = Checkpoints(accelerator, tmp_path, 2, {"progress": Progress(4)})
 
     def full(tensors, path, metadata):
@@ -210,5 +210,5 @@ def test_thresholds_are_those_of_the_nearest_line_and_of_the_last_run_over_it(tm
 
 
 def test_a_run_that_is_not_finished_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no finished run: it has no run.json"):
+    with pytest.raises(FileNotFoundError, match=r"is not a finished run: it has no run.json"):
         moments(tmp_path)

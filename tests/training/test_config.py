@@ -22,13 +22,16 @@ NAMES = """
     background_threshold threshold_decay threshold_queue threshold_covariance cam2seg_weight aux_cam2seg_weight
     supervision_stride balanced seg2cam_weight guidance detach relu_cams separation_weight separation_temperature
     separation_scope reliability_weighting perplexity_alpha perplexity_beta perplexity_epsilon dense_energy_weight
-    dense_energy_scale
+    dense_energy_scale feature_layer attention aux_attention pooling pooling_sharpness classifier_bias
+    standardize_features decoder decoder_inputs decoder_dropout affinity affinity_layer affinity_blocks
+    affinity_temperature affinity_power affinity_steps
 """
 
 RANGES = {
     "least 1": """
         crop_size input_size batch_size gradient_accumulation_steps images_per_step max_steps shuffle_buffer log_every
         eval_images keep_checkpoints decoder_channels decoder_dilation threshold_queue supervision_stride
+        affinity_steps
     """,
     "least 0": """
         warmup_steps lr_warmup_steps lr_power weight_decay max_grad_norm seed num_workers eval_every eval_panels
@@ -36,67 +39,46 @@ RANGES = {
         separation_weight dense_energy_weight perplexity_beta
     """,
     "least 0, infinite": "perplexity_epsilon",
-    "least 0, below 1": "ema_momentum threshold_decay",  # a moving average at 1 would never move
+    "least 0, below 1": "ema_momentum threshold_decay decoder_dropout",  # a moving average at 1 would never move
     "least 0.001": "separation_temperature",
-    "above 0": "scale_min scale_max label_scales learning_rate head_lr_multiplier spl_temperature",
+    "above 0": """
+        scale_min scale_max label_scales learning_rate head_lr_multiplier spl_temperature pooling_sharpness
+        affinity_temperature affinity_power
+    """,
     "above 0, below 1": "threshold",
     "above 0, most 0.999": "perplexity_alpha",  # perplexity is 0 at full distance for 1 and infinite for 0
     "above 0, most 1": "dense_energy_scale",
-    "": "aux_layer output_stride",  # CoSAConfig knows
+    "most -1": "feature_layer aux_layer affinity_layer affinity_blocks",  # counted from the end
+    "": "output_stride",  # CoSAConfig knows
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        # METHOD sections 1 to 8: the paper's setting for VOC.
-        ("backbone", "vit_base_patch16_224.orig_in21k_ft_in1k"),
-        ("aux_layer", -3),
-        ("decoder_channels", 512),
-        ("decoder_dilation", 5),
-        ("ema_momentum", 0.9994),
-        ("crop_size", 448),
-        ("input_size", 448),
-        ("scale_min", 0.5),
-        ("scale_max", 2.0),
-        ("label_scales", [1.0, 0.5, 1.5]),
-        ("spl_temperature", 0.01),
-        ("perplexity_alpha", 0.8),
-        ("perplexity_beta", 1.0),
-        ("perplexity_epsilon", 1.0),
-        ("threshold", 0.5),
-        ("threshold_decay", 0.99),
-        ("threshold_queue", 100),
-        ("separation_scope", "image"),
-        ("cam2seg_weight", 0.1),
-        ("aux_cam2seg_weight", 0.1),
-        ("seg2cam_weight", 0.05),
-        ("separation_weight", 0.1),
-        ("max_steps", 20_000),
-        ("warmup_steps", 6_000),
-        ("learning_rate", 6e-5),
-        ("head_lr_multiplier", 10.0),
-        ("weight_decay", 0.01),
-        ("lr_warmup_steps", 1_500),
-        ("lr_power", 0.9),
-        # All switches of Tab. 3 on.
-        ("swapping_assignments", True),
-        ("reliability_weighting", True),
-        ("dynamic_threshold", True),
-        ("supervision", "tags"),
-        ("guidance", "spl"),
-        ("detach", "none"),
-        ("cam_fusion", "max"),
-        ("supervision_stride", 1),
-        # What only the released code does.
-        ("background_threshold", None),
-        ("balanced", False),
-        ("relu_cams", False),
-        ("dense_energy_weight", 0.0),
-    ],
-)
-def test_defaults_are_the_papers(name, value):
-    assert getattr(TrainingConfig(), name) == value
+PAPER = {
+    # Network, optimisation and data (Sec. 4.1).
+    "backbone": "vit_base_patch16_224.orig_in21k_ft_in1k", "aux_layer": -3, "decoder_channels": 512,
+    "decoder_dilation": 5, "crop_size": 448, "input_size": 448, "scale_min": 0.5, "scale_max": 2.0,
+    "max_steps": 20_000, "warmup_steps": 6_000, "learning_rate": 6e-5, "head_lr_multiplier": 10.0,
+    "weight_decay": 0.01, "lr_warmup_steps": 1_500, "lr_power": 0.9, "supervision": "tags",
+    # Teacher, thresholds and objective (Sec. 3, Tab. 5 and 8-10).
+    "ema_momentum": 0.9994, "label_scales": [1.0, 0.5, 1.5], "cam_fusion": "max", "spl_temperature": 0.01,
+    "guidance": "spl", "detach": "none", "threshold": 0.5, "threshold_decay": 0.99, "threshold_queue": 100,
+    "perplexity_alpha": 0.8, "perplexity_beta": 1.0, "perplexity_epsilon": 1.0, "separation_scope": "image",
+    "cam2seg_weight": 0.1, "aux_cam2seg_weight": 0.1, "seg2cam_weight": 0.05, "separation_weight": 0.1,
+    # All switches of Tab. 3 on.
+    "swapping_assignments": True, "reliability_weighting": True, "dynamic_threshold": True,
+    # Nothing that frozen encoders need.
+    "feature_layer": -1, "attention": "standard", "pooling": "max", "classifier_bias": False,
+    "standardize_features": False, "decoder": "largefov", "decoder_inputs": "last", "decoder_dropout": 0.0,
+    "affinity": "none",
+    # Nothing that only the released code does.
+    "supervision_stride": 1, "background_threshold": None, "balanced": False, "relu_cams": False,
+    "dense_energy_weight": 0.0,
+}  # fmt: skip
+
+
+def test_defaults_are_the_papers():
+    defaults = vars(TrainingConfig())
+    assert {name: defaults[name] for name in PAPER} == PAPER
 
 
 def test_fields_keep_their_names_and_say_what_they_are():
@@ -132,45 +114,27 @@ def test_unknown_fields_are_named_all_at_once():
         TrainingConfig.from_mapping({"max_step": 3, "learning_rat": 1e-3, "seed": 1})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("batch_size", True),
-        ("batch_size", "4"),
-        ("batch_size", 4.0),
-        ("batch_size", None),
-        ("seed", 1.5),
-        ("learning_rate", True),
-        ("learning_rate", "fast"),
-        ("learning_rate", None),
-        ("learning_rate", [1e-3]),
-        ("dynamic_threshold", 1),
-        ("dynamic_threshold", "true"),
-        ("dataset", 3),
-        ("dataset", None),
-        ("data_dir", 3),
-        ("label_scales", ["one", "half"]),
-        ("label_scales", [True]),
-        ("label_scales", [[1.0]]),
-        ("label_scales", []),
-        ("label_scales", 1.0),
-        ("label_scales", "1.0"),
-        ("label_scales", None),
-        ("supervision", "boxes"),
-        ("supervision", True),
-        ("supervision", ["tags"]),
-        ("separation_scope", "world"),
-        ("guidance", "segmentation"),
-        ("guidance", None),
-        ("detach", "F"),
-        ("cam_fusion", "mean"),
-        ("supervision_stride", 1.5),
-        ("background_threshold", "low"),
-        ("balanced", 0.5),
-        ("mixed_precision", False),  # what YAML makes of an unquoted `no`
-        ("mixed_precision", "fp8"),
-    ],
-)
+WRONG_TYPES = {
+    "batch_size": [True, "4", 4.0, None],
+    "seed": [1.5],
+    "learning_rate": [True, "fast", None, [1e-3]],
+    "dynamic_threshold": [1, "true"],
+    "dataset": [3, None],
+    "data_dir": [3],
+    "label_scales": [["one", "half"], [True], [[1.0]], [], 1.0, "1.0", None],
+    "supervision": ["boxes", True, ["tags"]],
+    "separation_scope": ["world"],
+    "guidance": ["segmentation", None],
+    "detach": ["F"],
+    "cam_fusion": ["mean"],
+    "supervision_stride": [1.5],
+    "background_threshold": ["low"],
+    "balanced": [0.5],
+    "mixed_precision": [False, "fp8"],  # False: what YAML makes of an unquoted `no`
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values])
 def test_wrong_types_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         TrainingConfig.from_mapping({name: value})
@@ -197,7 +161,7 @@ LENIENT = {"warmup_steps": 0, "lr_warmup_steps": 0, "scale_min": math.ulp(0.0), 
 def edges(name: str) -> tuple[list, list]:
     """The outermost values that belong to a field's range, and those next to them that do not."""
     spec = FIELDS[name]
-    bounds, whole = spec.metadata["bounds"], spec.type is int
+    bounds, whole = spec.metadata["bounds"], spec.type in (int, list[int])
     inside, outside = [], [] if whole else [math.nan, -math.inf]
     if not whole:
         (inside if bounds["infinite"] else outside).append(math.inf)
@@ -211,12 +175,14 @@ def edges(name: str) -> tuple[list, list]:
 
 @pytest.mark.parametrize("name", " ".join(RANGES.values()).split())
 def test_a_range_ends_where_it_says(name):
+    first = {"label_scales": [1.0], "affinity_blocks": [-2]}.get(name)
+
     def config(value):
-        return TrainingConfig.from_mapping(LENIENT | {name: [1.0, value] if name == "label_scales" else value})
+        return TrainingConfig.from_mapping(LENIENT | {name: [*first, value] if first else value})
 
     inside, outside = edges(name)
     for value in inside:
-        assert getattr(config(value), name) in (value, [1.0, value])
+        assert getattr(config(value), name) == ([*first, value] if first else value)
     for value in outside:
         with pytest.raises(ValueError, match=rf"^{name} must be"):
             config(value)

@@ -25,9 +25,9 @@ NOISY = {"max_steps": 8, "warmup_steps": 2, "guidance": "noise", "threshold_queu
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """What the uninterrupted run leaves; without its checkpoints."""
-    config = tiny_config(output_dir=str(tmp_path_factory.mktemp("whole")), **NOISY)
+    config = tiny_config(output_dir=str(tmp_path_factory.mktemp("uninterrupted")), **NOISY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "load_dataset_by_name", load_few_shapes)
         train(config)
@@ -38,9 +38,9 @@ def names_of(config) -> list[str]:
     return [path.stem for path in checkpoints_of(config)]
 
 
-def assert_resumes_to(whole, config):
+def assert_resumes_to(uninterrupted, config):
     train(tiny_config(resume=True, output_dir=config.output_dir, **NOISY))
-    assert_equal(whole | {"checkpoint": None}, left(config) | {"checkpoint": None})
+    assert_equal(uninterrupted | {"checkpoint": None}, left(config) | {"checkpoint": None})
 
 
 def fail_with(error):
@@ -71,7 +71,7 @@ def terminate(call):
     ],
 )
 def test_a_run_that_is_cut_short_saves_its_last_complete_step_and_goes_on_from_it(
-    tiny, whole, monkeypatch, capsys, owner, name, number, act, error, steps
+    tiny, uninterrupted, monkeypatch, capsys, owner, name, number, act, error, steps
 ):
     handler = signal.getsignal(signal.SIGTERM)
     config = tiny(eval_every=5 if name == "evaluate" else 0, eval_images=1, **NOISY)
@@ -87,10 +87,10 @@ def test_a_run_that_is_cut_short_saves_its_last_complete_step_and_goes_on_from_i
     if error is SystemExit:
         assert caught.value.code == 143
         assert "SIGTERM: stopped after step 5; --resume goes on from there" in capsys.readouterr().err
-    assert_resumes_to(whole, config)
+    assert_resumes_to(uninterrupted, config)
 
 
-def test_a_dead_worker_ends_the_run_with_a_checkpoint(tiny, whole, monkeypatch, tmp_path):
+def test_a_dead_worker_ends_the_run_with_a_checkpoint(tiny, uninterrupted, monkeypatch, tmp_path):
     item, mark = TrainingDataset.__getitem__, tmp_path / "died"
 
     def deadly(self, position):
@@ -110,7 +110,7 @@ def test_a_dead_worker_ends_the_run_with_a_checkpoint(tiny, whole, monkeypatch, 
     gc.collect()
     (saved,) = names_of(config)
     assert 1 <= int(saved.removeprefix("step-")) <= 5
-    assert_resumes_to(whole, config)
+    assert_resumes_to(uninterrupted, config)
 
 
 def destroy_weights(call):
@@ -143,14 +143,14 @@ def test_statistics_that_are_not_finite_are_never_saved(tiny, monkeypatch, capsy
     assert "not finite themselves any more: not saved" in capsys.readouterr().err
 
 
-def test_a_run_does_not_notice_that_it_is_evaluated(tiny, whole):
+def test_a_run_does_not_notice_that_it_is_evaluated(tiny, uninterrupted):
     settings = {"eval_every": 2, "eval_images": 1, "checkpoint_every": 4, **NOISY}
     config = tiny(**settings)
     train(config)
-    assert_equal(whole["weights"], left(config)["weights"])
+    assert_equal(uninterrupted["weights"], left(config)["weights"])
     checkpoints_of(config)[-1].unlink()
     train(tiny(resume=True, **settings))
-    assert_equal(whole["weights"], left(config)["weights"])
+    assert_equal(uninterrupted["weights"], left(config)["weights"])
 
 
 def test_a_split_to_evaluate_on_is_looked_for_before_the_first_step(tiny, monkeypatch):

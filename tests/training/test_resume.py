@@ -77,9 +77,9 @@ def die_writing():
 
 
 def test_a_run_killed_at_any_moment_and_resumed_equals_the_uninterrupted_one(tiny, tmp_path):
-    whole = tiny(output_dir=str(tmp_path / "whole"), **EVERYTHING)
-    train(whole)
-    expected = left(whole)
+    uninterrupted = tiny(output_dir=str(tmp_path / "uninterrupted"), **EVERYTHING)
+    train(uninterrupted)
+    expected = left(uninterrupted)
     assert [entry["step"] for entry in expected["log"]] == [4, 5, 8, 10, 12, 14]
 
     killed = tiny(output_dir=str(tmp_path / "killed"), **EVERYTHING)
@@ -137,14 +137,14 @@ def test_a_resume_opens_no_pickle(tiny, monkeypatch):
     train(tiny(checkpoint_every=4, resume=True))
 
 
-def test_nothing_whole_to_resume_from_is_said(tiny, tmp_path):
+def test_no_complete_checkpoint_to_resume_from_is_said(tiny, tmp_path):
     resumed = tiny(resume=True)
-    with pytest.raises(FileNotFoundError, match="nothing to resume: no whole checkpoint"):
+    with pytest.raises(FileNotFoundError, match="nothing to resume: no complete checkpoint"):
         train(resumed)
     train(tiny(max_steps=2, warmup_steps=2, checkpoint_every=2))
     (path,) = (tmp_path / "run/checkpoints").iterdir()
     path.write_bytes(b"nonsense")
-    with pytest.raises(FileNotFoundError, match="nothing to resume: no whole checkpoint"):
+    with pytest.raises(FileNotFoundError, match="nothing to resume: no complete checkpoint"):
         train(resumed)
 
 
@@ -177,7 +177,7 @@ def test_a_run_that_has_begun_is_not_done(tiny, monkeypatch):
     monkeypatch.setattr(Trainer, "losses", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config)
-    with pytest.raises(FileNotFoundError, match=r"is no finished run"):
+    with pytest.raises(FileNotFoundError, match=r"is not a finished run"):
         moments(Path(config.output_dir))
 
 
