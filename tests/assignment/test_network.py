@@ -291,7 +291,7 @@ def test_thresholds_see_the_histogram_of_all_processes(online, batch):
 
 
 def test_neither_thresholds_nor_the_online_network_are_in_the_state(online):
-    assert all(name.startswith("average.") for name in teacher_of(online, swapping_assignments=False).state_dict())
+    assert all(name.startswith("network.") for name in teacher_of(online, swapping_assignments=False).state_dict())
 
 
 def test_labels_of_nothing_but_padding(online, batch):

@@ -1,7 +1,7 @@
 """Features of a frozen encoder, computed once an image and kept on disk.
 
 A `FeatureStore` is a directory of append-only parts. A record is found by the identity of its image file, so a changed
-photo is another record and never served stale; what made the records (encoder, layers, size, views) names the directory.
+photo is another record and never served stale; what made the records (encoder, layers, size) names the directory.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ DISK_RESERVE = 0.05  # of a disk, which a cache leaves free
 
 
 MADE_BY = (
-    "backbone", "feature_layer", "attention", "aux_layer", "aux_attention", "output_stride", "affinity", "affinity_layer",
-    "affinity_blocks",
+    "backbone", "feature_layer", "attention", "aux_layer", "aux_attention", "output_stride", "affinity",
+    "affinity_layer", "affinity_blocks",
 )  # fmt: skip
 """Fields of a model's config that its encoder's maps depend on."""
 
