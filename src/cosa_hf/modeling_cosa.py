@@ -303,7 +303,8 @@ class CoSABackbone(nn.Module):
             parameters = list(module.parameters())
             frozen = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
             if frozen or isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.training = False
+                for part in module.modules():  # a dropout has no parameters of its own
+                    part.training = False
         return self
 
     @property

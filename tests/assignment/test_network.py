@@ -45,7 +45,8 @@ def perturb(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("momentum", [1, 1.0, -0.1, 1.5, float("nan")])
@@ -54,7 +55,7 @@ def test_momentum_that_freezes_or_repels_is_refused(online, momentum):
         teacher_of(online, momentum)
 
 
-def test_starts_as_a_copy_that_shares_nothing(online):
+def test_starts_as_a_copy_that_shares_nothing_that_trains(online):
     teacher = AssignmentNetwork(online)
     kept = copy.deepcopy(online.state_dict())
     assert teacher.network.state_dict().keys() == kept.keys()
@@ -90,6 +91,7 @@ def test_default_momentum_is_the_papers(online):
 
 
 def test_distance_is_relative_to_the_online_network(online):
+    online.requires_grad_(True)
     teacher = AssignmentNetwork(online)
     assert teacher.distance(online) == 0
     with torch.no_grad():

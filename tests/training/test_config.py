@@ -73,6 +73,10 @@ PAPER = {
     # Nothing that only the released code does.
     "supervision_stride": 1, "background_threshold": None, "balanced": False, "relu_cams": False,
     "dense_energy_weight": 0.0,
+    # Nothing that only frozen encoders need.
+    "feature_layer": -1, "attention": "standard", "pooling": "max", "classifier_bias": False,
+    "standardize_features": False, "decoder": "largefov", "decoder_inputs": "last", "decoder_dropout": 0.0,
+    "affinity": "none",
 }  # fmt: skip
 
 

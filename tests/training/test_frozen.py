@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
+from runs import assert_equal, left
 from safetensors.torch import load_file
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
@@ -115,7 +116,7 @@ def test_a_checkpoint_holds_the_heads_and_a_digest(frozen, tiny, tmp_path):
     assert sizes[0] < 0.5 * sizes[1]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_and_wants_the_same_encoder(frozen, tmp_path, left, assert_equal):
+def test_a_resumed_run_is_the_uninterrupted_one_and_wants_the_same_encoder(frozen, tmp_path):
     expected = frozen(output_dir=str(tmp_path / "whole"))
     train(expected)
     train(frozen(max_steps=8, checkpoint_every=4))
@@ -140,7 +141,7 @@ def killed_while_encoding(config, count):
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
-def test_a_run_killed_while_it_encodes_goes_on_to_the_same_weights(frozen, tmp_path, left, assert_equal, count, capsys):
+def test_a_run_killed_while_it_encodes_goes_on_to_the_same_weights(frozen, tmp_path, count, capsys):
     expected = frozen(output_dir=str(tmp_path / "whole"), cache_features=str(tmp_path / "other"))
     train(expected)
     process = multiprocessing.get_context("fork").Process(target=killed_while_encoding, args=(frozen(), count))
@@ -154,7 +155,7 @@ def test_a_run_killed_while_it_encodes_goes_on_to_the_same_weights(frozen, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_share_cache_and_steps(frozen, tmp_path, left, assert_equal):
+def test_two_processes_share_cache_and_steps(frozen, tmp_path):
     one = frozen(output_dir=str(tmp_path / "one"), cache_features=str(tmp_path / "one-cache"), learning_rate=1e-5)
     train(one)
     two = frozen(batch_size=1, learning_rate=1e-5)

@@ -70,7 +70,8 @@ class FeatureStore:
 
     def __init__(self, root: Path, made_by: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        about = {"made_by": dict(made_by), "shapes": {name: list(shape) for name, shape in self.shapes.items()}}
+        shapes_read_back = {name: list(shape) for name, shape in self.shapes.items()}
+        about = json.loads(json.dumps({"made_by": dict(made_by), "shapes": shapes_read_back}))
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         self.directory = root / digest[:16]
         self.sizes = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
