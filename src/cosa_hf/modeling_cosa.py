@@ -297,11 +297,14 @@ class CoSABackbone(nn.Module):
         return attention
 
     def train(self, mode: bool = True) -> "CoSABackbone":
-        """Switches the mode of everything but batch norm: a few crops are too few for statistics."""
+        """Switches the mode of all but batch norm, as a few crops are too few for statistics, and frozen modules."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+            parameters = list(module.parameters())
+            frozen = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+            if frozen or isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for part in module.modules():  # a dropout has no parameters of its own
+                    part.training = False
         return self
 
     @property
@@ -334,6 +337,29 @@ class CoSABackbone(nn.Module):
             self.model.load_state_dict(pretrained.state_dict(), strict=False)
             return
         self.model.load_state_dict(read_timm_weights(self.model, self.config.backbone, weights), strict=False)
+
+    def freeze(self, blocks: int | None = None) -> None:
+        """
+        Freezes the encoder's first blocks and what comes before them: no gradient, and eval mode for good.
+
+        Args:
+            blocks: How many; blocks of a ViT, stages of a hierarchical network. All of the encoder when None.
+
+        Raises:
+            ValueError: If there are fewer.
+        """
+        if blocks is None:
+            self.requires_grad_(False)
+        else:
+            from timm.models import group_parameters
+
+            groups = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
+            if blocks > max(groups.values()):
+                raise ValueError(f"{self.config.backbone!r} has {max(groups.values())} blocks, fewer than {blocks}.")
+            for name, parameter in self.model.named_parameters():
+                if groups[name] <= blocks:  # the stem is group 0
+                    parameter.requires_grad_(False)
+        self.train(self.training)
 
     def _freeze_position_embedding(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -600,11 +626,13 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         output_affinity: bool = False,
+        features: torch.Tensor | None = None,
+        aux_features: torch.Tensor | None = None,
     ) -> CoSAOutput | tuple[torch.Tensor, ...]:
         """
         One pass over a batch of images of any size.
@@ -615,10 +643,17 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
             output_hidden_states: Whether to return F† and F.
             return_dict: `False` for a tuple of the fields that are set.
             output_affinity: Whether to return what tokens are alike by, as `config.affinity` says.
+            features: F, `(B, D, h, w)`, and
+            aux_features: F†, `(B, D†, h, w)`, in place of the images, where they are known already.
 
         Raises:
             ValueError: if `pixel_values` or `labels` have another shape, or for an affinity that the config lacks.
         """
+        if features is not None and aux_features is not None:
+            output = self.forward_heads(features, aux_features, labels, output_hidden_states)
+            return output if return_dict is not False else output.to_tuple()
+        if pixel_values is None:
+            raise ValueError("give pixel_values, or both features and aux_features.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must have shape (B, 3, H, W), got {tuple(pixel_values.shape)}.")
         if output_affinity and self.config.affinity == "none":

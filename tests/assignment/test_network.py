@@ -45,7 +45,8 @@ def perturb(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("momentum", [1, 1.0, -0.1, 1.5, float("nan")])
@@ -54,7 +55,7 @@ def test_momentum_that_freezes_or_repels_is_refused(online, momentum):
         teacher_of(online, momentum)
 
 
-def test_starts_as_a_copy_that_shares_nothing(online):
+def test_starts_as_a_copy_that_shares_nothing_that_trains(online):
     teacher = AssignmentNetwork(online)
     kept = copy.deepcopy(online.state_dict())
     assert teacher.network.state_dict().keys() == kept.keys()
@@ -90,6 +91,7 @@ def test_default_momentum_is_the_papers(online):
 
 
 def test_distance_is_relative_to_the_online_network(online):
+    online.requires_grad_(True)
     teacher = AssignmentNetwork(online)
     assert teacher.distance(online) == 0
     with torch.no_grad():
@@ -291,7 +293,7 @@ def test_thresholds_see_the_histogram_of_all_processes(online, batch):
 
 
 def test_neither_thresholds_nor_the_online_network_are_in_the_state(online):
-    assert all(name.startswith("average.") for name in teacher_of(online, swapping_assignments=False).state_dict())
+    assert all(name.startswith("network.") for name in teacher_of(online, swapping_assignments=False).state_dict())
 
 
 def test_labels_of_nothing_but_padding(online, batch):
@@ -338,9 +340,9 @@ def test_cams_are_spread_before_they_become_labels(batch, affinity, scales):
     for logits, found in ((fused.cam_logits, pseudo_labels.cams), (fused.aux_cam_logits, pseudo_labels.aux_cams)):
         plain = normalize_cams(logits, labels, tokens).double().numpy()
         expected = reference.spread(plain, rows, affinity.get("affinity_steps", 1), tokens.numpy())
-        np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
         assert (found[0, :, :, 3:] == 0).all()  # padding
-        assert not np.allclose(found.numpy(), plain, atol=0.05)
+        assert not np.allclose(found.numpy(), plain, atol=5e-4)
     expected_thresholds = [DynamicThreshold(ThresholdConfig(threshold_decay=0.0, threshold_queue=4)) for _ in range(2)]
     teacher = teacher_of(network, label_scales=scales)
     moved = teacher.label(*batch)

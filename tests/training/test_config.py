@@ -23,8 +23,8 @@ NAMES = """
     supervision_stride balanced seg2cam_weight guidance detach relu_cams separation_weight separation_temperature
     separation_scope reliability_weighting perplexity_alpha perplexity_beta perplexity_epsilon dense_energy_weight
     dense_energy_scale feature_layer attention aux_attention pooling pooling_sharpness classifier_bias
-    standardize_features decoder decoder_inputs decoder_dropout affinity affinity_layer affinity_blocks
-    affinity_temperature affinity_power affinity_steps
+    frozen_blocks cache_features standardize_features decoder decoder_inputs decoder_dropout affinity affinity_layer
+    affinity_blocks affinity_temperature affinity_power affinity_steps
 """
 
 RANGES = {
@@ -73,10 +73,6 @@ PAPER = {
     # Nothing that only the released code does.
     "supervision_stride": 1, "background_threshold": None, "balanced": False, "relu_cams": False,
     "dense_energy_weight": 0.0,
-    # Nothing that only frozen encoders need.
-    "feature_layer": -1, "attention": "standard", "pooling": "max", "classifier_bias": False,
-    "standardize_features": False, "decoder": "largefov", "decoder_inputs": "last", "decoder_dropout": 0.0,
-    "affinity": "none",
 }  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """The assignment network (AN): the online network's moving average, and the pseudo-labels it gives to a batch."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cosa_hf.assignment.affinity import spread_cams
 from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
@@ -13,6 +14,7 @@ from cosa_hf.inference import MultiScaleOutput, forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.guidance import seg2cam_target
 from cosa_hf.objective.overall import valid_tokens
+from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.pseudo_labels import PseudoLabels, normalize_cams
 from cosa_hf.objective.targets import Reduce, one_process
 from cosa_hf.settings import Settings, setting
@@ -73,52 +75,58 @@ class AssignmentNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.threshold_config = config or TeacherConfig(), threshold or ThresholdConfig()
-        momentum = self.config.ema_momentum
-        self.average = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(momentum))
-        # AveragedModel would overwrite its copy at the first update; ours already is the start of the average.
-        self.average.n_averaged.fill_(1)
-        self.average.requires_grad_(False)
+        self.network = copy.deepcopy(online).requires_grad_(False)
+        for own, followed in zip(self.network.parameters(), online.parameters(), strict=True):
+            if not followed.requires_grad:  # frozen: one copy serves both
+                own.data = followed.data
+        self._average = get_ema_multi_avg_fn(self.config.ema_momentum)
         # In plain tuples: neither the thresholds nor the online network belong to this module's state.
         self.thresholds = tuple(DynamicThreshold(self.threshold_config) for _ in ("M'", "M†'"))
         self._labels = (self.network if self.config.swapping_assignments else online,)
         self.eval()
 
-    @property
-    def network(self) -> CoSAForWeaklySupervisedSegmentation:
-        """The averaged model."""
-        return cast(CoSAForWeaklySupervisedSegmentation, self.average.module)
-
     def train(self, mode: bool = True) -> "AssignmentNetwork":
         """Stay in eval mode, whatever the training loop asks for."""
         return super().train(False)
 
+    @torch.no_grad()
     def update(self, online: CoSAForWeaklySupervisedSegmentation) -> None:
-        """Follow the online network by one step (Alg. 1 line 25); its buffers are copied."""
-        self.average.update_parameters(online)
+        """Follow what trains of the online network by one step (Alg. 1 line 25); its buffers are copied."""
+        pairs = zip(self.network.parameters(), online.parameters(), strict=True)
+        own, followed = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
+        self._average(own, followed, 0)
+        for buffer, other in zip(self.network.buffers(), online.buffers(), strict=True):
+            buffer.copy_(other)
 
     @torch.no_grad()
     def label(
         self,
-        weak: Tensor,
+        weak: Tensor | None,
         labels: Tensor,
         valid: Tensor,
         masks: Tensor | None = None,
         batch_size: int | None = None,
         reduce: Reduce = one_process,
+        encoded: dict[str, Tensor] | None = None,
     ) -> PseudoLabels:
         """Pseudo-labels of a batch (Alg. 1 lines 7-10 and 13): maps filtered by the tags, thresholds moved on.
 
         Where the network's config names an affinity, CAMs are spread by it, and the thresholds see them spread.
 
         Args:
-            weak: normalised images, (B, 3, H, W).
+            weak: normalised images, (B, 3, H, W); None with `encoded`.
             labels: multi-hot tags, (B, C).
             valid: V, (B, H, W), False where random crop padded the image.
             masks: class ids, (B, H, W), for the guidance `gt` alone.
             batch_size: images per forward pass, to save memory; default: all.
             reduce: mean over processes, which so have the same xi.
+            encoded: the frozen encoder's maps of the images by name, see `training.features.encode`.
         """
-        fused = self._forward(weak, batch_size or len(weak))
+        if encoded is None:
+            assert weak is not None
+            fused = self._forward(weak, batch_size or len(weak))
+        else:
+            fused = self._forward_heads(**encoded)
         tokens = valid_tokens(valid, fused.cam_logits)
         cams = normalize_cams(fused.cam_logits, labels, tokens)
         aux_cams = normalize_cams(fused.aux_cam_logits, labels, tokens)
@@ -145,6 +153,18 @@ class AssignmentNetwork(nn.Module):
         parts: Any = zip(*(vars(each).values() for each in fused), strict=True)
         joined: Any = [None if maps[0] is None else torch.cat(maps) for maps in parts]
         return MultiScaleOutput(*joined)
+
+    def _forward_heads(
+        self, features: Tensor, aux_features: Tensor, affinity: Tensor | None = None
+    ) -> MultiScaleOutput:
+        """The same of features that are known: one view, as they are."""
+        (network,) = self._labels
+        was_training = network.training
+        network.eval()
+        outputs = network.forward_heads(features, aux_features)
+        network.train(was_training)
+        maps = {name: at_least_float32(outputs[name]) for name in ("cls_logits", "cam_logits", "aux_cam_logits")}
+        return MultiScaleOutput(at_least_float32(cast(Tensor, outputs.logits)), **maps, affinity=affinity)
 
     @torch.no_grad()
     def distance(self, online: CoSAForWeaklySupervisedSegmentation) -> float:

@@ -78,21 +78,23 @@ class TrainingDataset(torch.utils.data.Dataset):
             raise IndexError(f"item {position} of a stream of {self.length}")
         unreadable = ""
         for following in range(min(len(self._dataset), UNREADABLE_IN_A_ROW)):
-            example = self._dataset[self._index(position + following)]
             try:
-                item = training_item(
-                    example, self.views, self.num_classes, self.seed, position, self.masks, self.confidence
-                )
+                item = self._item(self._index(position + following), position)
             except UnreadableImageError as error:
                 unreadable = unreadable or str(error)
             else:
                 return item | {"unreadable": unreadable}
         raise ValueError(f"{following + 1} images in a row cannot be read. The first: {unreadable}")
 
+    def _item(self, index: int, position: int) -> Item:
+        """What row `index` gives to item `position`."""
+        example = self._dataset[index]
+        return training_item(example, self.views, self.num_classes, self.seed, position, self.masks, self.confidence)
+
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self._dataset))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_mix(self.seed, _ORDER, epoch))
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, _ORDER, epoch))
             self._permutation = torch.randperm(len(self._dataset), generator=generator)
             self._epoch = epoch
         return int(self._permutation[place])
@@ -121,7 +123,7 @@ def training_item(
         sure = read_confidence(example, image.size) if confidence else None
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that reseeds the accelerator too, which the fork does not restore.
-            torch.default_generator.manual_seed(_mix(seed, _VIEWS, position))
+            torch.default_generator.manual_seed(mixed_seed(seed, _VIEWS, position))
             item: Item = {**views(image, mask, sure)}
     except UnreadableImageError:
         raise
@@ -133,6 +135,6 @@ def training_item(
     return item
 
 
-def _mix(*numbers: int) -> int:
+def mixed_seed(*numbers: int) -> int:
     """One well-mixed 32-bit seed from several numbers: neighbouring items get unrelated streams."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

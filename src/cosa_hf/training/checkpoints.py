@@ -82,6 +82,53 @@ class Progress:
         self._started = time.monotonic() - state["seconds"]
 
 
+class TrainedWeights:
+    """Of a network, what steps change: frozen parameters are left out, and known by their digest.
+
+    Raises:
+        ValueError: at loading, the checkpoint is of another network, or of another frozen part.
+
+    Args:
+        network: online or assignment network.
+        frozen: names of its parameters that no step changes.
+
+    Example:
+        >>> network = torch.nn.Linear(2, 1)
+        >>> list(TrainedWeights(network, ["bias"]).state_dict()["trained"])
+        ['weight']
+    """
+
+    def __init__(self, network: torch.nn.Module, frozen: Iterable[str]) -> None:
+        self.network, self.frozen = network, sorted(frozen)
+        self._digest: str | None = None
+
+    @property
+    def frozen_sha256(self) -> str:
+        """Computed once: nothing changes what is frozen."""
+        if self._digest is None:
+            weights, digest = self.network.state_dict(), hashlib.sha256()
+            for name in self.frozen:
+                values = weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(f"{name} {tuple(weights[name].shape)} ".encode() + values.numpy().tobytes())
+            self._digest = digest.hexdigest()
+        return self._digest
+
+    def state_dict(self) -> dict[str, Any]:
+        frozen = set(self.frozen)
+        trained = {name: value for name, value in self.network.state_dict().items() if name not in frozen}
+        return {"trained": trained, "frozen_sha256": self.frozen_sha256}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["frozen_sha256"] != self.frozen_sha256:
+            raise ValueError(
+                "the frozen part of the encoder is not that of the checkpoint's run: keep frozen_blocks, backbone and "
+                "backbone_weights as they were, or start anew in another output_dir"
+            )
+        result = self.network.load_state_dict(state["trained"], strict=False)
+        if odd := [*result.unexpected_keys, *sorted(set(result.missing_keys) - set(self.frozen))]:
+            raise ValueError(f"the checkpoint is of another network: only one of the two has {', '.join(odd[:8])}")
+
+
 class TrainingData:
     """Which classes, images and tags a run learns from: what was learned as cat must not go on as dog.
 

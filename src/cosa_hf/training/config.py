@@ -37,9 +37,20 @@ class WeightsConfig(Settings):
         None, "safetensors or pth file of the backbone, in place of timm's download (upernet-swin-b: a directory)"
     )
     pretrained: bool = setting(True, "start from pretrained backbone weights")
+    frozen_blocks: str = setting(
+        "0", "CoSA: how many of the encoder's first blocks (of a ViT; stages of others) are frozen: 0, N or all"
+    )
+    cache_features: str = setting(
+        "auto",
+        "CoSA, frozen_blocks all: encode each image once, plain and mirrored, to disk; auto: on a machine without GPU, "
+        "below the Hub's cache; never; or a directory",
+    )
 
     def __post_init__(self) -> None:
+        self.frozen_blocks = str(self.frozen_blocks)  # YAML reads a number
         super().__post_init__()
+        if not (self.frozen_blocks == "all" or self.frozen_blocks.isdecimal()):
+            raise ValueError(f"frozen_blocks must be 0, a number of blocks, or all, got {self.frozen_blocks!r}")
         if self.backbone_weights and not self.pretrained:
             raise ValueError(f"backbone_weights {self.backbone_weights} need pretrained: true, or leave them out")
 

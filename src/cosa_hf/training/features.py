@@ -1,7 +1,7 @@
 """Features of a frozen encoder, computed once an image and kept on disk.
 
-A `FeatureStore` is a directory of append-only parts. A record is found by the content of its image, so a changed photo
-is another record and never served stale; what made the records (encoder, layers, size, views) names the directory.
+A `FeatureStore` is a directory of append-only parts. A record is found by the identity of its image file, so a changed
+photo is another record and never served stale; what made the records (encoder, layers, size) names the directory.
 """
 
 import hashlib
@@ -15,15 +15,31 @@ from uuid import uuid4
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from cosa_hf._version import __version__
+from cosa_hf.data.encoded import VIEWS, image_keys
+from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
+from cosa_hf.digest import weights_sha256
 from cosa_hf.files import whole_file
+from cosa_hf.image_processing_cosa import CoSAImageProcessor
+from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.progress import progress
 
 FORMAT = 1
 ABOUT = "about.json"
 DISK_RESERVE = 0.05  # of a disk, which a cache leaves free
+
+
+MADE_BY = (
+    "backbone", "feature_layer", "attention", "aux_layer", "aux_attention", "output_stride", "affinity",
+    "affinity_layer", "affinity_blocks",
+)  # fmt: skip
+"""Fields of a model's config that its encoder's maps depend on."""
 
 
 def default_directory() -> Path:
@@ -54,7 +70,8 @@ class FeatureStore:
 
     def __init__(self, root: Path, made_by: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        about = {"made_by": dict(made_by), "shapes": {name: list(shape) for name, shape in self.shapes.items()}}
+        shapes_read_back = {name: list(shape) for name, shape in self.shapes.items()}
+        about = json.loads(json.dumps({"made_by": dict(made_by), "shapes": shapes_read_back}))
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         self.directory = root / digest[:16]
         self.sizes = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
@@ -174,4 +191,129 @@ def clear(root: Path) -> int:
     return freed
 
 
-__all__ = ["FeatureStore", "clear", "default_directory"]
+MAPS = ("features", "aux_features", "affinity")
+"""What an encoder makes of an image: F, F† and, for a model that spreads its CAMs, what tokens are alike by."""
+
+
+@torch.no_grad()
+def encode(model: CoSAForWeaklySupervisedSegmentation, images: Tensor) -> dict[str, Tensor]:
+    """All maps of the encoder, by name.
+
+    Args:
+        model: in eval mode.
+        images: normalised, (B, 3, H, W).
+
+    Returns:
+        features (B, D, h, w), aux_features (B, D†, h, w) and, where the model has an affinity, affinity.
+    """
+    maps = model.backbone(images, model.config.affinity != "none")
+    return dict(zip(MAPS, maps, strict=False))
+
+
+class EncodedImages:
+    """The images of a dataset as a frozen encoder sees them, from a store that is filled first.
+
+    Args:
+        model: whose encoder.
+        processor: resizes and normalises.
+        dataset: columns `image` and `image_id`.
+        root: directory of all caches.
+        accelerator: its processes share the work.
+
+    Raises:
+        OSError: the disk has no room for what is missing.
+        ValueError: the cache is damaged or of another version.
+    """
+
+    def __init__(
+        self,
+        model: CoSAForWeaklySupervisedSegmentation,
+        processor: CoSAImageProcessor,
+        dataset: Dataset,
+        root: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        self.model, self.processor, self.accelerator = model, processor, accelerator
+        self.dataset = undecoded(dataset.select_columns(["image", "image_id"]))
+        self.keys = image_keys(dataset)
+        self.unreadable: dict[str, str] = {}
+        size = (processor.size["height"], processor.size["width"])
+        one = self._views(torch.zeros(1, 3, *size, device=accelerator.device))
+        made_by = {
+            "encoder": weights_sha256(model.backbone),
+            "maps": {name: getattr(model.config, name) for name in MADE_BY},
+            "size": size,
+            "normalization": [list(processor.image_mean), list(processor.image_std)],
+            "precision": accelerator.mixed_precision,
+        }
+        self.store = FeatureStore(root, made_by, {name: tuple(maps.shape[1:]) for name, maps in one.items()})
+
+    def fill(self, batch_size: int, num_workers: int) -> None:
+        """Encode what is not there yet; a run that was killed goes on here."""
+        missing = set(self.store.missing(self.keys))
+        rows = [index for index, key in enumerate(self.keys) if key in missing]
+        if not rows:
+            return
+        self.store.require_room(len(rows))
+        self.accelerator.print(
+            f"encoding {len(rows)} images once, {len(rows) * self.store.bytes_per_image / 1e9:.1f} GB in "
+            f"{self.store.directory}"
+        )
+        share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        loader = DataLoader(
+            self.dataset.select(share), batch_size=batch_size, num_workers=num_workers, collate_fn=self._collate
+        )
+        bar = progress(
+            description="encode", total=len(share), unit="image", disable=not self.accelerator.is_main_process
+        )
+        keys = iter([self.keys[index] for index in share])
+        for pixel_values, problems in loader:
+            if pixel_values is not None:
+                maps = self._views(pixel_values.to(self.accelerator.device))
+            encoded = 0
+            for problem in problems:
+                key = next(keys)
+                if problem:
+                    self.unreadable[key] = problem
+                    continue
+                self.store.write(key, {name: each[encoded] for name, each in maps.items()})
+                encoded += 1
+            bar.update(len(problems))
+        bar.close()
+        self.accelerator.wait_for_everyone()
+        self.store.missing(self.keys)  # takes in what other processes wrote
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """The maps of one image, each (VIEWS, ...).
+
+        Raises:
+            UnreadableImageError: its file could not be read.
+        """
+        try:
+            return self.store.read(key)
+        except KeyError:
+            raise UnreadableImageError(self.unreadable.get(key, f"image with key {key} was not encoded")) from None
+
+    def _collate(self, rows: list[dict[str, Any]]) -> tuple[Tensor | None, list[str]]:
+        """Pixel values of the readable images, and for each row what is wrong with it."""
+        images, problems = [], []
+        for row in rows:
+            try:
+                images.append(read_image(row))
+                problems.append("")
+            except UnreadableImageError as error:
+                problems.append(str(error))
+        return self.processor(images, return_tensors="pt")["pixel_values"] if images else None, problems
+
+    def _views(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps of the images and of their mirror images, (B, VIEWS, ...)."""
+        training = self.model.training
+        self.model.eval()
+        with self.accelerator.autocast():
+            views = [encode(self.model, view) for view in (images, images.flip(-1))]
+        self.model.train(training)
+        assert len(views) == VIEWS
+        return {name: torch.stack([view[name] for view in views], dim=1) for name in views[0]}
+
+
+__all__ = ["EncodedImages", "FeatureStore", "clear", "default_directory", "encode"]

@@ -1,8 +1,10 @@
 """What a run is made of before its first step: accelerator, images, networks, optimiser."""
 
 import dataclasses
+import itertools
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +19,17 @@ from cosa_hf.assignment.affinity import AffinityConfig
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, without_untagged
 from cosa_hf.data.dataset import TrainingDataset
+from cosa_hf.data.encoded import EncodedDataset
+from cosa_hf.data.images import read_image, undecoded
 from cosa_hf.data.streaming import streaming_loader
 from cosa_hf.data.views import Views
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
+from cosa_hf.training.features import EncodedImages, default_directory
+
+ENCODED_AT_ONCE = 4  # images, twice: plain and mirrored
+STANDARDIZED_OVER = 256  # images
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -89,6 +97,7 @@ def training_loader(
     untagged: list[str],
     processor: CoSAImageProcessor,
     accelerator: Accelerator,
+    encoded: EncodedImages | None = None,
 ) -> DataLoader:
     """The whole run as one sequence of steps, each a batch here: position in it is all that a resume has to know."""
     scales = (config.scale_min, config.scale_max)
@@ -109,10 +118,12 @@ def training_loader(
         )  # fmt: skip
         # It gives this process its own rows already; Accelerate is left to move them to the device.
         return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
-    length = items * accelerator.num_processes
-    return accelerator.prepare(
-        DataLoader(TrainingDataset(dataset, views, length, config.seed, masks=config.reads_masks), **options)
-    )
+    length, masks = items * accelerator.num_processes, config.reads_masks
+    if encoded is None:
+        stream = TrainingDataset(dataset, views, length, config.seed, masks)
+    else:
+        stream = EncodedDataset(dataset, encoded.read, encoded.keys, config.input_size, length, config.seed, masks)
+    return accelerator.prepare(DataLoader(stream, **options))
 
 
 def build_student(config: TrainingConfig, names: list[str]) -> CoSAForWeaklySupervisedSegmentation:
@@ -137,9 +148,71 @@ def build_student(config: TrainingConfig, names: list[str]) -> CoSAForWeaklySupe
         model = CoSAForWeaklySupervisedSegmentation(model_config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.frozen_blocks != "0":
+        model.backbone.freeze(None if config.frozen_blocks == "all" else int(config.frozen_blocks))
     # Convolutions run up to twice as fast with channels last; a ViT does not mind.
     nn.Module.to(model, memory_format=torch.channels_last)
     return model
+
+
+def encoded_images(
+    config: TrainingConfig,
+    model: CoSAForWeaklySupervisedSegmentation,
+    processor: CoSAImageProcessor,
+    dataset: Dataset | IterableDataset,
+    accelerator: Accelerator,
+) -> EncodedImages | None:
+    """The images as a frozen encoder sees them, encoded once; None for a run that encodes in every step.
+
+    Raises:
+        ValueError: settings that need the images themselves.
+        OSError: no room on the disk.
+    """
+    chosen = config.cache_features
+    if config.frozen_blocks != "all":
+        if chosen not in ("auto", "never"):
+            raise ValueError(f"cache_features {chosen} needs frozen_blocks all, got {config.frozen_blocks}")
+        return None
+    if chosen == "never" or (chosen == "auto" and accelerator.device.type != "cpu"):
+        return None
+    needs = {
+        "streaming": not config.streaming,
+        "label_scales": config.label_scales == [1.0],
+        "dense_energy_weight": not config.dense_energy_weight,
+    }
+    if unfit := [name for name, fits in needs.items() if not fits]:
+        raise ValueError(
+            f"{unfit[0]} {getattr(config, unfit[0])} needs the images in every step, which cached features do not "
+            "give: leave it out, or pass --cache_features never"
+        )
+    assert isinstance(dataset, Dataset)
+    root = default_directory() if chosen == "auto" else Path(chosen)
+    encoded = EncodedImages(model, processor, dataset, root, accelerator)
+    encoded.fill(batch_size=ENCODED_AT_ONCE, num_workers=config.num_workers)
+    return encoded
+
+
+def standardize(
+    model: CoSAForWeaklySupervisedSegmentation,
+    processor: CoSAImageProcessor,
+    dataset: Any,
+    encoded: EncodedImages | None,
+) -> None:
+    """Mean and deviation of the features over the first images, where the model's config asks for them."""
+    if not model.config.standardize_features:
+        return
+    if encoded is not None:
+        found = (encoded.read(key) for key in encoded.keys[:STANDARDIZED_OVER])
+        model.set_feature_statistics((maps["features"].float(), maps["aux_features"].float()) for maps in found)
+        return
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    images = (read_image(row) for row in itertools.islice(undecoded(dataset), STANDARDIZED_OVER))
+    with torch.no_grad():
+        model.set_feature_statistics(
+            model.backbone(processor(image, return_tensors="pt")["pixel_values"].to(device)) for image in images
+        )
+    model.train(training)
 
 
 def build_processor(config: RunConfig, model: CoSAForWeaklySupervisedSegmentation) -> CoSAImageProcessor:

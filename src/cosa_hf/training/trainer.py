@@ -22,17 +22,27 @@ from cosa_hf.inference import Segmenter
 from cosa_hf.objective.overall import CoSAObjective, mask_targets
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.targets import Targets
-from cosa_hf.training.checkpoints import Checkpoints, Progress, TrainingData, save_networks, snapshot_directory
+from cosa_hf.training.checkpoints import (
+    Checkpoints,
+    Progress,
+    TrainedWeights,
+    TrainingData,
+    save_networks,
+    snapshot_directory,
+)
 from cosa_hf.training.config import TrainingConfig
+from cosa_hf.training.features import MAPS
 from cosa_hf.training.guard import RunGuard
 from cosa_hf.training.resume import require_unused, resume
 from cosa_hf.training.setup import (
     build_optimizer,
     build_processor,
     build_student,
+    encoded_images,
     evaluation_data,
     hardware,
     make_accelerator,
+    standardize,
     training_data,
     training_loader,
 )
@@ -78,6 +88,9 @@ class Trainer:
         names = class_names(self.dataset)
         self.student = build_student(config, names)
         self.processor = build_processor(config, self.student)
+        self.student.to(self.accelerator.device)  # so that the teacher can share what is frozen
+        encoded = encoded_images(config, self.student, self.processor, self.dataset, self.accelerator)
+        standardize(self.student, self.processor, self.dataset, encoded)
         self.teacher = AssignmentNetwork(self.student, config, config).to(self.accelerator.device)
         self.objective = _objective(config)
         # Of a normalised image to 0..255, up to an offset: the dense energy compares colours.
@@ -87,16 +100,17 @@ class Trainer:
         self.schedule = get_polynomial_decay_schedule_with_warmup(
             optimizer, config.lr_warmup_steps, config.max_steps, lr_end=0.0, power=config.lr_power
         )
-        self.loader = training_loader(config, self.dataset, self.untagged, self.processor, self.accelerator)
+        self.loader = training_loader(config, self.dataset, self.untagged, self.processor, self.accelerator, encoded)
         self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
         images = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
         self.progress = Progress(images)
         self.telemetry = Telemetry(self.accelerator, config, images, shown=("loss", "cls", "xi"))
         threshold, aux_threshold = self.teacher.thresholds
+        frozen = [name for name, parameter in self.student.named_parameters() if not parameter.requires_grad]
         states: dict[str, Any] = {
             "data": _training_data(config, self.dataset, names),
-            "online": self.student,
-            "assignment": self.teacher,
+            "online": TrainedWeights(self.student, frozen),
+            "assignment": TrainedWeights(self.teacher.network, frozen),
             "threshold": threshold,
             "aux_threshold": aux_threshold,
             "optimizer": self.optimizer,
@@ -122,7 +136,7 @@ class Trainer:
         losses = []
         for micro, micro_targets in micro_batches(batch, targets, self.config.batch_size):
             with self.accelerator.accumulate(self.model):
-                outputs = self.model(micro["strong"], output_hidden_states=self.config.detach != "none")  # line 11
+                outputs = self.model(**student_inputs(micro), output_hidden_states=self.config.detach != "none")  # 11
                 losses.append(self.losses(outputs, micro, micro_targets))  # lines 12 and 19-22
                 self.accelerator.backward(losses[-1]["loss"])  # line 23
         self.guard.require_finite(losses, batch["image_id"])
@@ -144,8 +158,9 @@ class Trainer:
         bf16 = torch.autocast(self.accelerator.device.type, torch.bfloat16)
         with bf16 if self.config.bf16_assignment else self.accelerator.autocast():
             return self.teacher.label(
-                batch["weak"], batch["labels"], batch["valid"], batch.get("mask"), self.config.batch_size, self.mean
-            )
+                batch.get("weak"), batch["labels"], batch["valid"], batch.get("mask"), self.config.batch_size,
+                self.mean, encoded={name: batch[name] for name in MAPS if name in batch} or None,
+            )  # fmt: skip
 
     def targets(self, labels: PseudoLabels | None, batch: dict[str, Any]) -> Targets | None:
         """The targets of the step, normalised over all its images."""
@@ -293,6 +308,13 @@ class Trainer:
                 f"{config.max_steps}: the assignment network will hardly leave its start. Try "
                 f"{max(0.0, 1 - 10 / config.max_steps):.3f}"
             )
+
+
+def student_inputs(micro: dict[str, Any]) -> dict[str, Tensor]:
+    """What the online network sees: the strong view, or features that are known already."""
+    if "features" in micro:
+        return {name: micro[name] for name in ("features", "aux_features")}
+    return {"pixel_values": micro["strong"]}
 
 
 def micro_batches(

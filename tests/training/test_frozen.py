@@ -1,0 +1,255 @@
+"""Runs on a frozen encoder: what is shared and kept, and what a cache of its features changes and does not change."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+from runs import assert_equal, left
+from safetensors.torch import load_file
+
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
+from cosa_hf.assignment.network import AssignmentNetwork, TeacherConfig
+from cosa_hf.data import load_shapes, read_image, undecoded
+from cosa_hf.data.encoded import EncodedDataset, image_keys
+from cosa_hf.training import features
+from cosa_hf.training.features import EncodedImages
+from cosa_hf.training.trainer import Trainer, train
+
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
+HEADS = {
+    "pooling": "lse", "classifier_bias": True, "standardize_features": True, "decoder": "mlp",
+    "decoder_inputs": "concat", "affinity": "features",
+}  # fmt: skip
+
+
+@pytest.fixture
+def frozen(tiny, tmp_path):
+    """A run of heads on cached features."""
+
+    def make(**fields):
+        settings = HEADS | {"frozen_blocks": "all", "cache_features": str(tmp_path / "cache"), "max_steps": 8}
+        return tiny(**settings | {"warmup_steps": 3} | fields)
+
+    return make
+
+
+def build(**fields):
+    torch.manual_seed(0)
+    return CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", aux_layer=-2, num_labels=4, **fields))
+
+
+@pytest.mark.parametrize("blocks", [None, 0, 2])
+def test_what_is_frozen_has_no_gradient_and_stays_in_eval_mode(blocks):
+    model = build().train()
+    model.backbone.freeze(blocks)
+    model.train()
+    trained = {name for name, parameter in model.backbone.model.named_parameters() if parameter.requires_grad}
+    if blocks is None:
+        assert not trained
+        assert not any(module.training for module in model.backbone.modules())
+    else:
+        assert {name.split(".")[1] for name in trained if name.startswith("blocks")} == {
+            str(index) for index in range(blocks, 6)
+        }
+        assert not any(name.startswith(("patch_embed", "cls_token", "pos_embed")) for name in trained)
+        assert [block.training for block in model.backbone.model.blocks] == [index >= blocks for index in range(6)]
+    assert model.decoder.training
+
+
+def test_more_blocks_than_there_are_are_refused():
+    with pytest.raises(ValueError, match=r"'test_vit' has \d+ blocks, fewer than 99"):
+        build().backbone.freeze(99)
+
+
+def test_the_teacher_shares_what_is_frozen_and_follows_the_rest():
+    online = build()
+    online.backbone.freeze(2)
+    teacher = AssignmentNetwork(online, TeacherConfig(ema_momentum=0.5))
+    with torch.no_grad():
+        for parameter in online.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    teacher.update(online)
+    for own, followed in zip(teacher.network.parameters(), online.parameters(), strict=True):
+        if followed.requires_grad:
+            torch.testing.assert_close(own + 0.5, followed)
+        else:
+            assert own.data_ptr() == followed.data_ptr()
+
+
+def test_a_cached_run_leaves_complete_models_and_the_encoder_as_it_was(frozen, tmp_path, capsys):
+    config = frozen()
+    trainer = Trainer(config)
+    before = {name: value.clone() for name, value in trainer.student.backbone.state_dict().items()}
+    directory = trainer.train()
+    assert "encoding 6 images once, 0.0 GB in" in capsys.readouterr().out
+    model = CoSAForWeaklySupervisedSegmentation.from_pretrained(directory)
+    for name, value in before.items():
+        assert torch.equal(model.backbone.state_dict()[name], value), name
+    log = [json.loads(line) for line in (Path(config.output_dir) / "log.jsonl").read_text().splitlines()]
+    assert {"c2s", "s2c", "csc"} <= set(log[-1])
+    # The second run encodes nothing, and is the same.
+    again = frozen(output_dir=str(tmp_path / "again"))
+    train(again)
+    assert "encoding" not in capsys.readouterr().out
+    for name in ("online", "assignment"):
+        weights = [load_file(Path(each.output_dir) / name / "model.safetensors") for each in (config, again)]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_checkpoint_holds_the_heads_and_a_digest(frozen, tiny, tmp_path):
+    sizes = []
+    for config in (
+        frozen(checkpoint_every=8),
+        tiny(output_dir=str(tmp_path / "whole"), max_steps=8, checkpoint_every=8, **HEADS),
+    ):
+        train(config)
+        (checkpoint,) = (Path(config.output_dir) / "checkpoints").iterdir()
+        sizes.append(checkpoint.stat().st_size)
+    assert sizes[0] < 0.5 * sizes[1]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_and_wants_the_same_encoder(frozen, tmp_path):
+    expected = frozen(output_dir=str(tmp_path / "whole"))
+    train(expected)
+    train(frozen(max_steps=8, checkpoint_every=4))
+    sorted((tmp_path / "run/checkpoints").iterdir())[-1].unlink()
+    with pytest.raises(ValueError, match="the frozen part of the encoder is not that of the checkpoint's run"):
+        train(frozen(resume=True, seed=1))  # random weights of another seed
+    train(frozen(resume=True, checkpoint_every=4))
+    assert_equal(left(expected)["weights"], left(frozen())["weights"])
+
+
+def killed_while_encoding(config, count):
+    write, calls = features.FeatureStore.write, []
+
+    def deadly(self, *arguments):
+        calls.append(1)
+        if len(calls) > count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, *arguments)
+
+    features.FeatureStore.write = deadly
+    train(config)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_a_run_killed_while_it_encodes_goes_on_to_the_same_weights(frozen, tmp_path, count, capsys):
+    expected = frozen(output_dir=str(tmp_path / "whole"), cache_features=str(tmp_path / "other"))
+    train(expected)
+    process = multiprocessing.get_context("fork").Process(target=killed_while_encoding, args=(frozen(), count))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    capsys.readouterr()
+    train(frozen())
+    assert f"encoding {6 - count} images once" in capsys.readouterr().out
+    assert_equal(left(expected)["weights"], left(frozen())["weights"])
+
+
+@pytest.mark.slow
+def test_two_processes_share_cache_and_steps(frozen, tmp_path):
+    one = frozen(output_dir=str(tmp_path / "one"), cache_features=str(tmp_path / "one-cache"), learning_rate=1e-5)
+    train(one)
+    two = frozen(batch_size=1, learning_rate=1e-5)
+    AcceleratorState._reset_state(True)
+    debug_launcher(train, args=(two,), num_processes=2)
+    AcceleratorState._reset_state(True)
+    assert len(list((tmp_path / "cache").glob("*/*.f16"))) == 2
+    assert_equal(left(one)["weights"], left(two)["weights"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"label_scales": [1.0, 0.5]}, r"label_scales \[1.0, 0.5\] needs the images in every step"),
+        ({"dense_energy_weight": 0.1}, "dense_energy_weight 0.1 needs the images"),
+        ({"frozen_blocks": "3"}, "needs frozen_blocks all, got 3"),
+        ({"frozen_blocks": "-1"}, "frozen_blocks must be 0, a number of blocks, or all, got '-1'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_name(frozen, fields, said):
+    with pytest.raises(ValueError, match=said):
+        train(frozen(**fields))
+
+
+@pytest.mark.parametrize("cache", ["never", "auto"])
+def test_without_a_cache_the_same_heads_train_on_fresh_views(frozen, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("cosa_hf.training.setup.default_directory", lambda: tmp_path / "default")
+    train(frozen(cache_features=cache))
+    assert (tmp_path / "default").exists() == (cache == "auto" and not torch.cuda.is_available())
+
+
+def test_some_blocks_frozen_train_the_rest(tiny):
+    config = tiny(frozen_blocks=3)
+    trainer = Trainer(config)
+    before = {name: value.clone() for name, value in trainer.student.named_parameters()}
+    trainer.train()
+    moved = {name for name, value in trainer.student.named_parameters() if not torch.equal(value, before[name])}
+    assert any("blocks.5" in name for name in moved)
+    assert not any(f"blocks.{index}." in name for name in moved for index in range(3))
+
+
+def images_in(directory, count=4):
+    directory.mkdir(exist_ok=True)
+    for index, row in enumerate(load_shapes("train", num_images=count, image_size=48)):
+        row["image"].save(directory / f"{index}.png")
+    paths = [str(directory / f"{index}.png") for index in range(count)]
+    from datasets import Dataset
+
+    from cosa_hf.data.tags import tag_features
+
+    columns = {"image": paths, "labels": [[0]] * count, "image_id": [str(index) for index in range(count)]}
+    return Dataset.from_dict(columns, features=tag_features(["thing"]))
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    from accelerate import Accelerator
+
+    from cosa_hf import CoSAImageProcessor
+
+    model, processor = build(), CoSAImageProcessor(size={"height": 48, "width": 48})
+    return lambda dataset: EncodedImages(model, processor, dataset, tmp_path / "cache", Accelerator(cpu=True))
+
+
+def test_a_changed_photo_is_encoded_anew_and_a_broken_one_named(encoder, tmp_path):
+    dataset = images_in(tmp_path / "photos")
+    encoded = encoder(dataset)
+    encoded.fill(2, 0)
+    before = encoded.read(encoded.keys[1])["features"]
+    read_image(undecoded(dataset)[0]).rotate(90).save(tmp_path / "photos/1.png")
+    (tmp_path / "photos/2.png").write_bytes(b"not an image")
+    changed = encoder(dataset)
+    assert [a == b for a, b in zip(encoded.keys, changed.keys, strict=True)] == [True, False, False, True]
+    changed.fill(2, 0)
+    assert not torch.equal(changed.read(changed.keys[1])["features"], before)
+    items = EncodedDataset(dataset, changed.read, changed.keys, 48, length=8, seed=0)
+    problems = [item["unreadable"] for item in (items[position] for position in range(8))]
+    assert sum("2.png" in problem for problem in problems) == 2
+
+
+def test_items_are_the_encoders_maps_of_the_image_or_its_mirror_image(encoder, tmp_path):
+    dataset = images_in(tmp_path / "photos")
+    encoded = encoder(dataset)
+    encoded.fill(3, 0)
+    model, processor = encoded.model, encoded.processor
+    items, seen = EncodedDataset(dataset, encoded.read, encoded.keys, 48, length=16, seed=0), set()
+    for position in range(16):
+        item = items[position]
+        image = read_image(undecoded(dataset)[int(item["image_id"])])
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            views = [model.backbone(view)[0][0] for view in (pixels, pixels.flip(-1))]
+        close = [torch.allclose(item["features"], view, atol=2e-2, rtol=1e-2) for view in views]
+        assert sum(close) == 1
+        seen.add((item["image_id"], close.index(True)))
+    assert len(seen) > 5
+    assert len(set(image_keys(dataset))) == 4
