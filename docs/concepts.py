@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cosa_hf import demo_model
-from cosa_hf.assignment.threshold import BINS, FLOOR, fit_mixture
+from cosa_hf.assignment.threshold import BINS, LEAST, fit_mixture
 from cosa_hf.data import load_dataset_by_name, load_shapes
 from cosa_hf.data.palette import to_palette_image
 from cosa_hf.inference import Segmenter
@@ -61,12 +61,12 @@ def draw_threshold(confidences: dict[str, torch.Tensor], path: Path) -> None:
     """The confidences of some CAMs with the mixture of Eq. 6, and what a pixel weighs on either side of xi."""
     figure = Figure(figsize=(3.4 * (len(confidences) + 1), 2.7), layout="constrained")
     *histograms, curve = figure.subplots(1, len(confidences) + 1)
-    centers = np.linspace(FLOOR, 1, BINS)
+    centers = np.linspace(LEAST, 1, BINS)
     for axes, (title, values) in zip(histograms, confidences.items(), strict=True):
-        mixture = fit_mixture(torch.histc(values, BINS, FLOOR, 1.0).double())
+        mixture = fit_mixture(torch.histc(values, BINS, LEAST, 1.0).double())
         assert mixture is not None
-        kept = values[values > FLOOR]
-        axes.hist(kept, 60, range=(FLOOR, 1), density=True, color="0.8")
+        kept = values[values > LEAST]
+        axes.hist(kept, 60, range=(LEAST, 1), density=True, color="0.8")
         for weight, mean, variance, colour in zip(*mixture[:3], ("tab:blue", "tab:orange"), strict=True):
             bell = weight * np.exp(-((centers - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
             axes.plot(centers, bell, color=colour)

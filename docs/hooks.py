@@ -13,7 +13,7 @@ SOURCE = DOCS.parent / "src"
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fits a page written for the repository to the site.
 
-    `[text](../src/file.py)`, which is no page of the site, becomes the text and the file's name; a missing file
+    `[text](../src/file.py)`, which is not a page of the site, becomes the text and the file's name; a missing file
     fails the build. `::: package` becomes a `:::` for each of its modules, so that no list of them has to be kept.
     """
 

@@ -13,7 +13,7 @@ from cosa_hf.training.config import ConfigParser
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Also a decorator: an error that a user can mend ends the command with its message, and without a traceback."""
+    """Also a decorator: an error that a user can correct ends the command with its message, and without a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:

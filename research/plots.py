@@ -182,7 +182,7 @@ def _number(value: float | None) -> float:
 
 def _save(draw: Callable[[Any], None], path: Path, size: tuple[float, float]) -> str:
     try:
-        from matplotlib.figure import Figure  # an extra: only the pictures need it
+        from matplotlib.figure import Figure  # an extra: only the plots need it
     except ModuleNotFoundError:
         return f'no {path}: matplotlib is not installed (pip install -e ".[research]")'
     figure = Figure(figsize=size, layout="constrained")

@@ -1,6 +1,8 @@
 """Settings that all tests share."""
 
 import os
+import subprocess
+import sys
 
 # Before torch is imported. Some tests fork, and the child of a process whose OpenMP threads have worked waits for them
 # forever; the models of the tests are too small to gain from threads anyway.
@@ -9,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+from in_process import run_command
 from pets import CLASSES
 from transformers import (
     Mask2FormerConfig,
@@ -32,6 +35,49 @@ settings.register_profile("same every run", deadline=None, derandomize=True, max
 # Looks for new ones: pytest --hypothesis-profile search
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("same every run")
+
+
+@pytest.fixture
+def cosa_hf(capsys):
+    """Runs a command that works, and returns what it prints."""
+
+    def cosa_hf(*arguments):
+        capsys.readouterr()
+        status = run_command(*arguments)
+        printed = capsys.readouterr()
+        assert status == 0, printed.out + printed.err
+        return printed.out
+
+    return cosa_hf
+
+
+@pytest.fixture
+def complaint(capsys):
+    """What a command prints on stderr that ends with status 1 (2 with `usage`): errors, never a traceback."""
+
+    def complaint(*arguments, usage=False):
+        capsys.readouterr()
+        try:
+            status = run_command(*arguments)
+        except SystemExit as stopped:
+            status = stopped.code
+        printed = capsys.readouterr()
+        assert status == (2 if usage else 1), printed.out + printed.err
+        return printed.err
+
+    return complaint
+
+
+@pytest.fixture(scope="session")
+def subprocess_of():
+    """Runs a command in a process of its own, by default as `python -m cosa_hf.cli`."""
+
+    def run(*arguments, launch=("-m", "cosa_hf.cli"), **environment):
+        words = [sys.executable, *map(str, (*launch, *arguments))]
+        settings = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+        return subprocess.run(words, capture_output=True, text=True, env=settings, timeout=600)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Small datasets of drawn pictures on disk, in layouts that people have."""
+"""Small datasets of drawn images on disk, in layouts that people have."""
 
 import json
 
@@ -16,7 +16,7 @@ def write_photos(folder, count):
 
 
 def write_voc(root, splits, classes=SHAPES_CLASSES):
-    """Six pictures with masks in the layout of VOC, in each of the splits; their tags are the first of `classes`."""
+    """Six images with masks in the layout of VOC, in each of the splits; their tags are the first of `classes`."""
     for name in ("JPEGImages", "ImageSets/Segmentation", "SegmentationClassAug"):
         (root / name).mkdir(parents=True)
     tags = {}

@@ -61,6 +61,48 @@ def large_fov(features: Array, conv6: Array, conv7: Array, conv8: Array, dilatio
     return activation_maps(np.stack(hidden), conv8[:, :, 0, 0])
 
 
+def layer_norm(tokens: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """Token by token."""
+    result = np.zeros(tokens.shape)
+    for index in np.ndindex(tokens.shape[:-1]):
+        token = tokens[index]
+        result[index] = (token - token.mean()) / math.sqrt(token.var() + eps) * weight + bias
+    return result
+
+
+def attention_weights(query: Array, key: Array) -> Array:
+    """softmax(q k^T / sqrt(d)) of one head, (N, N), row by row."""
+    result = np.zeros((len(query), len(key)))
+    for row in range(len(query)):
+        scores = np.array([query[row] @ other / math.sqrt(query.shape[1]) for other in key])
+        result[row] = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    return result
+
+
+def smooth_maximum(logits: Array, sharpness: float) -> Array:
+    """log mean exp(r z) / r over the tokens (B, C, N)."""
+    result = np.zeros(logits.shape[:2])
+    for image, c in np.ndindex(result.shape):
+        highest = logits[image, c].max()
+        mean = np.mean([math.exp(sharpness * (z - highest)) for z in logits[image, c]])
+        result[image, c] = highest + math.log(mean) / sharpness
+    return result
+
+
+def mlp(features: Array, hidden: tuple[Array, Array], output: tuple[Array, Array]) -> Array:
+    """Two linear layers at each token, exact GELU between: weights (out, in) and biases."""
+
+    def gelu(x: float) -> float:
+        return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
+
+    batch, _, height, width = features.shape
+    result = np.zeros((batch, len(output[1]), height, width))
+    for image, y, x in np.ndindex(batch, height, width):
+        inside = np.array([gelu(value) for value in hidden[0] @ features[image, :, y, x] + hidden[1]])
+        result[image, :, y, x] = output[0] @ inside + output[1]
+    return result
+
+
 def moving_average(assignment: Array, online: Array, momentum: float) -> Array:
     """Θ' <- m Θ' + (1 - m) Θ (Sec. 3.2)."""
     return momentum * assignment + (1 - momentum) * online

@@ -153,10 +153,10 @@ def test_page_in_a_browser(url, photo):
         page.goto(url, timeout=120_000)
 
         def source(label):
-            """The address of the picture under a label, once it is there."""
-            picture = page.locator(".block", has=page.get_by_text(label, exact=True)).locator("img[src*='file=']").last
-            picture.wait_for(timeout=120_000)
-            return picture.get_attribute("src")
+            """The address of the image under a label, once it is there."""
+            image = page.locator(".block", has=page.get_by_text(label, exact=True)).locator("img[src*='file=']").last
+            image.wait_for(timeout=120_000)
+            return image.get_attribute("src")
 
         def changed(label, before):
             page.wait_for_function(

@@ -37,7 +37,7 @@ def test_the_card_is_of_these_weights_and_says_what_they_are():
         assert words in card, words
     assert "trust_remote_code" not in card  # its code is the package
     copy = (ROOT / "model_cards" / "cosa-lite0-voc-1696.md").read_text()
-    assert copy == card.replace("](recipe.yaml)", "](../src/cosa_hf/demo/recipe.yaml)")
+    assert copy == card.replace("](recipe.yaml)", "](../src/cosa_hf/demo/model/recipe.yaml)")
 
 
 @pytest.mark.parametrize("name", ["config.json", "recipe.yaml", "README.md"])

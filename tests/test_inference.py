@@ -10,6 +10,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, Segf
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.assignment.affinity import spread_cams
 from cosa_hf.data.images import UnreadableImageError
 from cosa_hf.inference import Segmenter, forward_multiscale, has_cams, load_model, segmentation_logits
 from cosa_hf.multistage.config import MultistageConfig
@@ -436,3 +437,55 @@ def test_from_pretrained_takes_a_size_and_finds_a_device(cosa, photos):
     assert segmenter.names == NAMES
     assert segmenter.model.device.type == (torch.accelerator.current_accelerator(True) or torch.device("cpu")).type
     assert segmenter(photos[0]).seg_logits.shape == (4, 3, 3)
+
+
+# --- CAMs spread by the encoder's affinity ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["features", "attention"])
+def spreading(request):
+    torch.manual_seed(0)
+    config = CoSAConfig(
+        backbone="test_vit", aux_layer=-2, num_labels=4, decoder_channels=8, affinity=request.param,
+        affinity_layer=-3, affinity_blocks=[-3, -2],
+    )  # fmt: skip
+    network = CoSAForWeaklySupervisedSegmentation(config).eval()
+    with torch.no_grad():
+        for head in (network.classifier, network.aux_classifier):
+            head.weight.mul_(50)
+    return network
+
+
+@pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((0.5, 1.0), True), ((0.5,), True)])
+def test_the_affinity_is_that_of_the_plain_image_at_scale_one(spreading, scales, flip):
+    pixel_values = images(64, 96)
+    with torch.no_grad():
+        fused = forward_multiscale(spreading, pixel_values, scales, flip)
+        expected = spreading.backbone(pixel_values, affinity=True)[2]
+    torch.testing.assert_close(fused.affinity, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_segmenter_spreads_the_mean_of_both_cams(spreading):
+    segmenter = Segmenter(spreading, CoSAImageProcessor(size={"height": 48, "width": 64}), flip=True)
+    assert segmenter.settings["affinity"]["affinity"] == spreading.config.affinity
+    noise = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    one = segmenter(Image.fromarray(noise), tags=["LABEL_1", "LABEL_3"])
+    pixel_values = segmenter.processor(Image.fromarray(noise), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        source = spreading.backbone(pixel_values, affinity=True)[2]
+    mean = (one.cam + one.aux_cam)[None] / 2
+    torch.testing.assert_close(one.spread_cam, spread_cams(mean, source, spreading.config)[0], rtol=1e-3, atol=1e-4)
+    assert (one.spread_cam[1] == 0).all()
+    mask, confidence = one.label("cam_spread", threshold=0.4)
+    torch.testing.assert_close(confidence, one.upsample(one.spread_cam).amax(0))
+    assert torch.equal(mask > 0, confidence >= 0.4)
+    assert set(mask.unique().tolist()) <= {0, 1, 3}
+
+
+def test_without_an_affinity_nothing_is_spread(model):
+    segmenter = Segmenter(model, CoSAImageProcessor(size={"height": 48, "width": 64}))
+    assert "affinity" not in segmenter.settings
+    one = segmenter(Image.new("RGB", (20, 30)), tags=["LABEL_1"])
+    assert one.spread_cam is None
+    with pytest.raises(ValueError, match="cam_spread where its config names an affinity"):
+        one.label("cam_spread")

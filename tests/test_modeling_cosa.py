@@ -182,7 +182,7 @@ def with_features(features: torch.Tensor, aux_features: torch.Tensor, dtype=torc
     for name, maps in (("classifier", features), ("aux_classifier", aux_features)):
         setattr(model, name, nn.Conv2d(maps.shape[1], 3, 1, bias=False, dtype=dtype))
     model.decoder = CoSALargeFOV(model.config, features.shape[1]).to(dtype)
-    model.backbone.forward = lambda pixel_values: (features, aux_features)
+    model.backbone.forward = lambda pixel_values, affinity: (features, aux_features)
     return model
 
 
@@ -228,7 +228,7 @@ def test_gradients_of_the_heads():
     heads = {name: weight.detach() for name, weight in model.named_parameters() if "backbone" not in name}
 
     def outputs(features, aux_features, *weights):
-        model.backbone.forward = lambda pixel_values: (features, aux_features)
+        model.backbone.forward = lambda pixel_values, affinity: (features, aux_features)
         parameters = dict(zip(heads, weights, strict=True))
         return torch.func.functional_call(model, parameters, torch.zeros(2, 3, 16, 16)).to_tuple()
 

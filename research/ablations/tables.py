@@ -167,7 +167,7 @@ TABLES: dict[str, Table] = {
             "noise": {"guidance": "noise"},
         },
     ),
-    # The figure's values are in its picture only. Its text puts the best at 0.45 and the time saved at nearly 80 %,
+    # The figure's values are in its plot only. Its text puts the best at 0.45 and the time saved at nearly 80 %,
     # which is 1 - 1.1/n for n = 5 thresholds.
     "fig9": Table(
         title="fixed thresholds against the dynamic one (Fig. 9)",

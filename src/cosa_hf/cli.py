@@ -1,4 +1,4 @@
-"""The console command `cosa-hf`: a module of `commands/` for each of its commands, and one way for all of them to fail.
+"""The console command `cosa-hf`: a module of `commands/` for each of its commands, and one error handler.
 
 Started by Accelerate it is `accelerate launch -m cosa_hf.cli train ...`.
 """
@@ -11,7 +11,7 @@ from importlib import import_module
 from cosa_hf._version import __version__
 
 COMMANDS = {
-    "demo": "train on drawn pictures from tags, score the model, segment a new picture: minutes, no download",
+    "demo": "train on drawn images from tags, score the model, segment a new image: minutes, no download",
     "check": "read a dataset once and say what would spoil training",
     "train": "train CoSA from image-level tags",
     "evaluate": "score a model on a dataset with masks",

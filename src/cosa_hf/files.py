@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and whether they can be written."""
+"""Files that are there completely or not at all, and whether they can be written."""
 
 import os
 from collections.abc import Iterator

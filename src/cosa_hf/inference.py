@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from cosa_hf.assignment.affinity import affinity_settings, spread_cams
 from cosa_hf.data.images import UnreadableImageError, read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names, multi_hot, parse_tags, tag_ids
 from cosa_hf.image_processing_cosa import to_rgb, upsampled_argmax
@@ -52,12 +53,15 @@ class MultiScaleOutput:
         cls_logits: (B, C), mean; None, like the CAMs, of a network that only segments.
         cam_logits: M, (B, C, h, w), maximum (Alg. 1) or sum.
         aux_cam_logits: M†, (B, C, h, w), likewise.
+        affinity: what tokens of the plain image at scale 1 are alike by, if the model's config names it: features
+            (B, D, h, w), or attention (B, N, N).
     """
 
     seg_logits: Tensor
     cls_logits: Any = None
     cam_logits: Any = None
     aux_cam_logits: Any = None
+    affinity: Any = None
 
 
 def has_cams(model: Any) -> bool:
@@ -166,12 +170,18 @@ def forward_multiscale(
     cams: list[tuple[Tensor, ...]] = []
     aux_cams: list[tuple[Tensor, ...]] = []
     seg_logits: list[tuple[Tensor, ...]] = []
+    spreads, affinity = cams_too and affinity_settings(model.config) is not None, None
     for scale in scales:
         scaled_size = [tokens(side * scale) * stride for side in size]
         images = pixel_values
         if scaled_size != size:
             images = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
-        outputs = model(torch.cat([images, images.flip(-1)]) if flip else images)
+        inputs = torch.cat([images, images.flip(-1)]) if flip else images
+        if spreads and scale == 1:
+            outputs = model(inputs, output_affinity=True)
+            affinity = outputs.affinity[:batch]
+        else:
+            outputs = model(inputs)
         fused = [(segmentation_logits(outputs), seg_logits)]
         if cams_too:
             cls_logits.append(outputs.cls_logits.unflatten(0, (-1, batch)))
@@ -199,8 +209,10 @@ def forward_multiscale(
     segmentation = on_grid(seg_logits).mean(dim=0)
     if not cams_too:
         return MultiScaleOutput(segmentation)
+    if spreads and affinity is None:
+        affinity = model(pixel_values, output_affinity=True).affinity
     scores = at_least_float32(torch.cat(cls_logits)).mean(dim=0)
-    return MultiScaleOutput(segmentation, scores, fused_cams(cams), fused_cams(aux_cams))
+    return MultiScaleOutput(segmentation, scores, fused_cams(cams), fused_cams(aux_cams), affinity)
 
 
 def _check_scales(scales: Sequence[float]) -> None:
@@ -263,6 +275,7 @@ class Segmentation:
         cls_logits: Z, (C,); None, like the CAMs, of a network that only segments.
         cam: (C, h, w) normalised CAM of the last layer in [0, 1]; classes without a tag are zero.
         aux_cam: the same of the auxiliary layer.
+        spread_cam: the mean of both, spread by the model's affinity; None without one.
         ground_truth: (H, W) int64 ids; None where there is none.
         cam_threshold: xi of the model, from where on a CAM is foreground.
         crf: refines the segmentation, not the CAMs.
@@ -283,6 +296,7 @@ class Segmentation:
     cls_logits: Any = None
     cam: Any = None
     aux_cam: Any = None
+    spread_cam: Any = None
     ground_truth: Tensor | None = None
     cam_threshold: float = 0.5
     crf: CRF | None = None
@@ -296,8 +310,8 @@ class Segmentation:
         """Every pixel's class, at the size of the image: maps are upsampled bilinearly, then decided on.
 
         Args:
-            source: "cam", "cam_aux" or "cam_mean" for CAM pseudo-labels (Eq. 3); "seg_tags" or "seg" for the
-                argmax of S over background and tags, or over all classes.
+            source: "cam", "cam_aux", "cam_mean" or "cam_spread" for CAM pseudo-labels (Eq. 3); "seg_tags" or "seg" for
+                the argmax of S over background and tags, or over all classes.
             threshold: xi, default: `cam_threshold`; a segmentation does not use it.
 
         Returns:
@@ -305,7 +319,7 @@ class Segmentation:
             the threshold it is; the probability of the class in a segmentation.
 
         Raises:
-            ValueError: unknown source, or a CAM of a network that only segments.
+            ValueError: unknown source, a CAM of a network that only segments, or a spread one without an affinity.
         """
         if source in ("seg", "seg_tags"):
             ids, highest = self._segment(source)
@@ -315,10 +329,12 @@ class Segmentation:
             for plane in self.seg_logits[self._possible(source)]:
                 total += (self.upsample(plane[None])[0] - highest).exp()
             return ids, total.reciprocal()
-        cams = {"cam": [self.cam], "cam_aux": [self.aux_cam], "cam_mean": [self.cam, self.aux_cam]}.get(source)
-        if cams is None or self.cam is None:
+        sources = {"cam": [self.cam], "cam_aux": [self.aux_cam], "cam_mean": [self.cam, self.aux_cam]}
+        cams = (sources | {"cam_spread": [self.spread_cam]}).get(source, [None])
+        if cams[0] is None:
             raise ValueError(
-                f"no {source!r}: sources are seg, seg_tags and, of a network with CAMs, cam, cam_aux, cam_mean"
+                f"no {source!r}: sources are seg, seg_tags and, of a network with CAMs, cam, cam_aux, cam_mean, and "
+                "cam_spread where its config names an affinity"
             )
         ids = self._possible(source)
         if len(ids) == 1:
@@ -425,7 +441,8 @@ class Segmenter:
         if crf is not None:
             named = {"backend": getattr(crf, "__name__", type(crf).__name__)}
             crf = asdict(crf) if hasattr(crf, "__dataclass_fields__") else named
-        return {
+        affinity = affinity_settings(self.model.config)
+        return ({} if affinity is None else {"affinity": affinity}) | {
             "scales": list(self.scales),
             "flip": self.flip,
             "input_size": [self.processor.size["height"], self.processor.size["width"]],
@@ -513,17 +530,28 @@ class Segmenter:
         if class_threshold is not None:
             predicted = (fused.cls_logits.sigmoid() >= class_threshold).to(labels.dtype)
             labels = torch.where(labels.any(dim=1, keepdim=True), labels, predicted)
-        nothing = [None] * len(inputs)
+        nothing: Any = [None] * len(inputs)
         cams, aux_cams = (
             nothing if maps is None else normalize_cams(maps, labels)
             for maps in (fused.cam_logits, fused.aux_cam_logits)
         )
+        spread = nothing
+        if fused.affinity is not None:
+            spread = spread_cams((cams + aux_cams) / 2, fused.affinity, self.model.config)
         scores = nothing if fused.cls_logits is None else fused.cls_logits
-        maps = zip(labels, fused.seg_logits, scores, cams, aux_cams, strict=True)
+        maps: dict[str, Any] = {"labels": labels, "seg_logits": fused.seg_logits, "cls_logits": scores}
+        maps |= {"cam": cams, "aux_cam": aux_cams, "spread_cam": spread}
         threshold = getattr(self.model.config, "cam_threshold", 0.5)
         return [
-            Segmentation(each.image_id, each.image, *own, each.ground_truth, threshold, self.crf)
-            for each, own in zip(inputs, maps, strict=True)
+            Segmentation(
+                each.image_id,
+                each.image,
+                **{name: values[index] for name, values in maps.items()},
+                ground_truth=each.ground_truth,
+                cam_threshold=threshold,
+                crf=self.crf,
+            )
+            for index, each in enumerate(inputs)
         ]
 
 

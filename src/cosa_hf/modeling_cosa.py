@@ -5,9 +5,10 @@ Shapes in comments: B batch, C foreground classes, K = C + 1 labels, D channels,
 
 import copy
 import inspect
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 
 from .configuration_cosa import CoSAConfig
 
+LEAST_STD = 1e-6  # of a channel that is the same everywhere
+
 
 @dataclass
 class CoSAOutput(SemanticSegmenterOutput):
@@ -33,7 +36,7 @@ class CoSAOutput(SemanticSegmenterOutput):
         logits (`torch.Tensor` of shape `(B, K, h, w)`):
             Segmentation logits S at token resolution, background first.
         hidden_states (`tuple[torch.Tensor]`, *optional*, with `output_hidden_states=True`):
-            The auxiliary map F† `(B, D†, h, w)` and the last map F `(B, D, h, w)`.
+            The auxiliary map F† `(B, D†, h, w)` and the last map F `(B, D, h, w)`, as the heads see them.
         attentions (`None`):
             Never filled: timm's attention does not return its weights.
         cls_logits (`torch.Tensor` of shape `(B, C)`):
@@ -44,22 +47,30 @@ class CoSAOutput(SemanticSegmenterOutput):
             Class activation maps M before any activation.
         aux_cam_logits (`torch.Tensor` of shape `(B, C, h, w)`):
             Class activation maps M† of the auxiliary head before any activation.
+        affinity (`torch.Tensor`, *optional*, with `output_affinity=True`):
+            What tokens are alike by (`config.affinity`): features `(B, D, h, w)`, or mean attention `(B, N, N)`.
     """
 
     cls_logits: torch.Tensor | None = None
     aux_cls_logits: torch.Tensor | None = None
     cam_logits: torch.Tensor | None = None
     aux_cam_logits: torch.Tensor | None = None
+    affinity: torch.Tensor | None = None
 
 
 class CoSABackbone(nn.Module):
     """
-    A timm encoder that returns its last feature map F and an earlier one, F†, on the same grid.
+    A timm encoder that returns two of its feature maps, the last F and an auxiliary one F†, on the same grid.
 
-    F is the last layer after the final norm of a ViT, and the last level of the feature pyramid of any other
-    backbone. F† is the raw output of layer `config.aux_layer`. An image whose sides are no multiples of
-    the stride is resized to the nearest multiples (one token at least), so every token covers the same area.
-    Batch norm keeps its statistics in training, and position embeddings are frozen.
+    Layer -1 is what follows the final norm of a ViT, and the last level of the feature pyramid of any other backbone;
+    an earlier layer is its raw output. Of the last block of a plain ViT there are two more maps, without residual and
+    MLP: `value`, norm(proj(v)), and `value-value`, norm(proj(softmax(v vᵀ / √d) v)). Attention mixes what a class
+    token needs; a token's own value says what is at its place (MaskCLIP, Zhou et al. 2022; CLIP Surgery, Li et al.
+    2023).
+
+    An image whose sides are not multiples of the stride is resized to the nearest multiples (one token at least), so
+    every token covers the same area. Batch norm keeps its statistics in training, and position embeddings are frozen.
+    What no map depends on, blocks behind the last that is used among it, is left out.
 
     Attributes:
         stride: Side of a token in input pixels.
@@ -67,7 +78,8 @@ class CoSABackbone(nn.Module):
 
     Raises:
         ValueError: if timm does not know the backbone or cannot return intermediate features of it, if it does not
-            take images of any size, or if `aux_layer` lies before its first layer.
+            take images of any size, if a layer lies before its first, or if it lacks the blocks of a plain ViT that
+            the config's attention or affinity needs.
 
     Example:
 
@@ -91,28 +103,53 @@ class CoSABackbone(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.model = _create_timm_model(config)
-        self._intermediates: dict[str, Any] = {"indices": [config.aux_layer, -1], "output_fmt": "NCHW"}
+        self._intermediates: dict[str, Any] = {"output_fmt": "NCHW"}
         if "extra_blocks" in inspect.signature(self.model.forward_intermediates).parameters:
             # EfficientNets otherwise list only the stages that end in a downsampling
             self._intermediates["extra_blocks"] = True
         self._is_pyramid = len({level["reduction"] for level in self.model.feature_info}) > 1
         self.stride = int(self.model.feature_info[-1]["reduction"])
-        self.num_features, self.aux_num_features, unused = self._probe()
+        self._require_blocks()
+        self.stride, (self.num_features, self.aux_num_features), unused = self._probe()
         for name in unused:
-            parts = getattr(self.model, name)  # a list is gone through, whatever becomes of it
-            empty = nn.ModuleList(nn.Identity() for _ in parts) if isinstance(parts, nn.ModuleList) else nn.Identity()
-            setattr(self.model, name, empty)
+            modules = self.model.get_submodule(name)  # a list is gone through, whatever becomes of it
+            empty = (
+                nn.ModuleList(nn.Identity() for _ in modules) if isinstance(modules, nn.ModuleList) else nn.Identity()
+            )
+            self.model.set_submodule(name, empty)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not tensor.is_meta:
                 # timm has initialised itself; transformers must not do it over
                 tensor._is_hf_initialized = True
         self._freeze_position_embedding()
 
-    def _probe(self) -> tuple[int, int, list[str]]:
-        """Channels of both maps, and the top-level modules neither depends on: pooling heads and their norms.
+    def _require_blocks(self) -> None:
+        """Refuses what only a plain ViT has: queries, keys and values are known of timm's own block alone."""
+        config = self.config
+        asked = {name: getattr(config, name) for name in ("attention", "aux_attention")}
+        if config.affinity == "attention":
+            asked["affinity"] = "attention"
+        for name, value in asked.items():
+            if value != "standard" and not _has_plain_blocks(self.model):
+                raise ValueError(f"{name}={value!r} needs the blocks of a plain ViT, which {config.backbone!r} lacks.")
+        if config.affinity == "attention":
+            self._check_blocks(config.affinity_blocks)
 
-        Such a module would be dead weight in every checkpoint, and parameters without gradient stop
-        distributed training.
+    def _check_blocks(self, blocks: Sequence[int]) -> None:
+        """Of the first block timm does not return the input, and blocks behind the last that is used are gone."""
+        layers = self.model.blocks
+        known = [index for index in range(1 - len(layers), 0) if not isinstance(layers[index], nn.Identity)]
+        if not set(blocks) <= set(known):
+            raise ValueError(
+                f"affinity_blocks={list(blocks)}: of {self.config.backbone!r} the attention of blocks {known[0]} to "
+                f"{known[-1]} can be taken."
+            )
+
+    def _probe(self) -> tuple[int, list[int], list[str]]:
+        """Stride, channels of both maps, and the modules that no map depends on.
+
+        Pooling heads and their norms, or blocks behind the last that is used, would be dead weight in every
+        checkpoint, and parameters without gradient stop distributed training.
         """
         # The copy has no values, so it costs no memory and works where the model has none yet either.
         without_values: dict[int, Any] = {
@@ -127,53 +164,140 @@ class CoSABackbone(nn.Module):
             # Crops and scales have any size; at the one that it was made for, every backbone would pass.
             size = [(side // self.stride + more) * self.stride for side, more in ((height, 2), (width, 3))]
             try:
-                features, aux_features = self._maps(twin, torch.empty(1, 3, *size))
+                maps = self._maps(twin, torch.empty(1, 3, *size), affinity=self.config.affinity != "none")
             except (AssertionError, RuntimeError) as error:
                 raise ValueError(self._refusal(twin, height, width)) from error
-            (features.sum() + aux_features.sum()).backward()
-        unused = []
-        for name, child in twin.named_children():
-            parameters = list(child.parameters())
-            if parameters and all(parameter.grad is None for parameter in parameters):
-                unused.append(name)
-        return features.shape[1], aux_features.shape[1], unused
+            sum(each.sum() for each in maps).backward()  # type: ignore[union-attr]
+        return size[0] // maps[0].shape[-2], [each.shape[1] for each in maps[:2]], list(_without_gradient(twin))
 
     def _refusal(self, twin: Any, height: int, width: int) -> str:
         """What is wrong with a backbone that fails at another size, told by what it does at its own."""
-        name = self.config.backbone
+        name, config = self.config.backbone, self.config
         try:
-            self._maps(twin, torch.empty(1, 3, height, width))
+            self._maps(twin, torch.empty(1, 3, height, width), affinity=config.affinity != "none")
         except AssertionError as own:
-            return f"aux_layer={self.config.aux_layer} is no layer of {name!r}: {own}"
+            layers = ["feature_layer", "aux_layer", *(["affinity_layer"] if config.affinity == "features" else [])]
+            first = min(layers, key=lambda layer: getattr(config, layer))
+            return f"{first}={getattr(config, first)} is not a layer of {name!r}: {own}"
         except RuntimeError as own:
             return f"timm cannot return feature maps of backbone {name!r}: {own}"
         return f"backbone {name!r} takes images of {width}x{height}, not of any size: choose another"
 
-    def _maps(self, model: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _maps(self, model: Any, pixel_values: torch.Tensor, affinity: bool = False) -> list[torch.Tensor]:
+        """F, F† and, with `affinity`, what tokens are alike by."""
+        config = self.config
+        wanted = [(config.feature_layer, config.attention), (config.aux_layer, config.aux_attention)]
+        if affinity and config.affinity == "features":
+            wanted.append((config.affinity_layer, "standard"))
         if self._is_pyramid:
-            # Without what follows the pyramid: a head convolution narrows the CAMs to their peaks.
-            aux_features, features = model.forward_intermediates(
-                pixel_values, intermediates_only=True, stop_early=True, **self._intermediates
-            )
-            return features, aux_features
-        features, (aux_features, _) = model.forward_intermediates(pixel_values, **self._intermediates)
-        height, width = (side // self.stride for side in pixel_values.shape[-2:])
-        features = features[:, getattr(model, "num_prefix_tokens", 0) :]  # (B, h w, D)
-        return features.transpose(1, 2).unflatten(2, (height, width)), aux_features
+            return self._levels(model, pixel_values, [layer for layer, _ in wanted])
+        blocks = config.affinity_blocks if affinity and config.affinity == "attention" else []
+        return self._tokens(model, pixel_values, wanted, blocks)
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _levels(self, model: Any, pixel_values: torch.Tensor, layers: list[int]) -> list[torch.Tensor]:
+        """Levels of a feature pyramid, without what follows it: a head convolution narrows the CAMs to their peaks."""
+        indices = sorted(set(layers))
+        levels = model.forward_intermediates(
+            pixel_values, indices=indices, intermediates_only=True, stop_early=True, **self._intermediates
+        )
+        return [levels[indices.index(layer)] for layer in layers]
+
+    def _tokens(
+        self, model: Any, pixel_values: torch.Tensor, wanted: Sequence[tuple[int, str]], blocks: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Maps of a ViT, each by layer and attention, and the mean attention of `blocks`, if any.
+
+        Whatever is more than the output of a block comes from its input, which is the output of the one before it.
+        """
+        inputs = {-2 for _, attention in wanted if attention != "standard"} | {block - 1 for block in blocks}
+        indices = sorted(inputs | {layer for layer, attention in wanted if attention == "standard"})
+        options: dict[str, Any] = self._intermediates | {"indices": indices}
+        if inputs:
+            options["return_prefix_tokens"] = True
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        if -1 in indices:
+            normed, outputs = model.forward_intermediates(pixel_values, **options)
+        else:
+            outputs = model.forward_intermediates(pixel_values, intermediates_only=True, stop_early=True, **options)
+        height, width = (side // self.stride for side in pixel_values.shape[-2:])
+
+        def on_grid(tokens: torch.Tensor) -> torch.Tensor:
+            return tokens[:, prefix:].transpose(1, 2).unflatten(2, (height, width))  # (B, D, h, w)
+
+        def output(layer: int) -> torch.Tensor:
+            found = outputs[indices.index(layer)]
+            return found[0] if isinstance(found, tuple) else found
+
+        def with_prefix(layer: int) -> torch.Tensor:
+            tokens = output(layer).flatten(2).transpose(1, 2)  # (B, h w, D)
+            return torch.cat([outputs[indices.index(layer)][1], tokens], dim=1) if prefix else tokens
+
+        maps = []
+        for layer, attention in wanted:
+            if attention != "standard":
+                maps.append(on_grid(_dense_tokens(model, with_prefix(-2), attention)))
+            else:
+                maps.append(on_grid(normed) if layer == -1 else output(layer))
+        if blocks:
+            total: Any = sum(_attention(model.blocks[block], with_prefix(block - 1)) for block in blocks)
+            maps.append(total[:, prefix:, prefix:] / len(blocks))
+        return maps
+
+    def _resized(self, pixel_values: torch.Tensor) -> torch.Tensor:
         given = list(pixel_values.shape[-2:])
         size = [max((side + self.stride // 2) // self.stride, 1) * self.stride for side in given]
-        if size != given:
-            pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
-        features, aux_features = self._maps(self.model, pixel_values)
-        grid = features.shape[-2:]
-        if aux_features.shape[-2:] != grid:
-            aux_features = F.interpolate(aux_features, size=grid, mode="bilinear", align_corners=False)
-        return features, aux_features  # (B, D, h, w), (B, D†, h, w)
+        if size == given:
+            return pixel_values
+        return F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
+
+    def forward(self, pixel_values: torch.Tensor, affinity: bool = False) -> tuple[torch.Tensor, ...]:
+        maps = self._maps(self.model, self._resized(pixel_values), affinity)
+        grid = maps[0].shape[-2:]
+        # (B, D, h, w), (B, D†, h, w) and, with `affinity`, features (B, D, h, w) or attention (B, N, N)
+        return tuple(
+            F.interpolate(each, size=grid, mode="bilinear", align_corners=False)
+            if each.ndim == 4 and each.shape[-2:] != grid
+            else each
+            for each in maps
+        )
+
+    def mean_attention(self, pixel_values: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
+        """
+        How much each token attends to each other one, softmax(q kᵀ / √d), on average over heads and blocks.
+
+        Computed from the blocks' inputs, one head at a time: timm's fused attention does not return its weights.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`.
+            blocks: Counted from the end; any but the first.
+
+        Returns:
+            `(B, N, N)` with N = h w, in float32 at least. Class and register tokens are left out, so rows sum to less
+            than 1.
+
+        Raises:
+            ValueError: if the backbone lacks the blocks of a plain ViT, or those.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from cosa_hf import CoSAConfig
+        >>> from cosa_hf.modeling_cosa import CoSABackbone
+
+        >>> CoSABackbone(CoSAConfig(backbone="test_vit")).mean_attention(torch.rand(1, 3, 64, 96), [-3, -2]).shape
+        torch.Size([1, 24, 24])
+
+        ```
+        """
+        if not _has_plain_blocks(self.model):
+            raise ValueError(f"attention needs the blocks of a plain ViT, which {self.config.backbone!r} lacks.")
+        self._check_blocks(blocks)
+        (attention,) = self._tokens(self.model, self._resized(pixel_values), [], blocks)
+        return attention
 
     def train(self, mode: bool = True) -> "CoSABackbone":
-        """Switches the mode of everything but batch norm: a few crops are no basis for statistics."""
+        """Switches the mode of everything but batch norm: a few crops are too few for statistics."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -252,6 +376,42 @@ class CoSALargeFOV(nn.Module):
         return self.conv8(self.conv7(self.conv6(features).relu()).relu())
 
 
+class CoSAMLP(nn.Module):
+    """
+    Segmentation decoder that sees each token by itself: two linear layers with GELU between.
+
+    Maps `(B, D, h, w)` to `(B, K, h, w)`. For frozen encoders, whose tokens have seen the whole image.
+    """
+
+    def __init__(self, config: CoSAConfig, in_channels: int):
+        super().__init__()
+        self.hidden = nn.Conv2d(in_channels, config.decoder_channels, 1)
+        self.output = nn.Conv2d(config.decoder_channels, config.num_classes + 1, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.output(F.gelu(self.hidden(features)))
+
+
+class CoSADecoderInput(nn.Module):
+    """What the decoder sees: F, or F and F† one after the other and normed; in training less some channels."""
+
+    def __init__(self, config: CoSAConfig, num_features: int, aux_num_features: int):
+        super().__init__()
+        self.concat, self.dropout = config.decoder_inputs == "concat", config.decoder_dropout
+        self.channels = num_features + aux_num_features if self.concat else num_features
+        if self.concat:
+            self.norm = nn.LayerNorm(self.channels)
+
+    def forward(self, features: torch.Tensor, aux_features: torch.Tensor) -> torch.Tensor:
+        if self.concat:
+            tokens = torch.cat([features, aux_features], dim=1).movedim(1, -1)
+            features = self.norm(tokens).movedim(-1, 1)
+        return F.dropout2d(features, self.dropout, self.training) if self.dropout else features
+
+
+DECODERS: dict[str, type[CoSALargeFOV | CoSAMLP]] = {"largefov": CoSALargeFOV, "mlp": CoSAMLP}
+
+
 class CoSAPreTrainedModel(PreTrainedModel):
     """Weight initialisation, and the switches the library asks a model about."""
 
@@ -262,7 +422,7 @@ class CoSAPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CoSABackbone", "CoSALargeFOV"]  # noqa: RUF012 (the library's own spelling)
+    _no_split_modules = ["CoSABackbone", "CoSALargeFOV", "CoSAMLP"]  # noqa: RUF012 (the library's own spelling)
     _supports_sdpa = True  # timm's attention calls scaled_dot_product_attention by itself
 
     def initialize_weights(self) -> None:
@@ -278,6 +438,11 @@ class CoSAPreTrainedModel(PreTrainedModel):
                 init.trunc_normal_(module.weight, std=0.02)
             else:
                 init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         try:
@@ -294,7 +459,8 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
     Segmentation network trained from image-level tags (Sec. 3.1): Z, Z†, M, M† and S in one pass.
 
     Both heads pool before they classify (global max over tokens, per channel) and share their weight with
-    their activation map: Z = GMP(F) Wᵀ and M = F Wᵀ. A model made from a config starts from random weights;
+    their activation map: Z = GMP(F) Wᵀ and M = F Wᵀ; `config.pooling` has the heads for frozen encoders, which
+    classify before they pool. A model made from a config starts from random weights;
     `from_pretrained` loads a saved CoSA model and never downloads anything for its backbone;
     `from_pretrained_backbone` is where training starts.
 
@@ -317,13 +483,32 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
     ```
     """
 
+    feature_mean: torch.Tensor
+    feature_std: torch.Tensor
+    aux_feature_mean: torch.Tensor
+    aux_feature_std: torch.Tensor
+
     def __init__(self, config: CoSAConfig):
         super().__init__(config)
         self.backbone = CoSABackbone(config)
-        self.classifier = nn.Conv2d(self.backbone.num_features, config.num_classes, 1, bias=False)
-        self.aux_classifier = nn.Conv2d(self.backbone.aux_num_features, config.num_classes, 1, bias=False)
-        self.decoder = CoSALargeFOV(config, self.backbone.num_features)
+        channels = {"": self.backbone.num_features, "aux_": self.backbone.aux_num_features}
+        self.classifier = nn.Conv2d(channels[""], config.num_classes, 1, bias=config.classifier_bias)
+        self.aux_classifier = nn.Conv2d(channels["aux_"], config.num_classes, 1, bias=config.classifier_bias)
+        self.decoder_input = CoSADecoderInput(config, *channels.values())
+        self.decoder = DECODERS[config.decoder](config, self.decoder_input.channels)
+        if config.standardize_features:
+            for name, width in channels.items():
+                self.register_buffer(f"{name}feature_mean", torch.zeros(width))
+                self.register_buffer(f"{name}feature_std", torch.ones(width))
         self.post_init()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        if self.config.standardize_features:  # a checkpoint without them leaves whatever was in memory
+            for name in ("feature", "aux_feature"):
+                init.zeros_(getattr(self, f"{name}_mean"))
+                init.ones_(getattr(self, f"{name}_std"))
 
     @classmethod
     def from_pretrained_backbone(
@@ -362,12 +547,56 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Trainable parameters of classifiers and decoder, which learn at ten times the rate (Sec. 4.1)."""
-        for head in (self.classifier, self.aux_classifier, self.decoder):
+        for head in (self.classifier, self.aux_classifier, self.decoder_input, self.decoder):
             yield from (parameter for parameter in head.parameters() if parameter.requires_grad)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """Trainable parameters of the encoder: all but the position embedding."""
         return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
+
+    @torch.no_grad()
+    def set_feature_statistics(self, maps: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """
+        Sets what F and F† are standardised by: mean and standard deviation of each channel over all tokens.
+
+        Args:
+            maps: F `(B, D, h, w)` and F† `(B, D†, h, w)` of training images, batch by batch, as the backbone gives
+                them.
+
+        Raises:
+            ValueError: if the config does not ask for it, or without any map.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
+
+        >>> config = CoSAConfig(backbone="test_vit", standardize_features=True)
+        >>> model = CoSAForWeaklySupervisedSegmentation(config)
+        >>> model.set_feature_statistics(model.backbone(batch) for batch in torch.rand(3, 2, 3, 64, 64))
+        >>> model.feature_mean.shape, model.aux_feature_std.shape
+        (torch.Size([64]), torch.Size([64]))
+
+        ```
+        """
+        if not self.config.standardize_features:
+            raise ValueError("feature statistics need standardize_features=True in the config.")
+        sums: dict[str, Any] = {}
+        count = 0
+        for batch in maps:
+            count += batch[0][:, 0].numel()
+            for name, each in zip(("feature", "aux_feature"), batch, strict=True):
+                values = each.cpu().double().transpose(0, 1).flatten(1)  # (D, tokens)
+                total, squares = sums.get(name, (0, 0))
+                sums[name] = total + values.sum(1), squares + values.square().sum(1)
+        if not count:
+            raise ValueError("feature statistics need the maps of one image at least.")
+        for name, (total, squares) in sums.items():
+            mean = total / count
+            variance = (squares / count - mean.square()).clamp_min(0)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(variance.sqrt().clamp_min(LEAST_STD))
 
     def forward(
         self,
@@ -375,6 +604,7 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        output_affinity: bool = False,
     ) -> CoSAOutput | tuple[torch.Tensor, ...]:
         """
         One pass over a batch of images of any size.
@@ -384,30 +614,78 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
             labels: `(B, C)` multi-hot tags of the foreground classes. With them the output has a loss.
             output_hidden_states: Whether to return F† and F.
             return_dict: `False` for a tuple of the fields that are set.
+            output_affinity: Whether to return what tokens are alike by, as `config.affinity` says.
 
         Raises:
-            ValueError: if `pixel_values` or `labels` have another shape.
+            ValueError: if `pixel_values` or `labels` have another shape, or for an affinity that the config lacks.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must have shape (B, 3, H, W), got {tuple(pixel_values.shape)}.")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        if output_affinity and self.config.affinity == "none":
+            raise ValueError("output_affinity needs a config whose affinity is not 'none'.")
         if return_dict is None:
             return_dict = self.config.return_dict
+        images = pixel_values.to(self.classifier.weight.dtype)
+        features, aux_features, *affinity = self.backbone(images, output_affinity)
+        output = self.forward_heads(features, aux_features, labels, output_hidden_states)
+        if output_affinity:
+            (output.affinity,) = affinity
+        return output if return_dict else output.to_tuple()
 
-        features, aux_features = self.backbone(pixel_values.to(self.classifier.weight.dtype))
-        cls_logits = self.classifier(features.amax(dim=(2, 3), keepdim=True)).flatten(1)  # Z
-        aux_cls_logits = self.aux_classifier(aux_features.amax(dim=(2, 3), keepdim=True)).flatten(1)  # Z†
-        output = CoSAOutput(
+    def forward_heads(
+        self,
+        features: torch.Tensor,
+        aux_features: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> CoSAOutput:
+        """
+        What follows the encoder, for maps that are known already.
+
+        Args:
+            features: F of the backbone, `(B, D, h, w)`.
+            aux_features: F† of the backbone, `(B, D†, h, w)`.
+            labels: As in `forward`.
+            output_hidden_states: As there.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
+
+        >>> model = CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", num_labels=3)).eval()
+        >>> image = torch.rand(1, 3, 64, 64)
+        >>> torch.equal(model.forward_heads(*model.backbone(image)).logits, model(image).logits)
+        True
+
+        ```
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if self.config.standardize_features:
+            features = _standardize(features, self.feature_mean, self.feature_std)
+            aux_features = _standardize(aux_features, self.aux_feature_mean, self.aux_feature_std)
+        cls_logits, cam_logits = self._classify(self.classifier, features)  # Z, M
+        aux_cls_logits, aux_cam_logits = self._classify(self.aux_classifier, aux_features)  # Z†, M†
+        return CoSAOutput(
             loss=None if labels is None else self._classification_loss(cls_logits, aux_cls_logits, labels),
-            logits=self.decoder(features),  # S
+            logits=self.decoder(self.decoder_input(features, aux_features)),  # S
             hidden_states=(aux_features, features) if output_hidden_states else None,
             cls_logits=cls_logits,
             aux_cls_logits=aux_cls_logits,
-            cam_logits=self.classifier(features),  # M
-            aux_cam_logits=self.aux_classifier(aux_features),  # M†
+            cam_logits=cam_logits,
+            aux_cam_logits=aux_cam_logits,
         )
-        return output if return_dict else output.to_tuple()
+
+    def _classify(self, head: nn.Conv2d, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Z (B, C) and M (B, C, h, w) of one head."""
+        cam_logits = head(features)
+        if self.config.pooling == "max":
+            return head(features.amax(dim=(2, 3), keepdim=True)).flatten(1), cam_logits
+        if self.config.pooling == "token-max":
+            return cam_logits.amax(dim=(2, 3)), cam_logits
+        return smooth_maximum(cam_logits.flatten(2), self.config.pooling_sharpness), cam_logits
 
     def _classification_loss(
         self, cls_logits: torch.Tensor, aux_cls_logits: torch.Tensor, labels: torch.Tensor
@@ -423,6 +701,34 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
         return F.multilabel_soft_margin_loss(cls_logits.to(dtype), targets) + F.multilabel_soft_margin_loss(
             aux_cls_logits.to(dtype), targets
         )
+
+
+def smooth_maximum(logits: torch.Tensor, sharpness: float) -> torch.Tensor:
+    """
+    log mean exp(r z) / r over the last dimension (Pinheiro and Collobert, 2015): between mean and maximum of z.
+
+    Args:
+        logits: z, `(B, C, N)`; computed in float32 at least.
+        sharpness: r; towards 0 the mean, towards infinity the maximum.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from cosa_hf.modeling_cosa import smooth_maximum
+
+    >>> [round(smooth_maximum(torch.tensor([0.0, 1.0]), r).item(), 3) for r in (0.01, 4, 100)]
+    [0.501, 0.831, 0.993]
+
+    ```
+    """
+    scaled = sharpness * logits.to(torch.promote_types(logits.dtype, torch.float32))
+    pooled = (scaled.logsumexp(dim=-1) - math.log(logits.shape[-1])) / sharpness
+    return pooled.to(logits.dtype)
+
+
+def _standardize(features: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    return (features - mean[:, None, None]) / std[:, None, None]
 
 
 def read_timm_weights(model: nn.Module, name: str, weights: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -477,7 +783,7 @@ def _create_timm_model(config: CoSAConfig, pretrained: bool = False) -> nn.Modul
 
     if not timm.is_model(config.backbone):
         raise ValueError(
-            f"backbone={config.backbone!r} is no model of timm {timm.__version__}; see timm.list_models()."
+            f"backbone={config.backbone!r} is not a model of timm {timm.__version__}; see timm.list_models()."
         )
     # Every family has its own words for "any input size" and "this stride", and refuses the others'.
     variants: list[dict[str, Any]] = [
@@ -496,6 +802,62 @@ def _create_timm_model(config: CoSAConfig, pretrained: bool = False) -> nn.Modul
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"timm cannot return intermediate features of backbone {config.backbone!r}.")
     return model
+
+
+def _has_plain_blocks(model: nn.Module) -> bool:
+    """Whether a model is a stack of timm's own ViT blocks, or of what was left out of them."""
+    from timm.models.vision_transformer import Attention, Block
+
+    blocks: Any = [block for block in getattr(model, "blocks", ()) if not isinstance(block, nn.Identity)]
+    # Subclasses, gates and norms inside of attention compute something else than softmax(q kᵀ) v.
+    return bool(blocks) and all(
+        type(block) is Block
+        and type(block.attn) is Attention
+        and getattr(block.attn, "gate", None) is None
+        and isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity)
+        for block in blocks
+    )
+
+
+def _query_key_value(block: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a plain ViT block from its input (B, N, D): (B, heads, N, d) each."""
+    attention = block.attn
+    together = attention.qkv(block.norm1(tokens)).unflatten(2, (3, attention.num_heads, -1))
+    query, key, value = together.permute(2, 0, 3, 1, 4).unbind(0)
+    return attention.q_norm(query), attention.k_norm(key), value
+
+
+def _dense_tokens(model: Any, tokens: torch.Tensor, attention: str) -> torch.Tensor:
+    """The last block's values, plain or mixed by their own attention, without residual and MLP: (B, N, D)."""
+    block = model.blocks[-1]
+    *_, value = _query_key_value(block, tokens)
+    if attention == "value-value":
+        value = F.scaled_dot_product_attention(value, value, value)
+    return model.norm(block.ls1(block.attn.proj(value.transpose(1, 2).flatten(2))))
+
+
+def _attention(block: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """softmax(q kᵀ / √d), the mean over heads, (B, N, N), of which no more than two are in memory at a time."""
+    query, key, _ = _query_key_value(block, tokens)
+    total: Any = 0
+    for q, k in zip(query.unbind(1), key.unbind(1), strict=True):
+        weights = (q * block.attn.scale) @ k.mT
+        total = total + weights.to(torch.promote_types(weights.dtype, torch.float32)).softmax(dim=2)
+    return total / query.shape[1]
+
+
+def _without_gradient(model: nn.Module) -> Iterator[str]:
+    """Names of the children that no gradient reaches, and of such layers of a list or sequence."""
+    for name, child in model.named_children():
+        if _unreached(child):
+            yield name
+        elif isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from (f"{name}.{layer}" for layer, part in child.named_children() if _unreached(part))
+
+
+def _unreached(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(parameter.grad is None for parameter in parameters)
 
 
 def _tensors(model: nn.Module) -> dict[str, Any]:

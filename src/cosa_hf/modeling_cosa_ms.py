@@ -107,7 +107,7 @@ class CoSAMSForSemanticSegmentation(PreTrainedModel):
         super().initialize_weights()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the parts have initialised themselves."""
+        """Nothing: the submodules have initialised themselves."""
 
 
 class LargeFOV(CoSALargeFOV):

@@ -246,10 +246,10 @@ def test_with_swapping_the_average_labels(online, batch):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_labels_in_parts_are_those_of_the_whole(online, batch, size):
-    whole, parts = (teacher_of(online).label(*batch, batch_size=n) for n in (None, size))
-    torch.testing.assert_close(parts.cams, whole.cams, atol=1e-5, rtol=1e-4)
-    assert parts.threshold == pytest.approx(whole.threshold, abs=1e-4)
+def test_labels_of_micro_batches_are_those_of_the_batch(online, batch, size):
+    batch_labels, micro_labels = (teacher_of(online).label(*batch, batch_size=n) for n in (None, size))
+    torch.testing.assert_close(micro_labels.cams, batch_labels.cams, atol=1e-5, rtol=1e-4)
+    assert micro_labels.threshold == pytest.approx(batch_labels.threshold, abs=1e-4)
 
 
 def test_labels_leave_no_gradient(online, batch):
@@ -301,3 +301,64 @@ def test_labels_of_nothing_but_padding(online, batch):
     assert (pseudo_labels.aux_cams == 0).all()
     assert torch.isfinite(pseudo_labels.segmentation).all()
     assert (pseudo_labels.threshold, pseudo_labels.aux_threshold) == (0.5, 0.5)
+
+
+def spreading(**affinity) -> CoSAForWeaklySupervisedSegmentation:
+    torch.manual_seed(0)
+    settings = {"backbone": "test_vit", "aux_layer": -2, "num_labels": 4, "decoder_channels": 8} | affinity
+    network = CoSAForWeaklySupervisedSegmentation(CoSAConfig(**settings)).eval()
+    with torch.no_grad():
+        for head in (network.classifier, network.aux_classifier):
+            head.weight.mul_(50)
+    return network
+
+
+@pytest.mark.parametrize(
+    "affinity",
+    [
+        {"affinity": "features", "affinity_layer": -3},
+        {"affinity": "features", "affinity_power": 3.0, "affinity_steps": 2},
+        {"affinity": "attention", "affinity_blocks": [-3, -2]},
+    ],
+)
+@pytest.mark.parametrize("scales", [SCALES, [0.5]])
+def test_cams_are_spread_before_they_become_labels(batch, affinity, scales):
+    """M' and M†' alike, by the plain image at scale 1; the thresholds see them spread."""
+    weak_view, labels, valid = batch
+    network = spreading(**affinity)
+    pseudo_labels = teacher_of(network, threshold=FIXED, label_scales=scales).label(*batch)
+    with torch.no_grad():
+        fused = forward_multiscale(network, weak_view, scales)
+        source = network.backbone(weak_view, affinity=True)[2].double().numpy()
+    tokens = valid_tokens(valid, fused.cam_logits)
+    if affinity["affinity"] == "attention":
+        rows = reference.attention_affinity(source)
+    else:
+        rows = reference.feature_affinity(source, power=affinity.get("affinity_power"), valid=tokens.numpy())
+    for logits, found in ((fused.cam_logits, pseudo_labels.cams), (fused.aux_cam_logits, pseudo_labels.aux_cams)):
+        plain = normalize_cams(logits, labels, tokens).double().numpy()
+        expected = reference.spread(plain, rows, affinity.get("affinity_steps", 1), tokens.numpy())
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
+        assert (found[0, :, :, 3:] == 0).all()  # padding
+        assert not np.allclose(found.numpy(), plain, atol=0.05)
+    expected_thresholds = [DynamicThreshold(ThresholdConfig(threshold_decay=0.0, threshold_queue=4)) for _ in range(2)]
+    teacher = teacher_of(network, label_scales=scales)
+    moved = teacher.label(*batch)
+    for state, maps in zip(expected_thresholds, (moved.cams, moved.aux_cams), strict=True):
+        state.update(maps.amax(dim=1)[tokens])
+    assert (moved.threshold, moved.aux_threshold) == tuple(state.value for state in expected_thresholds)
+
+
+def test_spread_labels_in_parts_are_those_of_the_whole(batch):
+    network = spreading(affinity="attention", affinity_blocks=[-2])
+    whole, parts = (teacher_of(network, threshold=FIXED).label(*batch, batch_size=n) for n in (None, 2))
+    torch.testing.assert_close(parts.cams, whole.cams, atol=1e-4, rtol=1e-3)
+
+
+def test_the_affinity_is_the_averages(batch):
+    """Of the network that labels, as its CAMs are."""
+    network = spreading(affinity="features", affinity_layer=-3)
+    teacher = teacher_of(network, threshold=FIXED)
+    kept = teacher.label(*batch)
+    perturb(network, seed=0)
+    assert torch.equal(teacher.label(*batch).cams, kept.cams)

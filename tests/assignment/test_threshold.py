@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-from cosa_hf.assignment.threshold import BINS, FLOOR, DynamicThreshold, ThresholdConfig, fit_mixture
+from cosa_hf.assignment.threshold import BINS, LEAST, DynamicThreshold, ThresholdConfig, fit_mixture
 from cosa_hf.data import load_voc, multi_hot, read_image, undecoded
 from cosa_hf.objective.pseudo_labels import normalize_cams
 
@@ -31,11 +31,11 @@ def draw(seed, weight=0.5, low=(0.2, 0.05), high=(0.8, 0.05), size=4000) -> torc
     rng = np.random.default_rng(seed)
     from_low = rng.random(size) < weight
     values = np.where(from_low, rng.normal(*low, size), rng.normal(*high, size))
-    return torch.tensor(values[(values > FLOOR) & (values <= 1)], dtype=torch.float32)
+    return torch.tensor(values[(values > LEAST) & (values <= 1)], dtype=torch.float32)
 
 
 def histogram(values: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(np.histogram(values.double().numpy(), bins=BINS, range=(FLOOR, 1))[0], dtype=torch.float64)
+    return torch.tensor(np.histogram(values.double().numpy(), bins=BINS, range=(LEAST, 1))[0], dtype=torch.float64)
 
 
 def reference_fit(values: np.ndarray, covariance: str = "full") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,7 +66,7 @@ MIXTURES = {
     "mostly background": (0.85, (0.2, 0.06), (0.7, 0.1)),
     "mostly foreground": (0.15, (0.3, 0.05), (0.8, 0.07)),
     "unequal widths": (0.6, (0.25, 0.03), (0.7, 0.12)),
-    "cut off at the floor and at one": (0.6, (0.1, 0.05), (0.9, 0.08)),
+    "cut off at the lower bound and at one": (0.6, (0.1, 0.05), (0.9, 0.08)),
     "close": (0.5, (0.4, 0.07), (0.65, 0.06)),
     "narrow": (0.5, (0.3, 0.004), (0.7, 0.004)),
 }
@@ -131,7 +131,7 @@ def test_split_is_the_best_of_real_cam_values(real_confidences):
     threshold = following(decay=0.0)
     for batch in real_confidences.split(8):
         threshold.update(batch)
-    values = real_confidences[real_confidences > FLOOR].numpy()
+    values = real_confidences[real_confidences > LEAST].numpy()
     assert len(values) > 2000
     assert_is_the_best_split(threshold.value, values)
     assert threshold.value == pytest.approx(reference.best_split(values, *reference_fit(values)), abs=2e-3)
@@ -182,9 +182,9 @@ def test_background_comes_first_where_em_has_swapped_the_components():
 
 
 def test_inactive_pixels_belong_to_no_cluster():
-    """Without the floor, the zeros of empty maps would be the background."""
+    """Without the lower bound, the zeros of empty maps would be the background."""
     values = draw(1)
-    with_zeros = torch.cat([values, torch.zeros(50_000), torch.full((50_000,), FLOOR * 0.9)])
+    with_zeros = torch.cat([values, torch.zeros(50_000), torch.full((50_000,), LEAST * 0.9)])
     one, other = following(decay=0.0), following(decay=0.0)
     one.update(values)
     other.update(with_zeros)
@@ -195,7 +195,7 @@ DEGENERATE = {
     "empty": torch.zeros(0),
     "empty maps": torch.zeros(0, 4, 4),
     "zeros": torch.zeros(100),
-    "at the floor": torch.full((100,), FLOOR),
+    "at the lower bound": torch.full((100,), LEAST),
     "one value": torch.tensor([0.7]),
     "constant": torch.full((100,), 0.3),
     "all ones": torch.ones(2, 8, 8),
@@ -263,7 +263,7 @@ def test_ema_decay_is_exact(decay):
     for step in range(4):
         values = draw(step, weight=0.3 + 0.1 * step)
         threshold.update(values)
-        total += torch.histc(values, bins=BINS, min=FLOOR, max=1.0).double()
+        total += torch.histc(values, bins=BINS, min=LEAST, max=1.0).double()
         expected = decay * expected + (1 - decay) * fit_mixture(total).split
         assert threshold.value == pytest.approx(expected, abs=1e-12)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from pictures import image_of
+from images_of import image_of
 from PIL import Image
 
 from cosa_hf.data.tags import tag_features

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from pictures import image_of
+from images_of import image_of
 from PIL import Image, ImageFilter
 
 from cosa_hf.data.appearance import APPEARANCES, apply_appearance, draw_appearance

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from pictures import image_of
+from images_of import image_of
 from PIL import Image
 
 from cosa_hf.data import load_folder, load_shapes
@@ -12,7 +12,7 @@ from cosa_hf.data.check import ADVICE, check_splits, format_findings
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two splits with masks, all in order: three pictures with cats, one with a dog."""
+    """Two splits with masks, all in order: three images with cats, one with a dog."""
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         rows = []
@@ -39,13 +39,13 @@ def check(folder, masks=True):
     return check_splits({split: load_folder(folder, split, masks) for split in ("train", "val")}, progress=False)
 
 
-def test_nothing_to_mend(folder):
+def test_no_errors(folder):
     found = check(folder)
-    assert not found.mend
-    assert set(found.look) == {"few images"}
+    assert not found.errors
+    assert set(found.warnings) == {"few images"}
     assert found.images == {"train": 2, "val": 2}
     assert found.class_counts == {"train": {"cat": 1, "dog": 1}, "val": {"cat": 1, "dog": 1}}
-    assert "nothing to mend" in format_findings(found)
+    assert "no errors" in format_findings(found)
 
 
 def test_workers_make_no_difference():
@@ -63,8 +63,8 @@ def test_broken_files(folder, damage):
     else:
         path.write_bytes(content[:100] if damage == "truncated" else b"hello")
     found = check_splits(splits, progress=False)
-    assert list(found.mend) == ["unreadable"]
-    (problem,) = found.mend["unreadable"]
+    assert list(found.errors) == ["unreadable"]
+    (problem,) = found.errors["unreadable"]
     assert "train: cannot read the image of image 'cat'" in problem
 
 
@@ -72,10 +72,10 @@ def test_masks_that_cannot_be_used(folder):
     Image.fromarray(np.full((8, 8), 7, np.uint8)).save(folder / "train/cat_mask.png")
     Image.fromarray(np.zeros((8, 3), np.uint8)).save(folder / "val/dog_mask.png")
     found = check(folder)
-    assert list(found.mend) == ["mask"]
-    assert "mask of image 'cat' holds the ids [7]" in found.mend["mask"][0]
-    assert "mask of image 'dog' is 3x8" in found.mend["mask"][1]
-    assert not check(folder, masks=False).mend
+    assert list(found.errors) == ["mask"]
+    assert "mask of image 'cat' holds the ids [7]" in found.errors["mask"][0]
+    assert "mask of image 'dog' is 3x8" in found.errors["mask"][1]
+    assert not check(folder, masks=False).errors
 
 
 def test_masks_and_tags_that_disagree(folder):
@@ -83,13 +83,13 @@ def test_masks_and_tags_that_disagree(folder):
     rows[0]["labels"], rows[1]["labels"] = ["cat", "dog"], []
     _write(folder / "train", rows)
     found = check(folder)
-    assert found.look["missing pixels"] == ["train: cat: dog"]
-    assert found.look["missing tag"] == ["train: dog: dog"]
-    assert found.look["untagged"] == ["train: dog"]
-    assert not found.mend
+    assert found.warnings["missing pixels"] == ["train: cat: dog"]
+    assert found.warnings["missing tag"] == ["train: dog: dog"]
+    assert found.warnings["untagged"] == ["train: dog"]
+    assert not found.errors
 
 
-def test_equal_pictures(folder):
+def test_equal_images(folder):
     rows = _rows(folder / "train")
     for name, tag in (("again", "cat"), ("other", "dog")):
         (folder / f"train/{name}.png").write_bytes((folder / "train/cat.png").read_bytes())
@@ -98,12 +98,12 @@ def test_equal_pictures(folder):
     _write(folder / "val", [*_rows(folder / "val"), {"file_name": "leak.png", "labels": ["dog"]}])
     _write(folder / "train", rows[:-1])
     found = check(folder, masks=False)
-    assert found.look["duplicate"] == ["train: cat [cat] = train: again [cat]"]
-    assert found.mend == {"leak": ["train: dog [dog] = val: leak [dog]"]}
+    assert found.warnings["duplicate"] == ["train: cat [cat] = train: again [cat]"]
+    assert found.errors == {"leak": ["train: dog [dog] = val: leak [dog]"]}
     _write(folder / "train", rows)
     found = check(folder, masks=False)
-    assert found.mend["contradiction"] == ["train: cat [cat] = train: again [cat] = train: other [dog]"]
-    assert "duplicate" not in found.look
+    assert found.errors["contradiction"] == ["train: cat [cat] = train: again [cat] = train: other [dog]"]
+    assert "duplicate" not in found.warnings
 
 
 def test_splits_must_have_the_same_classes():
@@ -125,7 +125,7 @@ def _cats():
 def test_every_kind_is_explained_and_long_lists_are_counted(folder):
     found = check(folder)
     for kind in ADVICE:
-        found.mend[kind] = [f"picture {number}" for number in range(12)]
+        found.errors[kind] = [f"image {number}" for number in range(12)]
     text = format_findings(found, shown=10)
     assert text.count("... and 2 more") == len(ADVICE)
     assert all(advice in text for advice in ADVICE.values())

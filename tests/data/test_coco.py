@@ -1,22 +1,19 @@
 import hashlib
 import json
-import runpy
-import subprocess
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import run_script
-from pictures import image_of
+from images_of import image_of
 from PIL import Image
 
-from cosa_hf.data import COCO_CLASSES, class_names, load_coco, read_image, read_mask, undecoded, without_untagged
+from cosa_hf.data import COCO_CLASSES, class_names, coco, load_coco, read_image, read_mask, undecoded, without_untagged
 from cosa_hf.data.coco import read_instances, render_mask
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL_COCO = ROOT / "../shared/data/COCO2014"
-CONVERT = ROOT / "scripts/convert_coco.py"
 
 
 def box(left, top, right, bottom) -> dict:
@@ -49,11 +46,6 @@ def coco_dir(tmp_path) -> Path:
     return root
 
 
-def convert(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, CONVERT, *arguments]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
-
-
 def test_tags_and_images(coco_dir):
     dataset = load_coco(coco_dir, "val2014")
     names = class_names(dataset)
@@ -66,15 +58,14 @@ def test_tags_and_images(coco_dir):
     assert (len(tagged), dropped) == (2, ["COCO_val2014_3"])
 
 
-def test_the_converter_writes_masks_once_that_the_reader_reads(coco_dir):
-    with pytest.raises(FileNotFoundError, match=rf"convert_coco.py --data_dir {coco_dir} --split val2014"):
+def test_the_converter_writes_masks_once_that_the_reader_reads(coco_dir, cosa_hf):
+    with pytest.raises(FileNotFoundError, match=rf"cosa-hf convert coco-masks --data_dir {coco_dir} --split val2014"):
         load_coco(coco_dir, "val2014", masks=True)
     (coco_dir / "masks/val2014").mkdir(parents=True)
     Image.new("L", (12, 8), 9).save(coco_dir / "masks/val2014/COCO_val2014_3.png")
-    run = convert("--data_dir", coco_dir, "--split", "val2014", "--num_workers", "1")
-    assert run.returncode == 0, run.stderr
-    assert "3 masks in" in run.stdout
-    assert "2 written, 1 were there; 1 images have no annotation" in run.stdout
+    printed = cosa_hf("convert", "coco-masks", "--data_dir", coco_dir, "--split", "val2014", "--num_workers", 1)
+    assert "3 masks in" in printed
+    assert "2 written, 1 were there; 1 images have no annotation" in printed
     rows = list(undecoded(load_coco(coco_dir, "val2014", masks=True)))
     masks = [np.asarray(read_mask(row, read_image(row).size, num_classes=80)) for row in rows]
     cat, couch = COCO_CLASSES.index("cat") + 1, COCO_CLASSES.index("couch") + 1
@@ -163,9 +154,8 @@ def test_annotations_that_cannot_be_drawn_are_named(damage, message):
 
 
 def test_the_converter_names_the_image_too(tmp_path):
-    write_mask = runpy.run_path(str(CONVERT))["write_mask"]
     with pytest.raises(ValueError, match=r"^no mask for photo: annotation 7 cannot be drawn: .* is empty"):
-        write_mask(tmp_path / "photo.png", (4, 4), [(0, {"id": 7, "area": 1, "segmentation": []})])
+        coco._write_mask(tmp_path / "photo.png", (4, 4), [(0, {"id": 7, "area": 1, "segmentation": []})])
     assert not list(tmp_path.iterdir())
 
 
@@ -176,13 +166,13 @@ def test_the_converter_names_the_image_too(tmp_path):
         ({"file_name": "COCO_val2014_1.png"}, r"^error: .* to more than one image: each needs its own$"),
     ],
 )
-def test_the_converter_names_images_that_it_cannot_write(coco_dir, monkeypatch, damage, message):
+def test_the_converter_names_images_that_it_cannot_write(coco_dir, damage, message, complaint):
     path = coco_dir / "annotations/instances_val2014.json"
     content = json.loads(path.read_text())
     content["images"][1] |= damage
     path.write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match=message):
-        run_script(monkeypatch, "scripts/convert_coco.py", "--data_dir", coco_dir, "--split", "val2014")
+    said = complaint("convert", "coco-masks", "--data_dir", coco_dir, "--split", "val2014")
+    assert re.match(message, said)
     assert not (coco_dir / "masks").exists()
 
 

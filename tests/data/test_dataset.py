@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from pictures import image_of
+from images_of import image_of
 from torch.utils.data import DataLoader
 
 from cosa_hf.data import TrainingDataset, Views, load_shapes, load_voc

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import image_of
+from images_of import image_of
 from PIL import Image
 
 from cosa_hf.data import class_names, load_folder, read_image, read_mask, undecoded, without_untagged
-from cosa_hf.data.folder import unnamed_pictures
+from cosa_hf.data.folder import unnamed_images
 
 TAGS = {"a.jpg": ["dog", "cat"], "b.png": ["cow"], "c.jpg": []}
 
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """A folder of three pictures, without any tags yet."""
+    """A folder of three images, without any tags yet."""
     root = tmp_path / "photos"
     root.mkdir()
     for number, name in enumerate(TAGS):
@@ -82,7 +82,7 @@ def test_splits_by_directory(tmp_path):
     val = load_folder(tmp_path, "val")
     assert rows_of(val) == {"dog_1": ["dog"]}
     assert class_names(val) == ["cat", "dog"], "val has no cat, but the model knows it"
-    with pytest.raises(ValueError, match=r"no pictures of split 'test', only of train \(2\), val \(1\)"):
+    with pytest.raises(ValueError, match=r"no images of split 'test', only of train \(2\), val \(1\)"):
         load_folder(tmp_path, "test")
 
 
@@ -119,7 +119,7 @@ def test_the_split_column_wins_over_the_directory(photos, tmp_path):
 def test_classes_can_be_fixed(photos):
     jsonl(photos, [{"file_name": "a.jpg", "labels": ["dog"]}])
     assert class_names(load_folder(photos, classes=["owl", "dog"])) == ["owl", "dog"]
-    with pytest.raises(ValueError, match=r"no class: 'dog' \(did you mean 'dogs'\?\) of 1 image \(a.jpg\)"):
+    with pytest.raises(ValueError, match=r"not classes: 'dog' \(did you mean 'dogs'\?\) of 1 image \(a.jpg\)"):
         load_folder(photos, classes=["owl", "dogs"])
 
 
@@ -136,11 +136,11 @@ def test_masks_are_looked_for_when_asked_for_only(photos):
     with pytest.raises(ValueError, match=r"'a' holds the ids \[2\]"):
         read_mask(row, (20, 10), num_classes=1)
     jsonl(photos, [*rows, {"file_name": "b.png", "labels": "cat"}])
-    with pytest.raises(FileNotFoundError, match=r"names no mask for 1 picture \(b.png\)"):
+    with pytest.raises(FileNotFoundError, match=r"names no mask for 1 image \(b.png\)"):
         load_folder(photos, masks=True)
 
 
-def test_a_picture_without_tags_is_kept_for_evaluation_and_counted_in_training(photos):
+def test_an_image_without_tags_is_kept_for_evaluation_and_counted_in_training(photos):
     jsonl(photos, [{"file_name": "a.jpg", "labels": "cat"}, {"file_name": "b.png", "labels": None}])
     dataset = load_folder(photos)
     assert dataset["labels"][:] == [[0], []]
@@ -163,13 +163,13 @@ def test_tags_of_other_case_or_with_spaces(photos):
         load_folder(photos, classes=["cat"])
 
 
-def test_a_picture_named_twice(photos):
+def test_an_image_named_twice(photos):
     jsonl(photos, [{"file_name": "a.jpg", "labels": ["cat"]}, {"file_name": "a.jpg", "labels": ["dog"]}])
     with pytest.raises(ValueError, match=r"a.jpg is named twice, in .*line 1 with the tags \['cat'\].*line 2.*'dog'"):
         load_folder(photos)
 
 
-def test_two_pictures_of_the_same_stem(photos):
+def test_two_images_of_the_same_stem(photos):
     image_of(4, 4).save(photos / "a.png")
     jsonl(photos, [{"file_name": "a.jpg", "labels": ["cat"]}, {"file_name": "a.png", "labels": ["dog"]}])
     with pytest.raises(ValueError, match=r"a.jpg and a.png would both be called 'a'"):
@@ -197,7 +197,7 @@ def test_directories_in_either_form(tmp_path, form):
     dataset = load_folder(tmp_path / "table")
     assert rows_of(dataset) == {"Gänse_Fluß ä": ["x"]}
     assert read_image(undecoded(dataset)[0]).size == (4, 4)
-    assert unnamed_pictures(tmp_path / "table") == []
+    assert unnamed_images(tmp_path / "table") == []
 
 
 def test_a_folder_whose_own_name_is_decomposed(tmp_path):
@@ -206,7 +206,7 @@ def test_a_folder_whose_own_name_is_decomposed(tmp_path):
     image_of(4, 4).save(root / "a.png")
     jsonl(root, [{"file_name": "a.png", "labels": ["x"]}])
     assert rows_of(load_folder(root)) == {"a": ["x"]}
-    assert unnamed_pictures(root) == []
+    assert unnamed_images(root) == []
 
 
 def test_a_tag_in_both_forms_is_one_class(photos):
@@ -238,10 +238,10 @@ def test_empty_cells_beyond_the_header_say_nothing(photos):
     assert rows_of(load_folder(photos)) == {"a": ["cat", "dog"], "b": ["cow"]}
 
 
-def test_files_that_are_no_pictures(photos, tmp_path):
+def test_files_that_are_not_images(photos, tmp_path):
     (photos / "notes.txt").write_text("buy film")
     jsonl(photos, [{"file_name": "notes.txt", "labels": ["cat"]}])
-    with pytest.raises(ValueError, match=r"1 file \(notes.txt\) that, by the name, are no pictures"):
+    with pytest.raises(ValueError, match=r"1 file \(notes.txt\) that, by their names, are not images"):
         load_folder(photos)
     (tmp_path / "tagged/cat").mkdir(parents=True)
     (photos / "notes.txt").rename(tmp_path / "tagged/cat/notes.txt")
@@ -261,9 +261,9 @@ def test_a_file_without_content(photos):
     [
         ("metadata.jsonl", '{"file_name": "a.jpg", "labels": []}\n{"file', "metadata.jsonl, line 2 cannot be read"),
         ("metadata.jsonl", '["a.jpg"]', "line 1: expected an object"),
-        ("metadata.jsonl", "\n", "names no pictures"),
+        ("metadata.jsonl", "\n", "names no images"),
         ("metadata.jsonl", '{"file_name": "a.jpg"}', "line 1: no labels; found file_name"),
-        ("metadata.jsonl", '{"file_name": "a.jpg", "labels": 3}', "picture 'a.jpg': tags must be text"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "labels": 3}', "image 'a.jpg': tags must be text"),
         ("metadata.jsonl", '{"file_name": "../a.jpg", "labels": []}', "must be a path inside"),
         ("metadata.jsonl", '{"file_name": "/a.jpg", "labels": []}', "must be a path inside"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "labels": []}', "no image has a tag"),
@@ -314,13 +314,13 @@ def test_a_table_in_another_encoding_says_so(photos, table, content):
     assert class_names(load_folder(photos)) == ["Gänse"]
 
 
-def test_pictures_that_no_table_names_are_found(photos):
+def test_images_that_no_table_names_are_found(photos):
     (photos / "more").mkdir()
     image_of(4, 4).save(photos / "more/Fluß.png")
     image_of(4, 4, "L").save(photos / "mask.png")
     (photos / "notes.txt").write_text("buy film")
     jsonl(photos, [{"file_name": "a.jpg", "labels": ["cat"], "mask_file_name": "mask.png"}])
-    assert unnamed_pictures(photos) == ["b.png", "c.jpg", "more/Fluß.png"]
+    assert unnamed_images(photos) == ["b.png", "c.jpg", "more/Fluß.png"]
 
 
 def test_layouts_that_are_none(photos, tmp_path):

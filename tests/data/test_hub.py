@@ -8,7 +8,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from datasets.table import embed_table_storage
-from pictures import image_of
+from images_of import image_of
 from PIL import Image
 
 from cosa_hf.data import DatasetOptions, class_names, load_hub, read_image, read_mask, stream_hub, undecoded
@@ -29,8 +29,8 @@ def parquet(tmp_path):
 
     def write(labels: list, feature, images: list | None = None, files: int = 1, **more) -> DatasetOptions:
         images = images or [image_of(10 + number, 8) for number in range(len(labels))]
-        columns = {"picture": [_png(image) for image in images], "kind": labels}
-        features = {"picture": ImageFeature(), "kind": feature}
+        columns = {"photo": [_png(image) for image in images], "kind": labels}
+        features = {"photo": ImageFeature(), "kind": feature}
         for name, (values, value_feature) in more.items():
             columns[name], features[name] = values, value_feature
         dataset = Dataset.from_dict(columns, features=Features(features))
@@ -39,7 +39,7 @@ def parquet(tmp_path):
         for index in range(files):
             part = dataset.shard(files, index, contiguous=True)
             part.to_parquet(root / f"train-{index:05d}-of-{files:05d}.parquet")
-        return DatasetOptions(dataset_name=str(root), image_column="picture", label_column="kind")
+        return DatasetOptions(dataset_name=str(root), image_column="photo", label_column="kind")
 
     return write
 
@@ -90,8 +90,8 @@ def test_a_stream_has_the_same_rows(parquet, values, feature):
 
 def test_masks_and_ids(parquet):
     masks = [_png(to_palette_image(np.full((8, 10 + n), n))) for n in range(2)]
-    options = parquet([0, 1], PETS, truth=(masks, ImageFeature()), image_id=([7, 8], Value("int64")))
-    options.mask_column = "truth"
+    options = parquet([0, 1], PETS, annotation=(masks, ImageFeature()), image_id=([7, 8], Value("int64")))
+    options.mask_column = "annotation"
     dataset = load_hub(options, "train", masks=True)
     assert dataset.features == tag_features(PETS.names, masks=True)
     assert dataset["image_id"][:] == ["7", "8"]
@@ -115,7 +115,7 @@ def test_classes_of_the_dataset_cannot_be_renumbered(parquet):
 
 def test_what_cannot_be_read_is_named(parquet, tmp_path):
     options = parquet(["owl", "Cat"], Value("string"), number=([1.0, 2.0], Value("float64")))
-    with pytest.raises(ValueError, match=r"no column 'mask': pass --mask_column.*picture: Image"):
+    with pytest.raises(ValueError, match=r"no column 'mask': pass --mask_column.*photo: Image"):
         load_hub(options, "train", masks=True)
     with pytest.raises(ValueError, match=r"no column 'image': pass --image_column.*kind: Value"):
         load_hub(DatasetOptions(dataset_name=options.dataset_name, label_column="kind"), "train")
@@ -123,7 +123,7 @@ def test_what_cannot_be_read_is_named(parquet, tmp_path):
         load_hub(DatasetOptions(dataset_name=options.dataset_name, image_column="kind", label_column="kind"), "train")
     with pytest.raises(ValueError, match=r"column 'number'.*expected ClassLabel, text"):
         load_hub(
-            DatasetOptions(dataset_name=options.dataset_name, image_column="picture", label_column="number"), "train"
+            DatasetOptions(dataset_name=options.dataset_name, image_column="photo", label_column="number"), "train"
         )
     with pytest.raises(ValueError, match="train"):
         load_hub(options, "validation")
@@ -163,8 +163,8 @@ def _palette_masks(size):
     return to_palette_image(ids)
 
 
-@pytest.mark.parametrize("way", ["disk", "parquet", "stream"])
-def test_what_is_saved_comes_back_identical(way, tmp_path):
+@pytest.mark.parametrize("variant", ["disk", "parquet", "stream"])
+def test_what_is_saved_comes_back_identical(variant, tmp_path):
     """As after push_to_hub, which writes parquet: features, file contents, palettes."""
     for name in ("a", "b"):
         image_of(12, 9).save(tmp_path / f"{name}.jpg")
@@ -177,7 +177,7 @@ def test_what_is_saved_comes_back_identical(way, tmp_path):
     }
     dataset = Dataset.from_dict(columns, features=tag_features(["cat", "dog"], masks=True))
     contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    if way == "disk":
+    if variant == "disk":
         dataset.save_to_disk(tmp_path / "saved")
     else:
         (tmp_path / "saved").mkdir()
@@ -189,7 +189,7 @@ def test_what_is_saved_comes_back_identical(way, tmp_path):
 
     options = DatasetOptions(dataset_name=str(tmp_path / "saved"))
     saved = tmp_path / "saved"
-    back = datasets.load_from_disk(saved) if way == "disk" else load_hub(options, "train", masks=True)
+    back = datasets.load_from_disk(saved) if variant == "disk" else load_hub(options, "train", masks=True)
     assert back.features == dataset.features
     rows = list(undecoded(back))
     assert [(row["image_id"], row["labels"]) for row in rows] == [("a", [0, 1]), ("b", [])]
@@ -199,7 +199,7 @@ def test_what_is_saved_comes_back_identical(way, tmp_path):
         mask = Image.open(io.BytesIO(row["mask"]["bytes"]))
         assert mask.mode == "P"
         assert mask.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
-    if way == "stream":
+    if variant == "stream":
         streamed = list(undecoded(stream_hub(options, "train")))
         assert [row["image"]["bytes"] for row in streamed] == [row["image"]["bytes"] for row in rows]
         assert [row["image_id"] for row in streamed] == ["a", "b"]

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from pictures import image_of
+from images_of import image_of
 from PIL import Image
 
 from cosa_hf.data.images import read_confidence, read_image, read_mask, undecoded

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from pictures import image_of
+from images_of import image_of
 from PIL import Image, ImageFilter
 
 from cosa_hf.data import views as views_module
@@ -105,11 +105,11 @@ def test_crop_equals_resizing_the_whole_image(no_blur, fixed_appearance):
         geometry = Views(64, HALF, HALF).draw_geometry(image.size)
         left, upper = (round(geometry.box[axis] * size[axis] / image.size[axis]) for axis in (0, 1))
         box = (left, upper, left + geometry.size[0], upper + geometry.size[1])
-        for picture in (image, noisy):
-            reference = picture.resize(size, Image.Resampling.BILINEAR).crop(box)
+        for source in (image, noisy):
+            reference = source.resize(size, Image.Resampling.BILINEAR).crop(box)
             if geometry.flip:
                 reference = reference.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            item = _draw(Views(64, HALF, HALF), seed, picture)
+            item = _draw(Views(64, HALF, HALF), seed, source)
             difference = _pixels(item["weak"], item["valid"]).astype(int) - np.asarray(reference)
             # Ties round differently, once per pass (columns, rows).
             assert np.abs(difference).max() <= 2

@@ -178,7 +178,7 @@ def test_image_without_an_annotation(voc_dir):
 
 def test_tag_that_no_class_has(voc_dir):
     (voc_dir / "image_labels.json").write_text(json.dumps({"2007_01": ["cat"], "2007_02": ["tram"], "2007_03": []}))
-    with pytest.raises(ValueError, match=r"no class: 'tram'.* of 1 image \(2007_02\)"):
+    with pytest.raises(ValueError, match=r"not classes: 'tram'.* of 1 image \(2007_02\)"):
         load_voc(voc_dir, "train")
 
 

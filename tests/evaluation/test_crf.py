@@ -7,7 +7,7 @@ from PIL import Image
 
 from cosa_hf.evaluation.crf import DenseCRF
 
-# A picture of 24 x 18 pixels is smaller than DeepLab's widths.
+# An image of 24 x 18 pixels is smaller than DeepLab's widths.
 SETTINGS = {"bilateral_sigma_xy": 8.0, "bilateral_sigma_rgb": 20.0}
 
 
@@ -16,13 +16,13 @@ def case():
     """Two coloured blocks on a slope of grey; logits that know the blocks roughly, with noise."""
     generator = np.random.default_rng(0)
     pixels = np.repeat(np.linspace(100, 160, 24)[None, :, None], 18, axis=0).repeat(3, axis=2)
-    truth = np.zeros((18, 24), dtype=int)
-    truth[3:11, 3:10], truth[6:16, 14:21] = 1, 2
-    pixels[truth == 1], pixels[truth == 2] = (200, 60, 40), (40, 60, 210)
+    ground_truth = np.zeros((18, 24), dtype=int)
+    ground_truth[3:11, 3:10], ground_truth[6:16, 14:21] = 1, 2
+    pixels[ground_truth == 1], pixels[ground_truth == 2] = (200, 60, 40), (40, 60, 210)
     pixels += generator.normal(scale=4, size=pixels.shape)
-    logits = 1.5 * np.eye(3)[truth].transpose(2, 0, 1) + generator.normal(scale=1.2, size=(3, 18, 24))
+    logits = 1.5 * np.eye(3)[ground_truth].transpose(2, 0, 1) + generator.normal(scale=1.2, size=(3, 18, 24))
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return torch.tensor(logits, dtype=torch.float32), image, truth
+    return torch.tensor(logits, dtype=torch.float32), image, ground_truth
 
 
 def brute_force(logits, image, crf):
@@ -51,15 +51,15 @@ def brute_force(logits, image, crf):
 
 def test_agrees_with_brute_force(case):
     """The lattice approximates the Gaussians: probabilities to 0.03 in the mean, labels but for a pixel or two."""
-    logits, image, truth = case
+    logits, image, ground_truth = case
     crf = DenseCRF(**SETTINGS, backend="torch")
     result, expected = crf(logits, image).numpy(), brute_force(logits, image, crf)
     np.testing.assert_allclose(result.sum(0), 1, atol=1e-5)
     assert np.abs(result - expected).mean() < 0.03
     assert (result.argmax(0) != expected.argmax(0)).mean() < 0.01
     # It did something, and something good.
-    assert (logits.numpy().argmax(0) != truth).mean() > 0.2
-    assert (result.argmax(0) != truth).mean() < 0.05
+    assert (logits.numpy().argmax(0) != ground_truth).mean() > 0.2
+    assert (result.argmax(0) != ground_truth).mean() < 0.05
 
 
 @pytest.mark.parametrize("change", [{"iterations": 1}, {"spatial_weight": 0.0}, {"bilateral_weight": 0.0}])

@@ -61,8 +61,8 @@ def score(model, dataset, cam_threshold=None, **settings):
 
 
 def masks_of(one, threshold=None):
-    """An image's masks by every protocol."""
-    return {protocol: one.label(protocol, threshold)[0].numpy() for protocol in PROTOCOLS}
+    """An image's masks by every protocol of a model without affinity."""
+    return {protocol: one.label(protocol, threshold)[0].numpy() for protocol in PROTOCOLS if protocol != "cam_spread"}
 
 
 def make_dataset(masks, tags):
@@ -130,12 +130,12 @@ def reference_masks(seg, cam, aux_cam, tags, size, threshold):
     }
 
 
-def reference_ious(predictions, truths):
+def reference_ious(predictions, references):
     ious = []
     for index in range(4):
         intersection = union = 0
-        for prediction, truth in zip(predictions, truths, strict=True):
-            for p, t in zip(prediction.ravel(), truth.ravel(), strict=True):
+        for prediction, reference in zip(predictions, references, strict=True):
+            for p, t in zip(prediction.ravel(), reference.ravel(), strict=True):
                 if t != 255:
                     intersection += p == index and t == index
                     union += p == index or t == index
@@ -185,10 +185,10 @@ def test_by_hand_what_tags_change():
     cam[0, 1] = 9  # bird is not among the tags: its CAM must not count
     cam[0, 0, :, :3] = 1  # one column too many
     aux_cam[0, 0, :, :1] = 1  # one column too few
-    truth = np.zeros(GRID, dtype=int)
-    truth[:, :2] = 1
-    truth[0, 3] = 255
-    report = score(TableModel(seg, cam, aux_cam), make_dataset([truth], [[0]]))
+    reference = np.zeros(GRID, dtype=int)
+    reference[:, :2] = 1
+    reference[0, 3] = 255
+    report = score(TableModel(seg, cam, aux_cam), make_dataset([reference], [[0]]))
 
     def scores(protocol):
         return [report[protocol]["per_class"][name] for name in ("background", *NAMES)]
@@ -261,12 +261,12 @@ def test_the_ignored_id_is_the_models(case):
     assert all(other[protocol] == report[protocol] for protocol in PROTOCOLS)
 
 
-def reference_average_precision(scores, truths):
+def reference_average_precision(scores, references):
     """Precision where each object is found, going down the scores, averaged; of scores that are all different."""
     found, precisions = 0, []
-    for rank, (_, truth) in enumerate(sorted(zip(scores, truths, strict=True), reverse=True), 1):
-        found += truth
-        precisions += [found / rank] * truth
+    for rank, (_, reference) in enumerate(sorted(zip(scores, references, strict=True), reverse=True), 1):
+        found += reference
+        precisions += [found / rank] * reference
     return 100 * sum(precisions) / found
 
 

@@ -29,8 +29,8 @@ def parts(size=(80, 60), color=(0, 0, 0)):
     return image, np.zeros((2, 4, 5), dtype=np.float32), mask
 
 
-def colors_of(picture):
-    return {color for _, color in picture.getcolors(maxcolors=10**6)}
+def colors_of(drawn):
+    return {color for _, color in drawn.getcolors(maxcolors=10**6)}
 
 
 @pytest.mark.parametrize("size", [(80, 60), (60, 80), (500, 20), (333, 500)])
@@ -64,15 +64,15 @@ def test_each_input_changes_its_own_tile_only():
     other = mask.copy()
     other[:30] = 1
     base = visualization(image, cam, cam, mask, mask, NAMES)
-    pictures = [
+    overlays = [
         visualization(image, hot, cam, mask, mask, NAMES),
         visualization(image, cam, hot, mask, mask, NAMES),
         visualization(image, cam, cam, other, mask, NAMES),
         visualization(image, cam, cam, mask, other, NAMES),
     ]
     tile = base.width / 5
-    for place, picture in enumerate(pictures, start=1):
-        columns = np.flatnonzero((np.asarray(picture) != np.asarray(base)).any(axis=(0, 2)))
+    for place, drawn in enumerate(overlays, start=1):
+        columns = np.flatnonzero((np.asarray(drawn) != np.asarray(base)).any(axis=(0, 2)))
         assert place * tile - 5 <= columns.min() < columns.max() < (place + 1) * tile + 5
 
 
@@ -96,11 +96,11 @@ def test_a_visualization_of_every_image_is_saved(tmp_path):
 
 def test_overlay_paints_classes_and_leaves_background_alone():
     image, _, mask = parts(color=(200, 200, 200))
-    picture = overlay(image, mask, NAMES)
-    assert picture.width == image.width
-    assert picture.height > image.height
-    assert picture.getpixel((79, 10)) == (200, 200, 200)
-    red, green, blue = picture.getpixel((0, 10))
+    drawn = overlay(image, mask, NAMES)
+    assert drawn.width == image.width
+    assert drawn.height > image.height
+    assert drawn.getpixel((79, 10)) == (200, 200, 200)
+    red, green, blue = drawn.getpixel((0, 10))
     assert red > green == blue < 200
 
 
@@ -115,7 +115,7 @@ def test_legend_shows_the_colours_of_the_classes_that_occur():
     assert {palette[1], palette[2]} <= colors_of(strip)
 
 
-def test_many_classes_wrap_instead_of_leaving_the_picture():
+def test_many_classes_wrap_instead_of_leaving_the_image():
     names = ["background", *(f"class {index}" for index in range(12))]
     mask = np.arange(13)[:, None].repeat(120, axis=1)
     wrapped = overlay(Image.new("RGB", (120, 13)), mask, names)
@@ -127,35 +127,33 @@ def test_many_classes_wrap_instead_of_leaving_the_picture():
 def test_masks_that_do_not_fit_are_refused(draw):
     image, cam, mask = parts()
 
-    def picture(mask):
+    def draw(mask):
         return overlay(image, mask, NAMES) if draw == "overlay" else visualization(image, cam, cam, mask, mask, NAMES)
 
     with pytest.raises(ValueError, match="60 x 80"):
-        picture(mask.T)
+        draw(mask.T)
     with pytest.raises(ValueError, match=r"\[3\]"):
-        picture(mask * 3)
-    picture(mask * 255)
+        draw(mask * 3)
+    draw(mask * 255)
 
 
 def test_a_comparison_has_a_column_for_each_mask_and_names_every_class():
     image, _, mask = parts((200, 100))
     other = np.where(mask == 1, 2, 0)
-    picture = comparison([(image, {"ground truth": mask, "one": mask, "two": other})] * 2, NAMES)
-    pixels, width, palette = np.asarray(picture), (picture.width - 6) / 4, voc_palette()
+    drawn = comparison([(image, {"ground truth": mask, "one": mask, "two": other})] * 2, NAMES)
+    pixels, width, palette = np.asarray(drawn), (drawn.width - 6) / 4, voc_palette()
     shown = [pixels[60, round(6 + column * width + SMALL_TILE[0] / 4)] for column in range(4)]
     assert (shown[0] == 0).all()
     assert (shown[1] == shown[2]).all()
     assert shown[1].argmax() == np.argmax(palette[1])
     assert shown[3].argmax() == np.argmax(palette[2])
-    assert {palette[1], palette[2]} <= colors_of(picture)  # in the legend, undiluted
+    assert {palette[1], palette[2]} <= colors_of(drawn)  # in the legend, undiluted
 
 
 def test_a_comparison_fits_images_of_all_shapes():
     images = [parts(size) for size in ((80, 60), (60, 80), (500, 20))]
-    picture = comparison([(image, {"mask": mask}) for image, _, mask in images], NAMES)
-    assert (
-        picture.height < 60 + sum(SMALL_TILE[1] * min(1, image.height / image.width) + 6 for image, *_ in images) + 20
-    )
+    drawn = comparison([(image, {"mask": mask}) for image, _, mask in images], NAMES)
+    assert drawn.height < 60 + sum(SMALL_TILE[1] * min(1, image.height / image.width) + 6 for image, *_ in images) + 20
 
 
 def test_a_comparison_refuses_a_mask_of_another_size():

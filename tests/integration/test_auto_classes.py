@@ -78,11 +78,19 @@ AutoModel.from_pretrained(sys.argv[1])
 """
 
 
+FROZEN = {
+    "feature_layer": -3, "aux_layer": -1, "aux_attention": "value-value", "pooling": "lse", "classifier_bias": True,
+    "standardize_features": True, "decoder": "mlp", "decoder_inputs": "concat", "affinity": "attention",
+    "affinity_blocks": [-2, -1],
+}  # fmt: skip
+
+
 def save(folder, architecture, encoder):
     """A model with random weights: CoSA, or a network of CoSA-MS."""
     torch.manual_seed(0)
     settings = {"id2label": {0: "background", 1: "cat", 2: "dog"}, "decoder_channels": 16}
-    if architecture == "cosa":
+    if architecture.startswith("cosa"):
+        settings |= FROZEN if architecture == "cosa, frozen" else {}
         CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone=encoder, **settings)).save_pretrained(folder)
     else:
         if architecture != "largefov":
@@ -143,6 +151,7 @@ COMPLAINTS = ("trust_remote_code", "custom code", "not supported", "Falling back
     ("architecture", "encoder"),
     [
         ("cosa", "test_vit"),
+        ("cosa, frozen", "test_vit"),
         ("largefov", "test_resnet"),
         ("deeplabv3plus", "test_resnet"),
         pytest.param("largefov", "wide_resnet38_a1", marks=pytest.mark.slow),
@@ -174,7 +183,7 @@ def test_same_masks_with_and_without_the_package(architecture, encoder, photos, 
         # The pipeline's segments cover the photo once: every pixel has one label.
         assert (sum(np.asarray(segment, dtype=int) for segment in segments.values()) == 255).all()
         assert set(segments) <= {"background", "cat", "dog"}
-    if architecture == "cosa":  # untrained, the others call everything background
+    if architecture.startswith("cosa"):  # untrained, the others call everything background
         assert len({label for segments in here["segments"] for label in segments}) > 1
 
 

@@ -24,12 +24,12 @@ def check(*arguments):
 
 def test_counts_and_errors(folder, capsys):
     (folder / "val/cat/c.png").write_bytes((folder / "train/cat/a.png").read_bytes())
-    (folder / "train/dog/b.png").write_bytes(b"no picture")
+    (folder / "train/dog/b.png").write_bytes(b"not an image")
     report = folder / "r.json"
     assert check("--dataset", "folder", "--data_dir", folder, "--split", "train", "val", "--report", report) == 1
     printed = capsys.readouterr().out
-    assert "MEND  leak, 1: take these pictures out" in printed
-    assert "MEND  unreadable, 1: replace these files" in printed
+    assert "error  leak, 1: take these images out" in printed
+    assert "error  unreadable, 1: replace these files" in printed
     assert "cat         1      1" in printed
     assert "masks of split 'train' are not checked (training from tags needs none)" in printed
     assert json.loads((folder / "r.json").read_text())["images"] == {"train": 2, "val": 1}
@@ -53,4 +53,4 @@ def test_real_voc_has_no_errors(capsys):
     status = check("--dataset", "voc", "--data_dir", VOC, "--split", "train_aug", "val")
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert "nothing to mend" in printed
+    assert "no errors" in printed

@@ -93,7 +93,7 @@ def clone(tmp_path_factory):
     for name in ("space", "src", "research"):
         (directory / name).symlink_to(ROOT / name)
 
-    # Drawn pictures pass for VOC, their classes for its first eight.
+    # Drawn images pass for VOC, their classes for its first eight.
     write_voc(directory / "VOCdevkit/VOC2012", ("train_aug", "val", "val_tune", "val_report"), VOC_CLASSES)
     (directory / "VOC2012").symlink_to(directory / "VOCdevkit/VOC2012", target_is_directory=True)
     write_photos(directory / "photos", 6)

@@ -44,8 +44,8 @@ def test_report_table_and_visualizations(model_dir, tmp_path, subprocess_of):
     assert "visualizations of the first 2 images" in done.stdout
     drawn = sorted((tmp_path / "panels").iterdir())
     assert [path.name for path in drawn] == ["val-00000.png", "val-00001.png"]
-    with Image.open(drawn[0]) as picture:
-        assert picture.width > 5 * 96
+    with Image.open(drawn[0]) as image:
+        assert image.width > 5 * 96
 
 
 @pytest.mark.slow
@@ -124,8 +124,8 @@ def test_what_still_cannot_be_written_is_one_clear_line(model_dir, tmp_path, com
 def test_classes_in_the_type_of_a_column_are_compared_with_the_models(model_dir, tmp_path, complaint):
     """`--classes`, which was not passed, is not what to leave out."""
     features = Features({"image": ImageFeature(), "mask": ImageFeature(), "labels": ClassLabel(names=["cat", "dog"])})
-    picture = Image.new("RGB", (8, 8))
-    rows = {"image": [picture], "mask": [picture.convert("L")], "labels": [0]}
+    image = Image.new("RGB", (8, 8))
+    rows = {"image": [image], "mask": [image.convert("L")], "labels": [0]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "val.parquet")
     said = complaint(
         *("evaluate", model_dir, "--dataset", "hub", "--dataset_name", tmp_path / "data"),

@@ -19,7 +19,7 @@ SETTINGS = shlex.split("--dataset shapes --split val --source cam_mean --scales 
 
 @pytest.fixture(scope="module")
 def voc_dir(tmp_path_factory):
-    """Six drawn pictures and their masks in VOC layout; the split is called "val"."""
+    """Six drawn images and their masks in VOC layout; the split is called "val"."""
     root = tmp_path_factory.mktemp("VOC2012")
     write_voc(root, ["val"])
     (root / "classes.txt").write_text("\n".join(SHAPES_CLASSES))
@@ -68,11 +68,11 @@ def test_killed_in_the_middle_and_run_again(format, model_dir, tmp_path, cosa_hf
 
     printed = cosa_hf(*words(model_dir, output_dir, "--format", format))
     assert f"{20 * len(parts)} images were labelled before" in printed
-    cosa_hf(*words(model_dir, tmp_path / "whole", "--format", format))
-    whole = contents(tmp_path / "whole")
-    assert contents(output_dir) == whole
+    cosa_hf(*words(model_dir, tmp_path / "uninterrupted", "--format", format))
+    uninterrupted = contents(tmp_path / "uninterrupted")
+    assert contents(output_dir) == uninterrupted
     for name in kept:
-        assert content[name] == whole[name], f"{name} was half-written"
+        assert content[name] == uninterrupted[name], f"{name} was half-written"
         after = (output_dir / name).stat()
         assert (after.st_mtime_ns, after.st_ino) == (before[name].st_mtime_ns, before[name].st_ino), (
             f"{name} was written twice"

@@ -123,25 +123,12 @@ def test_the_command_works_where_nothing_else_is(installed, tmp_path):
     cut = "--max_steps 2 --warmup_steps 1 --lr_warmup_steps 1 --ema_momentum 0.2 --batch_size 2 --images_per_step 2 "
     cut += "--num_workers 0 --crop_size 64 --input_size 64 --pretrained false"
     data = ("--dataset", "folder", "--data_dir", "photos")
+    labels = "--split train --source cam_mean --format png --scales 1 --output_dir labels"
     for arguments in (
         ("check", *data),
         ("train", "--recipe", "folder-lite0", "--data_dir", "photos", "--output_dir", "run", *cut.split()),
         ("predict", "run/assignment", "photos/0.png", "--output_dir", "masks"),
-        (
-            "label",
-            "run/assignment",
-            *data,
-            "--split",
-            "train",
-            "--source",
-            "cam_mean",
-            "--format",
-            "png",
-            "--scales",
-            1,
-            "--output_dir",
-            "labels",
-        ),
+        ("label", "run/assignment", *data, *labels.split()),
     ):
         done = run(command, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr

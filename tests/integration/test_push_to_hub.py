@@ -76,7 +76,7 @@ def run_dir(tmp_path_factory):
 def taught_dir(run_dir, tmp_path_factory):
     """The same of a network of CoSA-MS."""
     pytest.importorskip("segmentation_models_pytorch")
-    directory = tmp_path_factory.mktemp("taught")
+    directory = tmp_path_factory.mktemp("labels")
     torch.manual_seed(0)
     recipe = MultistageConfig(
         network="smp/deeplabv3plus/test_resnet", pretrained=False, decoder_channels=16, input_size=64, dataset="shapes",
@@ -203,7 +203,7 @@ def test_a_taught_network_is_loaded_by_a_stranger(taught_dir, run_dir, online, t
     assert_same_masks(taught_dir / "model", run_dir / "photo.png", online, tmp_path / "stranger")
 
 
-def test_failed_upload_leaves_the_old_revision_whole(run_dir, online, published, tmp_path):
+def test_failed_upload_leaves_the_old_revision(run_dir, online, published, tmp_path):
     assert set(published[-1][1]) == MODEL_FILES | {".gitattributes"}
 
     changed = tmp_path / "changed"
@@ -243,11 +243,11 @@ def test_it_says_that_nothing_was_committed(run_dir, hub, tmp_path):
 
 def test_a_reason_is_given_once(model_dir, monkeypatch, complaint):
     def out_of_reach(*arguments):
-        raise OSError("no way to the Hub")
+        raise OSError("the Hub is out of reach")
 
     monkeypatch.setattr(cosa_hf.commands.push, "publish", out_of_reach)
     said = complaint("push", model_dir, "--repo_id", REPO)
-    assert said == f"error: no way to the Hub\nno commit was made; {REPO} is as it was\n"
+    assert said == f"error: the Hub is out of reach\nno commit was made; {REPO} is as it was\n"
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_micro_batches_share_one_weighted_mean_over_the_step(weighted, threshold
     logits = torch.randn(3, 3, 8, 8, generator=generator)
     batches = [collate(images[:1], threshold), collate(images[1:], threshold)]
     total = sum(batch["labels"]["weights"].sum() for batch in batches)
-    parts = [
+    micro_batches = [
         weighted_loss(SimpleNamespace(logits=maps), batch["labels"], total)
         for maps, batch in zip((logits[:1], logits[1:]), batches, strict=True)
     ]
@@ -47,7 +47,7 @@ def test_micro_batches_share_one_weighted_mean_over_the_step(weighted, threshold
                 weight = reference_weight(image["confidence"][row, column].item(), threshold) if weighted else 1.0
                 above -= weight * maps[:, row, column].log_softmax(0)[label].item()
                 below += weight
-    assert sum(parts).item() == pytest.approx(above / below, abs=1e-5)
+    assert sum(micro_batches).item() == pytest.approx(above / below, abs=1e-5)
 
 
 def test_a_step_without_a_labelled_pixel_costs_nothing():

@@ -72,25 +72,25 @@ def test_it_learns_the_masks_it_is_given(tiny, network, request):
 @pytest.mark.parametrize("fields", [{"optimizer": "adamw"}, {"optimizer": "sgd", "freeze_batch_norm": True}])
 def test_a_resumed_run_equals_the_other(tiny, fields):
     fields |= {"confidence_weighting": True, "checkpoint_every": 2, "eval_every": 1, "eval_images": 1}
-    whole = tiny(**fields)
-    train_multistage(whole)
-    expected, losses = weights_of(whole), history_of(whole, "loss")
-    directory = Path(whole.output_dir)
+    uninterrupted = tiny(**fields)
+    train_multistage(uninterrupted)
+    expected, losses = weights_of(uninterrupted), history_of(uninterrupted, "loss")
+    directory = Path(uninterrupted.output_dir)
     shutil.rmtree(directory / "checkpoint-4")
     assert AutoModelForSemanticSegmentation.from_pretrained(directory / "checkpoint-2").config.num_labels == 9
     (directory / "checkpoint-3").mkdir()  # as a full disk leaves it
     train_multistage(tiny(resume=True, **fields))
-    assert_same_weights(expected, weights_of(whole))
-    assert history_of(whole, "loss") == losses
-    seconds = list(history_of(whole, "seconds").values())
+    assert_same_weights(expected, weights_of(uninterrupted))
+    assert history_of(uninterrupted, "loss") == losses
+    seconds = list(history_of(uninterrupted, "seconds").values())
     assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize("error", [FloatingPointError, OSError])
 def test_a_run_that_fails_goes_on_from_its_last_checkpoint(tiny, tmp_path, monkeypatch, error):
     fields = {"checkpoint_every": 1, "output_dir": str(tmp_path / "cut")}
-    whole = tiny(output_dir=str(tmp_path / "whole"))
-    train_multistage(whole)
+    uninterrupted = tiny(output_dir=str(tmp_path / "uninterrupted"))
+    train_multistage(uninterrupted)
     if error is OSError:
         place, name, broken = MultistageTrainer, "_save_optimizer_and_scheduler", None
     else:
@@ -115,7 +115,7 @@ def test_a_run_that_fails_goes_on_from_its_last_checkpoint(tiny, tmp_path, monke
     if error is FloatingPointError:
         assert "not finite at step 3: nan of images ['train-" in str(caught.value)
     train_multistage(tiny(resume=True, **fields))
-    assert_same_weights(weights_of(whole), weights_of(tiny(**fields)))
+    assert_same_weights(weights_of(uninterrupted), weights_of(tiny(**fields)))
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint(tiny, monkeypatch, capsys):
@@ -134,7 +134,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint(tiny, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             train_multistage(config)
     assert stopped.value.code == 143
-    assert "SIGTERM: the run ended after 2 whole steps; go on from" in capsys.readouterr().err
+    assert "SIGTERM: the run ended after 2 complete steps; go on from" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
     assert [path.name for path in Path(config.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
     assert not (Path(config.output_dir) / "run.json").exists()
@@ -156,11 +156,11 @@ def test_what_cannot_be_resumed_is_named(tiny):
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_a_step_is_the_same_however_its_images_are_shared_out(tiny, tmp_path, weighted):
-    splits = {"whole": (4, 1, 1), "accumulated": (2, 2, 1), "two processes": (1, 2, 2)}
+    splits = {"one batch": (4, 1, 1), "accumulated": (2, 2, 1), "two processes": (1, 2, 2)}
     results = {}
-    for name, (size, parts, processes) in splits.items():
+    for name, (size, micro, processes) in splits.items():
         config = tiny(
-            batch_size=size, gradient_accumulation_steps=parts, images_per_step=4, confidence_weighting=weighted,
+            batch_size=size, gradient_accumulation_steps=micro, images_per_step=4, confidence_weighting=weighted,
             output_dir=str(tmp_path / name), max_steps=3, freeze_batch_norm=True, scale_min=0.4, optimizer="sgd",
             learning_rate=0.05,
         )  # fmt: skip
@@ -171,7 +171,7 @@ def test_a_step_is_the_same_however_its_images_are_shared_out(tiny, tmp_path, we
             train_multistage(config)
         AcceleratorState._reset_state(True)
         results[name] = weights_of(config), torch.tensor(list(history_of(config, "loss").values()))
-    weights, losses = results.pop("whole")
+    weights, losses = results.pop("one batch")
     for name, (shared, values) in results.items():
         assert_same_weights(weights, shared, tolerance=1e-5)
         torch.testing.assert_close(values, losses, atol=1e-5, rtol=0, msg=name)

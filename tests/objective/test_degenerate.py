@@ -215,7 +215,7 @@ def test_objective(case, scope, dtype):
                 torch.testing.assert_close(gradient, expected.to(dtype), msg=message)
             else:
                 assert torch.equal(gradient, expected.to(dtype)), message
-    # Whatever else fails, the tags still teach.
+    # Whatever else fails, the tags still give a gradient.
     assert all(gradient.any() for gradient in gradients["loss"][:2])
     if case == "all padding":
         for name in ("c2s", "aux_c2s", "s2c", "csc"):

@@ -91,8 +91,8 @@ def test_slabs_change_nothing(monkeypatch):
 
 
 def test_all_that_is_ever_allocated_grows_with_the_number_of_pixels(monkeypatch):
-    """Not only what lives at a time: a heap that gets a new slab for every row block keeps the holes of the old ones,
-    and a process was seen to grow by the whole dense kernel although no tensor was larger than a slab."""
+    """Not only what lives at a time: a heap that gets a new buffer for every row block keeps the holes of the old ones,
+    and a process was seen to grow by the whole dense kernel although no tensor was larger than a chunk."""
 
     class Allocated(TorchDispatchMode):
         elements = 0

@@ -173,15 +173,18 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("part", ["s2c", "csc"])
 @pytest.mark.parametrize("detach", ["none", "features", "classifier"])
-def test_detach_stops_the_gradient_of_the_guidance_and_of_nothing_else(part, detach):
+@pytest.mark.parametrize("bias", [False, True])
+def test_detach_stops_the_gradient_of_the_guidance_and_of_nothing_else(part, detach, bias):
     """Tab. 4a: the value stays; F or W_fc learns nothing from Seg2CAM, but all from the contrast."""
     outputs, labels, valid, pseudo_labels = make_batch()
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(B, 5, *GRID, generator=generator).requires_grad_()
     classifier = torch.randn(C, 5, 1, 1, generator=generator).requires_grad_()
+    offset = torch.randn(C, generator=generator) if bias else None
     outputs.hidden_states = (torch.zeros(()), features)
-    outputs.cam_logits = torch.nn.functional.conv2d(features, classifier)
-    losses = losses_of(CoSAObjective(detach=detach), outputs, labels, valid, pseudo_labels, classifier=classifier)
+    outputs.cam_logits = torch.nn.functional.conv2d(features, classifier, offset)
+    weights = {"classifier": classifier, "classifier_bias": offset}
+    losses = losses_of(CoSAObjective(detach=detach), outputs, labels, valid, pseudo_labels, **weights)
     assert losses["s2c"].item() == losses_of(CoSAObjective(), outputs, labels, valid, pseudo_labels)["s2c"].item()
     sources = (features, classifier)
     gradients = torch.autograd.grad(losses[part], sources, allow_unused=True, retain_graph=True)

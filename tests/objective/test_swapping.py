@@ -66,7 +66,7 @@ def test_seg2cam_gradient():
 
 
 def test_seg2cam_takes_the_sigmoid_of_raw_maps():
-    """The released code floors the loss at ln 2 by a relu; the paper's loss goes to zero."""
+    """By a relu the loss of the released code is at least ln 2; the paper's loss goes to zero."""
     background = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
     loss = seg2cam_loss(torch.full((1, 1, 1, 1), -20.0), background, torch.ones(1, 1, 1))
     assert loss.item() < 1e-6

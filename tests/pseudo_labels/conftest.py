@@ -16,8 +16,9 @@ SIZES = {"plain": (40, 30), "IMG 12%": (31, 44), "pets/übung": (24, 24), "turne
 def model():
     torch.manual_seed(0)
     config = CoSAConfig(
-        backbone="test_vit", decoder_channels=16, id2label=dict(enumerate(["background", *CLASSES])), cam_threshold=0.4
-    )
+        backbone="test_vit", decoder_channels=16, id2label=dict(enumerate(["background", *CLASSES])), cam_threshold=0.4,
+        affinity="features", affinity_layer=-3,
+    )  # fmt: skip
     return CoSAForWeaklySupervisedSegmentation(config).eval()
 
 

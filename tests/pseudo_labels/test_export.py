@@ -98,6 +98,14 @@ def test_every_source_at_every_threshold(source, threshold, segmenter, dataset, 
         np.testing.assert_array_equal(mask, expected[image_id])
 
 
+def test_spread_cams_of_a_model_that_spreads_nothing_are_refused(segmenter, dataset, tmp_path):
+    config = CoSAConfig.from_dict(segmenter.model.config.to_dict() | {"affinity": "none"})
+    plain = replace(segmenter, model=CoSAForWeaklySupervisedSegmentation(config))
+    with pytest.raises(ValueError, match="cam_spread needs a model whose config names an affinity"):
+        export(plain, dataset, tmp_path / "out", source="cam_spread")
+    assert not (tmp_path / "out").exists()
+
+
 def test_png_is_a_voc_directory_with_links_to_the_images(segmenter, dataset, columns, tmp_path):
     export(segmenter, dataset, tmp_path / "out")
     read = load_voc(tmp_path / "out", "train", masks=True)

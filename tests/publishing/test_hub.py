@@ -92,7 +92,7 @@ EXPORT = {
 def network(tmp_path):
     """Saves an untrained network of CoSA-MS and what its run leaves beside it; returns the model's directory."""
 
-    def save(network="largefov/test_resnet", taught=EXPORT, **fields):
+    def save(network="largefov/test_resnet", labels=EXPORT, **fields):
         directory = tmp_path / "network"
         recipe = MultistageConfig(
             network=network, pseudo_labels="/home/someone/VOC2012-pseudo", data_dir="/home/someone/VOC2012",
@@ -103,7 +103,7 @@ def network(tmp_path):
         model.save_pretrained(directory / "model")
         processor.save_pretrained(directory / "model")
         recipe.to_yaml(directory / "recipe.yaml")
-        run = {"images": 1696, "hardware": "1 x abacus", "seconds": 600, "pseudo_labels": taught}
+        run = {"images": 1696, "hardware": "1 x abacus", "seconds": 600, "pseudo_labels": labels}
         (directory / "run.json").write_text(json.dumps(run))
         return directory / "model"
 
@@ -183,7 +183,7 @@ def test_report_of_other_weights_is_refused(model, report, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"report\.json is not a whole JSON file \(.+\): write it again, or name another"),
+        ("", r"report\.json is not a complete JSON file \(.+\): write it again, or name another"),
         ("[]", r"report\.json holds a list where a JSON object was expected: name another file"),
         ("{digest}", r"report\.json lacks protocol, images, seg, seg_tags: write it again"),
     ],
@@ -228,7 +228,7 @@ def test_notes_come_first(model, tmp_path):
     stage(model, tmp_path / "staged", "cats", notes=notes)
     text = (tmp_path / "staged" / "README.md").read_text()
     assert text.index("**Mind the subset.**") < text.index("Classes: ") < text.index("## Results")
-    # A name without an owner is no address to load from.
+    # A name without an owner is not an address to load from.
     assert "trust_remote_code" not in text
     with pytest.raises(FileNotFoundError, match="no notes"):
         stage(model, tmp_path / "other", "cats", notes=tmp_path / "none.md")
@@ -363,7 +363,7 @@ def test_the_card_of_a_taught_network_tells_what_taught_it(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("taught", "fields", "words"),
+    ("labels", "fields", "words"),
     [
         (
             None,
@@ -378,8 +378,8 @@ def test_the_card_of_a_taught_network_tells_what_taught_it(network, tmp_path):
     ],
     ids=["no record", "self-training"],
 )
-def test_the_card_claims_no_more_than_the_run_recorded(taught, fields, words, network, tmp_path):
-    stage(network(taught=taught, **fields), tmp_path / "staged", "org/net")
+def test_the_card_claims_no_more_than_the_run_recorded(labels, fields, words, network, tmp_path):
+    stage(network(labels=labels, **fields), tmp_path / "staged", "org/net")
     text = (tmp_path / "staged" / "README.md").read_text()
     for each in words:
         assert each in text

@@ -2,13 +2,13 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from in_process import run_script
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from cosa_hf import CoSAForWeaklySupervisedSegmentation
@@ -169,33 +169,29 @@ def test_what_is_no_tensor_is_named(tmp_path):
         from_official(path, "voc", backbone="test_vit")
 
 
-def run_here(monkeypatch, *arguments):
-    run_script(monkeypatch, "scripts/convert_checkpoint.py", *arguments)
-
-
-def test_script_both_ways(tmp_path, monkeypatch, capsys):
+def test_command_both_ways(tmp_path, cosa_hf):
     weights = state_dict(20)
     options = ("--dataset", "voc", "--backbone", "test_vit", "--aux_layer", -4)
-    run_here(monkeypatch, save(tmp_path, weights), tmp_path / "model", *options)
-    assert "scales and flips are flags of evaluate.py" in capsys.readouterr().out
+    printed = cosa_hf("convert", "checkpoint", save(tmp_path, weights), tmp_path / "model", *options)
+    assert "scales and flips are flags of `cosa-hf evaluate`" in printed
     assert CoSAForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "model").config.aux_layer == -4
-    run_here(monkeypatch, tmp_path / "model", tmp_path / "new" / "back.pth", "--to_official")
+    cosa_hf("export", tmp_path / "model", tmp_path / "new" / "back.pth", "--format", "official")
     back = torch.load(tmp_path / "new" / "back.pth", weights_only=True)["model"]
     assert torch.equal(back["encoder.pos_embed"], weights["encoder.pos_embed"])
 
 
-def test_script_takes_no_network_without_cams(segmentation_only, tmp_path, monkeypatch):
-    with pytest.raises(
-        SystemExit, match=r"^error: a \w+ only segments and has no CAMs; give a model that CoSA trained$"
-    ):
-        run_here(monkeypatch, segmentation_only, tmp_path / "back.pth", "--to_official")
+@pytest.mark.parametrize("format", ["official", "onnx"])
+def test_command_takes_no_network_without_cams(format, segmentation_only, tmp_path, complaint):
+    said = complaint("export", segmentation_only, tmp_path / "back.pth", "--format", format)
+    assert re.match(r"error: a \w+ only segments and has no CAMs; give a model that CoSA trained\n$", said)
     assert not (tmp_path / "back.pth").exists()
 
 
-def test_script_reports_in_one_line(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="error: no checkpoint"):
-        run_here(monkeypatch, tmp_path / "nowhere.pth", tmp_path / "model", "--dataset", "voc")
-    with pytest.raises(SystemExit):
-        run_here(monkeypatch, tmp_path / "nowhere.pth", tmp_path / "model")
-    assert "--dataset is needed" in capsys.readouterr().err
+def test_command_reports_in_one_line(tmp_path, complaint):
+    words = ("convert", "checkpoint", tmp_path / "nowhere.pth", tmp_path / "model")
+    said = complaint(*words, "--dataset", "voc")
+    assert said.startswith("error: no checkpoint")
+    assert said.count("\n") == 1
+    assert "required: --dataset" in complaint(*words, usage=True)
+    assert "--int8 is for" in complaint("export", "x", "y", "--format", "official", "--int8", usage=True)
     assert not (tmp_path / "model").exists()

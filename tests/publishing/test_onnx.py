@@ -3,17 +3,23 @@
 import numpy as np
 import pytest
 import torch
-from in_process import run_script
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.publishing import onnx
 from cosa_hf.publishing.onnx import export_onnx
 
+# What recipes for frozen encoders use
+FROZEN = {
+    "aux_layer": -1, "aux_attention": "value-value", "pooling": "lse", "classifier_bias": True,
+    "standardize_features": True, "decoder": "mlp", "decoder_inputs": "concat", "affinity": "attention",
+    "affinity_blocks": [-2],
+}  # fmt: skip
+
 
 def tiny(backbone, **options):
     torch.manual_seed(0)
-    config = CoSAConfig(backbone=backbone, aux_layer=-2, decoder_channels=16, decoder_dilation=1, num_labels=4)
-    return CoSAForWeaklySupervisedSegmentation(config).eval()
+    settings = {"aux_layer": -2, "decoder_channels": 16, "decoder_dilation": 1, "num_labels": 4} | options
+    return CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone=backbone, **settings)).eval()
 
 
 def session_of(path):
@@ -22,10 +28,19 @@ def session_of(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet", "tf_efficientnet_lite0"])
-def test_same_maps_at_any_batch_and_size(backbone, tmp_path):
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("test_vit", {}),
+        ("test_vit", FROZEN | {"feature_layer": -3}),
+        ("test_vit", FROZEN | {"attention": "value"}),
+        ("test_resnet", {}),
+        ("tf_efficientnet_lite0", {}),
+    ],
+)
+def test_same_maps_at_any_batch_and_size(backbone, options, tmp_path):
     pytest.importorskip("onnxscript")
-    model = tiny(backbone)
+    model = tiny(backbone, **options)
     path = tmp_path / "new" / "model.onnx"
     assert export_onnx(model, path) < 1e-4
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
@@ -43,13 +58,13 @@ def test_same_maps_at_any_batch_and_size(backbone, tmp_path):
 
 
 @pytest.mark.slow
-def test_script_with_8_bits(tmp_path, monkeypatch, capsys):
+def test_command_with_8_bits(tmp_path, cosa_hf):
     pytest.importorskip("onnxscript")
     model = tiny("test_vit")
     model.save_pretrained(tmp_path / "model")
     CoSAImageProcessor().save_pretrained(tmp_path / "model")
-    run_script(monkeypatch, "scripts/export_onnx.py", tmp_path / "model", tmp_path / "small.onnx", "--int8")
-    assert "pixel_values (B, 3, H, W), H and W multiples of 16 -> logits, cam_logits" in capsys.readouterr().out
+    printed = cosa_hf("export", tmp_path / "model", tmp_path / "small.onnx", "--int8")
+    assert "pixel_values (B, 3, H, W), H and W multiples of 16 -> logits, cam_logits" in printed
     small = (tmp_path / "small.onnx").stat().st_size
     # Of a network this small, the graph itself is half of the file.
     assert small < 0.75 * (tmp_path / "model" / "model.safetensors").stat().st_size
@@ -65,14 +80,6 @@ def test_missing_extra_is_named(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'needs onnxscript: pip install "cosa-hf\[onnx\]"'):
         export_onnx(tiny("test_vit"), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_script_takes_no_network_without_cams(segmentation_only, tmp_path, monkeypatch):
-    with pytest.raises(
-        SystemExit, match=r"^error: a \w+ only segments and has no CAMs; give a model that CoSA trained$"
-    ):
-        run_script(monkeypatch, "scripts/export_onnx.py", segmentation_only, tmp_path / "model.onnx")
-    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_a_wrong_file_is_not_handed_over(tmp_path, monkeypatch):

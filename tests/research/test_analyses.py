@@ -22,27 +22,27 @@ from cosa_hf.inference import Segmentation
 
 NAMES = ["background", "cat", "dog"]
 CAT = [[0.97, 0.76, 0.52], [0.40, 0.10, 0.0]]
-TRUTH = [[1, 1, 0], [1, 0, 255]]
+GROUND_TRUTH = [[1, 1, 0], [1, 0, 255]]
 
 
-def prediction(cat=CAT, truth=TRUTH, dog=None, aux_cat=None, spl=None, name="image"):
+def prediction(cat=CAT, ground_truth=GROUND_TRUTH, dog=None, aux_cat=None, spl=None, name="image"):
     """An image with both tags and maps at its own size; the segmentation is the ground truth unless `spl` is given."""
 
     def maps(first, second=None):
         first = torch.tensor(first)
         return torch.stack([first, torch.zeros_like(first) if second is None else torch.tensor(second)])
 
-    truth = torch.tensor(truth)
-    ids = truth.clamp(max=2) if spl is None else torch.tensor(spl)
+    ground_truth = torch.tensor(ground_truth)
+    ids = ground_truth.clamp(max=2) if spl is None else torch.tensor(spl)
     cam = maps(cat, dog)
     return Segmentation(
         image_id=name,
-        image=Image.new("RGB", truth.shape[::-1]),
+        image=Image.new("RGB", ground_truth.shape[::-1]),
         labels=torch.ones(2),
         seg_logits=9.0 * F.one_hot(ids, 3).permute(2, 0, 1),
         cam=cam,
         aux_cam=maps(aux_cat) if aux_cat else cam,
-        ground_truth=truth,
+        ground_truth=ground_truth,
     )
 
 
@@ -136,7 +136,7 @@ def test_reliability_is_each_images_own():
 def test_coexistence_is_the_mean_over_the_named_classes():
     # The CAM at the model's own threshold, whatever the run's xi, labels the pixels 1, 1, 2 / 2, 0, 0.
     cat, dog = [[0.9, 0.6, 0.0], [0.0, 0.4, 0.0]], [[0.0, 0.0, 0.9], [0.5, 0.0, 0.3]]
-    image = prediction(cat, truth=[[1, 1, 1], [2, 0, 0]], dog=dog)
+    image = prediction(cat, ground_truth=[[1, 1, 1], [2, 0, 0]], dog=dog)
     # cat 2 of 3, dog 1 of 2, background all
     (row,) = coexistence([image], Labelling(NAMES, threshold=0.2, coexistence_classes=["cat"]))
     assert row == {"c_miou": pytest.approx(200 / 3), "miou": pytest.approx(100 * (2 / 3 + 1 / 2 + 1) / 3)}

@@ -52,12 +52,14 @@ def test_every_threshold_as_evaluation_scores_it(segmenter, with_masks):
             assert row["threshold"] == threshold
             assert row["miou"] == pytest.approx(scores[source]["miou"])
             assert row["per_class"] == pytest.approx(scores[source]["per_class"])
-            truth = np.concatenate([image.ground_truth.numpy().ravel() for image in images])
-            mask = np.concatenate([image.label(source, threshold)[0].numpy().ravel() for image in images])[truth != 255]
-            truth = truth[truth != 255]
-            right = ((mask == truth) & (truth > 0)).sum()
+            ground_truth = np.concatenate([image.ground_truth.numpy().ravel() for image in images])
+            mask = np.concatenate([image.label(source, threshold)[0].numpy().ravel() for image in images])[
+                ground_truth != 255
+            ]
+            ground_truth = ground_truth[ground_truth != 255]
+            right = ((mask == ground_truth) & (ground_truth > 0)).sum()
             assert row["precision"] == pytest.approx(100 * right / (mask > 0).sum())
-            assert row["recall"] == pytest.approx(100 * right / (truth > 0).sum())
+            assert row["recall"] == pytest.approx(100 * right / (ground_truth > 0).sum())
     assert len({row["miou"] for source in CAM_SOURCES for row in report[source]}) == 9, "nothing to tell apart"
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 

@@ -1,4 +1,4 @@
-"""Algorithm 1 of the paper in one straight line, in float64: no function of the package but the network itself.
+"""Algorithm 1 of the paper as one plain function, in float64: no function of the package but the network itself.
 
 Plain torch, for its autograd; the optimiser, the moving averages and the fit of Eq. 6 are written out. Line numbers
 are those of Algorithm 1.

@@ -23,26 +23,11 @@ TIMINGS = ("images_per_second", "memory_gb")
 def tiny_config(**fields: Any) -> TrainingConfig:
     """A run of seconds: a test-sized ViT from random weights, two images of 48 pixels a step."""
     settings = {
-        "dataset": "shapes",
-        "backbone": "test_vit",
-        "pretrained": False,
-        "aux_layer": -2,
-        "decoder_channels": 16,
-        "decoder_dilation": 1,
-        "crop_size": 48,
-        "input_size": 48,
-        "batch_size": 2,
-        "images_per_step": 2,
-        "num_workers": 0,
-        "max_steps": 6,
-        "warmup_steps": 3,
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 1,
-        "ema_momentum": 0.5,
-        "label_scales": [1.0],
-        "log_every": 1,
-        "tracker": "none",
-    }
+        "dataset": "shapes", "backbone": "test_vit", "pretrained": False, "aux_layer": -2, "decoder_channels": 16,
+        "decoder_dilation": 1, "crop_size": 48, "input_size": 48, "batch_size": 2, "images_per_step": 2,
+        "num_workers": 0, "max_steps": 6, "warmup_steps": 3, "learning_rate": 1e-3, "lr_warmup_steps": 1,
+        "ema_momentum": 0.5, "label_scales": [1.0], "log_every": 1, "tracker": "none",
+    }  # fmt: skip
     return TrainingConfig.from_mapping(settings | fields)
 
 

@@ -1,4 +1,4 @@
-"""The trainer against Algorithm 1 in one straight line: same losses, same xi, same weights of both networks."""
+"""The trainer against a plain Algorithm 1: same losses, same xi, same weights of both networks."""
 
 import copy
 from types import SimpleNamespace
@@ -61,9 +61,9 @@ def run(tiny, few_shapes, monkeypatch, request):
         return model
 
     def recorded_losses(self, *arguments):
-        whole = losses(self, *arguments)
-        steps.append(SimpleNamespace(losses={name: value.item() for name, value in whole.items()}))
-        return whole
+        terms = losses(self, *arguments)
+        steps.append(SimpleNamespace(losses={name: value.item() for name, value in terms.items()}))
+        return terms
 
     def recorded_step(self, batch):
         training_step(self, batch)
@@ -77,7 +77,7 @@ def run(tiny, few_shapes, monkeypatch, request):
     return SimpleNamespace(config=config, start=start[0], steps=steps, weights=weights_of(config))
 
 
-def test_one_warm_up_and_three_whole_steps(run):
+def test_one_warm_up_and_three_complete_steps(run):
     online, config = run.start, run.config
     batches = [
         [torch.stack([item[name] for item in items]) for name in ("weak", "strong", "labels", "valid")]

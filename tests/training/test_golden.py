@@ -12,6 +12,8 @@ import pytest
 import torch
 from runs import train_on
 
+from cosa_hf.data import load_shapes
+from cosa_hf.training import setup
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.telemetry import Telemetry
 
@@ -43,7 +45,8 @@ def told(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_sixty_steps_of_the_demo_are_what_they_were(float64, told, tmp_path, processes):
+def test_sixty_steps_of_the_demo_are_what_they_were(float64, told, monkeypatch, tmp_path, processes):
+    monkeypatch.setattr(setup, "load_dataset_by_name", lambda *_, **__: load_shapes("train", num_images=60))
     config = TrainingConfig.named(
         "shapes-tiny",
         # Half of them without pseudo-labels, and then all terms of Eq. 11: this network finds foreground so early.

@@ -9,92 +9,88 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from cosa_hf.training.loop import train
+from runs import assert_equal, checkpoints_of, left, load_few_shapes, log_of, on_call, tiny_config
 
+from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data.dataset import TrainingDataset
-from cosa_hf.training import checkpoints, cosa, loop
+from cosa_hf.objective.overall import CoSAObjective
+from cosa_hf.training import checkpoints, setup, trainer
+from cosa_hf.training.checkpoints import Checkpoints, Progress
+from cosa_hf.training.guard import Phase, RunGuard
+from cosa_hf.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
 
 NOISY = {"max_steps": 8, "warmup_steps": 2, "guidance": "noise", "threshold_queue": 3, "threshold_decay": 0.5}
 
 
-@pytest.fixture
-def whole(tiny, tmp_path, left):
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
     """What the uninterrupted run leaves; without its checkpoints."""
-    recipe = tiny(output_dir=str(tmp_path / "whole"), **NOISY)
-    train(recipe)
-    return left(recipe)
+    config = tiny_config(output_dir=str(tmp_path_factory.mktemp("uninterrupted")), **NOISY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "load_dataset_by_name", load_few_shapes)
+        train(config)
+    return left(config)
 
 
-@pytest.fixture
-def at_objective(monkeypatch):
-    """Call a function with the losses of the n-th step there is, once, and take what it returns for them."""
-
-    def install(step, act):
-        objective, calls = cosa.CoSAObjective.__call__, []
-
-        def counted(self, *arguments):
-            losses = objective(self, *arguments)
-            calls.append(1)
-            return act(losses) if len(calls) == step else losses
-
-        monkeypatch.setattr(cosa.CoSAObjective, "__call__", counted)
-
-    return install
+def names_of(config) -> list[str]:
+    return [path.stem for path in checkpoints_of(config)]
 
 
-def checkpoints_of(recipe) -> list[str]:
-    return [path.stem for path in sorted((Path(recipe.output_dir) / "checkpoints").glob("*"))]
+def assert_resumes_to(uninterrupted, config):
+    train(tiny_config(resume=True, output_dir=config.output_dir, **NOISY))
+    assert_equal(uninterrupted | {"checkpoint": None}, left(config) | {"checkpoint": None})
 
 
-def assert_resumes_to(whole, tiny, left, assert_equal, **fields):
-    resumed = tiny(resume=True, **NOISY | fields)
-    train(resumed)
-    assert_equal(whole | {"checkpoint": None}, left(resumed) | {"checkpoint": None})
+def fail_with(error):
+    def act(call):
+        raise error
+
+    return act
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_does_harm(tiny, whole, left, assert_equal, at_objective):
-    at_objective(5, lambda losses: losses | {"loss": losses["loss"] * torch.nan})
-    recipe = tiny(**NOISY)
-    with pytest.raises(FloatingPointError, match=r"step 5: \[{'cls': .*'csc': .*\] of images \['train-0000") as caught:
-        train(recipe)
-    assert checkpoints_of(recipe) == ["step-0000004"]
-    assert "ended after 4 whole steps; go on from" in caught.value.__notes__[0]
-    assert_resumes_to(whole, tiny, left, assert_equal)
+def not_finite(call):
+    losses = call()
+    return losses | {"loss": losses["loss"] * torch.nan}
 
 
-def test_weights_that_are_not_finite_are_never_saved(tiny, at_objective, capsys):
-    def break_weights(losses):
-        # A finite loss whose gradient is not: the step destroys the weights, the next one notices.
-        return losses | {"loss": losses["loss"] + (losses["cls"] * 0).sqrt()}
-
-    at_objective(5, break_weights)
-    recipe = tiny(checkpoint_every=3, **NOISY)
-    with pytest.raises(FloatingPointError, match="step 6"):
-        train(recipe)
-    assert checkpoints_of(recipe) == ["step-0000003"]
-    assert "weights or state are not finite themselves any more: not saved" in capsys.readouterr().err
+def terminate(call):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return call()
 
 
-def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(tiny, whole, left, assert_equal, at_objective, capsys):
-    def terminate(losses):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return losses
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "act", "error", "steps"),
+    [
+        pytest.param(CoSAObjective, "__call__", 5, not_finite, FloatingPointError, 4, id="loss is not finite"),
+        pytest.param(CoSAObjective, "__call__", 5, terminate, SystemExit, 5, id="SIGTERM"),
+        pytest.param(CoSAObjective, "__call__", 4, fail_with(MemoryError()), MemoryError, 3, id="error in a step"),
+        pytest.param(trainer, "evaluate", 1, fail_with(KeyboardInterrupt()), KeyboardInterrupt, 5, id="evaluation"),
+        pytest.param(Trainer, "_save", 1, fail_with(OSError("no room")), OSError, 8, id="models cannot be saved"),
+    ],
+)
+def test_a_run_that_is_cut_short_saves_its_last_complete_step_and_goes_on_from_it(
+    tiny, uninterrupted, monkeypatch, capsys, owner, name, number, act, error, steps
+):
+    handler = signal.getsignal(signal.SIGTERM)
+    config = tiny(eval_every=5 if name == "evaluate" else 0, eval_images=1, **NOISY)
+    with monkeypatch.context() as patch:
+        on_call(owner, name, number, act, patch.setattr)
+        with pytest.raises(error) as caught:
+            train(config)
+    assert names_of(config) == [f"step-000000{steps}"]
+    assert f"ended after {steps} complete steps; go on from" in caught.value.__notes__[0]
+    assert signal.getsignal(signal.SIGTERM) is handler
+    if error is FloatingPointError:
+        caught.match(r"step 5: \[{'cls': .*'csc': .*\] of images \['train-0000")
+    if error is SystemExit:
+        assert caught.value.code == 143
+        assert "SIGTERM: stopped after step 5; --resume goes on from there" in capsys.readouterr().err
+    assert_resumes_to(uninterrupted, config)
 
-    before = signal.getsignal(signal.SIGTERM)
-    at_objective(5, terminate)
-    recipe = tiny(**NOISY)
-    with pytest.raises(SystemExit) as caught:
-        train(recipe)
-    assert caught.value.code == 143
-    assert "SIGTERM: stopped after step 5; --resume goes on from there" in capsys.readouterr().err
-    assert checkpoints_of(recipe) == ["step-0000005"]
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert_resumes_to(whole, tiny, left, assert_equal)
 
-
-def test_a_dead_worker_ends_the_run_with_a_checkpoint(tiny, whole, left, assert_equal, monkeypatch, tmp_path):
+def test_a_dead_worker_ends_the_run_with_a_checkpoint(tiny, uninterrupted, monkeypatch, tmp_path):
     item, mark = TrainingDataset.__getitem__, tmp_path / "died"
 
     def deadly(self, position):
@@ -104,92 +100,70 @@ def test_a_dead_worker_ends_the_run_with_a_checkpoint(tiny, whole, left, assert_
         return item(self, position)
 
     monkeypatch.setattr(TrainingDataset, "__getitem__", deadly)
-    recipe = tiny(num_workers=1, **NOISY)
+    config = tiny(num_workers=1, **NOISY)
     # Which of them depends on whether the loader was taking over a batch from the worker just then.
     with pytest.raises((RuntimeError, ConnectionError), match=r"DataLoader worker .* exited|reset by peer") as caught:
-        train(recipe)
+        train(config)
     assert "go on from" in caught.value.__notes__[-1]
     # The traceback holds the loader, and torch blames a loader's dead worker on whatever child process ends next.
     del caught
     gc.collect()
-    (saved,) = checkpoints_of(recipe)
+    (saved,) = names_of(config)
     assert 1 <= int(saved.removeprefix("step-")) <= 5
-    assert_resumes_to(whole, tiny, left, assert_equal)
+    assert_resumes_to(uninterrupted, config)
 
 
-def test_an_error_of_any_kind_saves_the_last_whole_step(tiny, whole, left, assert_equal, at_objective):
-    def fail(losses):
-        raise MemoryError("CUDA out of memory, say")
-
-    at_objective(4, fail)
-    recipe = tiny(**NOISY)
-    with pytest.raises(MemoryError) as caught:
-        train(recipe)
-    assert checkpoints_of(recipe) == ["step-0000003"]
-    assert "ended after 3 whole steps; go on from" in caught.value.__notes__[0]
-    assert_resumes_to(whole, tiny, left, assert_equal)
+def destroy_weights(call):
+    """A finite loss whose gradient is not: the step destroys the weights, the next one notices."""
+    losses = call()
+    return losses | {"loss": losses["loss"] + (losses["cls"] * 0).sqrt()}
 
 
-def test_what_fails_after_a_step_leaves_that_step(tiny, whole, left, assert_equal, monkeypatch):
-    def fail(*arguments, **options):
-        raise KeyboardInterrupt
-
-    recipe = tiny(eval_every=5, eval_images=1, **NOISY)
-    with monkeypatch.context() as context:
-        context.setattr(loop, "evaluate_model", fail)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe)
-    assert checkpoints_of(recipe) == ["step-0000005"]
-    assert_resumes_to(whole, tiny, left, assert_equal)
-
-
-def test_a_run_does_not_notice_that_it_is_evaluated(tiny, whole, left, assert_equal):
-    recipe = tiny(eval_every=2, eval_images=1, checkpoint_every=4, **NOISY)
-    train(recipe)
-    assert_equal(whole["weights"], left(recipe)["weights"])
-    sorted((Path(recipe.output_dir) / "checkpoints").iterdir())[-1].unlink()
-    train(tiny(resume=True, eval_every=2, eval_images=1, checkpoint_every=4, **NOISY))
-    assert_equal(whole["weights"], left(recipe)["weights"])
-
-
-def test_models_that_cannot_be_saved_leave_the_last_step(tiny, whole, left, assert_equal, monkeypatch):
-    def full(*arguments):
-        raise OSError("no space left on device")
-
-    recipe = tiny(**NOISY)
-    with monkeypatch.context() as context:
-        context.setattr(cosa.CoSATask, "save", full)
-        with pytest.raises(OSError, match="no space left") as caught:
-            train(recipe)
-    assert checkpoints_of(recipe) == ["step-0000008"]
-    assert "ended after 8 whole steps; go on from" in caught.value.__notes__[0]
-    assert_resumes_to(whole, tiny, left, assert_equal)
-
-
-def test_a_split_to_evaluate_on_is_looked_for_before_the_first_step(tiny, monkeypatch):
-    def missing(name, data_dir, split, **options):
-        raise FileNotFoundError(f"no list {split}.txt")
-
-    monkeypatch.setattr(loop, "load_dataset_by_name", missing)
-    recipe = tiny(eval_every=4, eval_split="nope")
-    with pytest.raises(FileNotFoundError, match=r"no list nope.txt"):
-        train(recipe)
-    assert not Path(recipe.output_dir).exists()
+def test_weights_that_are_not_finite_are_never_saved(tiny, monkeypatch, capsys):
+    on_call(CoSAObjective, "__call__", 5, destroy_weights, monkeypatch.setattr)
+    config = tiny(checkpoint_every=3, **NOISY)
+    with pytest.raises(FloatingPointError, match="step 6"):
+        train(config)
+    assert names_of(config) == ["step-0000003"]
+    assert "weights or state are not finite themselves any more: not saved" in capsys.readouterr().err
 
 
 def test_statistics_that_are_not_finite_are_never_saved(tiny, monkeypatch, capsys):
-    update = cosa.CoSATask.update
+    update = AssignmentNetwork.update
 
-    def poison(self):
-        update(self)
-        next(self.network.buffers()).fill_(torch.nan)
+    def poison(self, online):
+        update(self, online)
+        next(online.buffers()).fill_(torch.nan)
 
-    monkeypatch.setattr(cosa.CoSATask, "update", poison)
-    recipe = tiny(backbone="test_resnet")
+    monkeypatch.setattr(AssignmentNetwork, "update", poison)
+    config = tiny(backbone="test_resnet")
     with pytest.raises(FloatingPointError, match="step 2"):
-        train(recipe)
-    assert checkpoints_of(recipe) == []
+        train(config)
+    assert names_of(config) == []
     assert "not finite themselves any more: not saved" in capsys.readouterr().err
+
+
+def test_a_run_does_not_notice_that_it_is_evaluated(tiny, uninterrupted):
+    settings = {"eval_every": 2, "eval_images": 1, "checkpoint_every": 4, **NOISY}
+    config = tiny(**settings)
+    train(config)
+    assert_equal(uninterrupted["weights"], left(config)["weights"])
+    checkpoints_of(config)[-1].unlink()
+    train(tiny(resume=True, **settings))
+    assert_equal(uninterrupted["weights"], left(config)["weights"])
+
+
+def test_a_split_to_evaluate_on_is_looked_for_before_the_first_step(tiny, monkeypatch):
+    def only_training(name, data_dir, split, masks=False, options=None):
+        if split == "nope":
+            raise FileNotFoundError(f"no list {split}.txt")
+        return load_few_shapes(name, data_dir, split, masks)
+
+    monkeypatch.setattr(setup, "load_dataset_by_name", only_training)
+    config = tiny(eval_every=4, eval_split="nope")
+    with pytest.raises(FileNotFoundError, match=r"no list nope.txt"):
+        train(config)
+    assert not Path(config.output_dir).exists()
 
 
 @pytest.fixture
@@ -203,33 +177,96 @@ def no_room():
 
 
 def test_a_full_disk_ends_the_run_and_says_from_where_to_go_on(tiny, monkeypatch, no_room):
-    save, calls = checkpoints.save_file, []
-
-    def filling_up(*arguments, **options):
-        calls.append(1)
-        if len(calls) > 1:
-            no_room()
-        save(*arguments, **options)
-
-    monkeypatch.setattr(checkpoints, "save_file", filling_up)
-    recipe = tiny(checkpoint_every=2)
+    on_call(checkpoints, "save_file", 2, lambda call: no_room() or call(), monkeypatch.setattr)
+    config = tiny(checkpoint_every=2)
     with pytest.raises(OSError, match=r"cannot write the checkpoint of step 4 .*too large.* step-0000002") as caught:
-        train(recipe)
-    assert checkpoints_of(recipe) == ["step-0000002"]
+        train(config)
+    assert names_of(config) == ["step-0000002"]
     assert "step-0000002.safetensors with --resume" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("name", ["init_trackers", "log", "end_training"])
-def test_a_tracker_that_fails_is_warned_about_once(tiny, monkeypatch, name, left):
+def test_a_tracker_that_fails_is_warned_about_once(tiny, monkeypatch, name):
     def unreachable(*arguments, **options):
         raise ConnectionError("no route to the dashboard")
 
     monkeypatch.setattr(Accelerator, name, unreachable)
-    recipe = tiny(max_steps=3, tracker="tensorboard")
+    config = tiny(max_steps=3, tracker="tensorboard")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(recipe)
+        train(config)
     said = [str(warning.message) for warning in caught if "tracker tensorboard failed" in str(warning.message)]
     assert len(said) == 1
     assert "no route to the dashboard" in said[0]
-    assert [entry["step"] for entry in left(recipe)["log"]] == [1, 2, 3]
+    assert [entry["step"] for entry in log_of(config)] == [1, 2, 3]
+
+
+class Steps:
+    """A guard after three complete steps, and its calls in the order of a step."""
+
+    def __init__(self, accelerator, directory):
+        progress = Progress(1)
+        progress.step = 3
+        self.checkpoints = Checkpoints(accelerator, directory, 2, {"progress": progress})
+        self.guard = RunGuard(accelerator, self.checkpoints, progress)
+        self.batches = self.guard.batches([{}, {}, {}])
+
+    def take(self, call: str) -> None:
+        if call == "next batch":
+            next(self.batches)
+        elif call == "require_finite":
+            self.guard.require_finite([{"loss": torch.tensor(1.0)}], ["a"])
+        else:
+            self.guard.commit()
+
+    def take_until(self, phase: Phase) -> None:
+        for call in ("next batch", "require_finite", "commit"):
+            if self.guard.phase is not phase:
+                self.take(call)
+
+
+@pytest.fixture
+def steps(accelerator, tmp_path):
+    return Steps(accelerator, tmp_path)
+
+
+IN_ORDER = {
+    Phase.BETWEEN_STEPS: ("next batch", Phase.COMPUTING),
+    Phase.COMPUTING: ("require_finite", Phase.CHANGING),
+    Phase.CHANGING: ("commit", Phase.BETWEEN_STEPS),
+}
+
+
+def test_calls_in_their_order_go_round(steps):
+    with steps.guard:
+        for _ in range(2):
+            for phase, (call, after) in IN_ORDER.items():
+                assert steps.guard.phase is phase
+                steps.take(call)
+                assert steps.guard.phase is after
+
+
+@pytest.mark.parametrize(
+    ("phase", "call"),
+    [(phase, call) for phase, (right, _) in IN_ORDER.items() for call, _ in IN_ORDER.values() if call != right],
+)
+def test_a_call_out_of_order_is_refused(steps, phase, call):
+    with steps.guard:
+        steps.take_until(phase)
+        with pytest.raises(AssertionError, match=f": {phase.value}$"):
+            steps.take(call)
+
+
+@pytest.mark.parametrize("phase", list(Phase), ids=lambda phase: phase.value)
+def test_an_error_saves_the_last_complete_step_but_not_while_weights_change(steps, phase):
+    def fail():
+        with steps.guard:
+            steps.take_until(phase)
+            raise MemoryError
+
+    with pytest.raises(MemoryError) as caught:
+        fail()
+    saved = [path.stem for path in steps.checkpoints.all()]
+    assert saved == ([] if phase is Phase.CHANGING else ["step-0000003"])
+    where = "go on from" if saved else "there is no checkpoint to go on from"
+    assert f"the run ended after 3 complete steps; {where}" in caught.value.__notes__[0]

@@ -75,9 +75,9 @@ def test_a_stream_trains_and_a_resumed_run_equals_the_uninterrupted_one(parquet,
             output_dir=str(tmp_path / name), checkpoint_every=4, **fields,
         )  # fmt: skip
 
-    whole = streamed("whole")
-    train(whole)
-    summary = summary_of(whole)
+    uninterrupted = streamed("uninterrupted")
+    train(uninterrupted)
+    summary = summary_of(uninterrupted)
     assert (summary["images"], summary["untagged_dropped"]) == (None, ["train-00005"])
     assert "cannot read the image of image 'train-00003' (broken.png)" in summary["unreadable_replaced"][0]
 
@@ -94,7 +94,7 @@ def test_a_stream_trains_and_a_resumed_run_equals_the_uninterrupted_one(parquet,
     resumed = streamed("broken", resume=True)
     train(resumed)
     assert summary_of(resumed) | {"seconds": 0} == summary | {"seconds": 0}
-    assert_equal(weights_of(whole), weights_of(resumed))
+    assert_equal(weights_of(uninterrupted), weights_of(resumed))
 
 
 def test_streaming_is_for_tags_of_the_hub(tiny):

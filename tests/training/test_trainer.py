@@ -53,10 +53,10 @@ def test_warmup_is_classification_only_and_the_rest_is_everything(tiny):
     log = log_of(config)
     assert all(set(entry) >= TOLD for entry in log)
     assert set(log[-1]) >= MIXTURES
-    parts = [set(entry) - TOLD - MIXTURES for entry in log]
+    terms = [set(entry) - TOLD - MIXTURES for entry in log]
     labels = {"foreground", "reliability", "agreement"}
     everything = {"loss", "cls", "aux_cls", "c2s", "aux_c2s", "s2c", "csc"} | labels
-    assert parts == [{"loss", "cls", "aux_cls"}] * 3 + [everything] * 3
+    assert terms == [{"loss", "cls", "aux_cls"}] * 3 + [everything] * 3
 
 
 def test_warmup_never_runs_the_assignment_network(tiny, monkeypatch):
@@ -371,11 +371,11 @@ def test_fp16_skips_a_step_whose_gradients_overflow(tiny, fp16, monkeypatch):
 def test_fp16_resumes_with_its_scaler(tiny, fp16, tmp_path):
     # In the middle of what the scaler counts: one that began anew would overflow at another step.
     scaled = {"max_steps": 9, "checkpoint_every": 6, **fp16(**OVERFLOWING)}
-    whole, cut = (tiny(output_dir=str(tmp_path / name), **scaled) for name in ("whole", "cut"))
-    for config in (whole, cut):
+    uninterrupted, cut = (tiny(output_dir=str(tmp_path / name), **scaled) for name in ("uninterrupted", "cut"))
+    for config in (uninterrupted, cut):
         train(config)
     train(dataclasses.replace(cut, resume=True))
-    assert_equal(left(whole), left(cut))
+    assert_equal(left(uninterrupted), left(cut))
 
 
 def test_a_momentum_too_large_for_the_run_is_announced(tiny, capsys):

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cosa_hf.assignment.threshold import FLOOR, DynamicThreshold
+from cosa_hf.assignment.threshold import LEAST, DynamicThreshold
 from cosa_hf.data import class_names
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.views import Views
@@ -37,7 +37,7 @@ class SklearnThreshold:
         self.value, self.decay, self.queue = value, decay, deque[np.ndarray](maxlen=QUEUE)
 
     def update(self, confidence: Tensor) -> None:
-        values = confidence[confidence > FLOOR].float().cpu().numpy()
+        values = confidence[confidence > LEAST].float().cpu().numpy()
         # Full from the first step on, because the step to be timed is one of a long run.
         self.queue.extend([values] * (1 if self.queue else QUEUE))
         split = sklearn_split(np.concatenate(self.queue))

@@ -43,6 +43,20 @@ class AffinityConfig(Settings):
     affinity_steps: int = setting(CoSAConfig.affinity_steps, "how often CAMs are spread", least=1)
 
 
+def affinity_settings(config: Any) -> dict[str, Any] | None:
+    """What a model's config says of its affinity, as reports record it; None if it names none.
+
+    Example:
+        >>> affinity_settings(CoSAConfig()) is None
+        True
+        >>> affinity_settings(CoSAConfig(affinity="features"))["affinity_layer"]
+        -4
+    """
+    if getattr(config, "affinity", "none") == "none":
+        return None
+    return {name: getattr(config, name) for name in vars(AffinityConfig())}
+
+
 def feature_affinity(
     features: Tensor, temperature: float = 0.15, power: float | None = None, valid: Tensor | None = None
 ) -> Tensor:
@@ -174,5 +188,6 @@ def _spread(cams: Tensor, source: Tensor, config: Any, valid: Tensor | None) -> 
 
 
 __all__ = [
-    "AffinityConfig", "attention_affinity", "feature_affinity", "normalize_rows", "spread", "spread_cams",
+    "AffinityConfig", "affinity_settings", "attention_affinity", "feature_affinity", "normalize_rows", "spread",
+    "spread_cams",
 ]  # fmt: skip

@@ -1,12 +1,13 @@
 """The assignment network (AN): the online network's moving average, and the pseudo-labels it gives to a batch."""
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from cosa_hf.assignment.affinity import spread_cams
 from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
 from cosa_hf.inference import MultiScaleOutput, forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
@@ -77,7 +78,7 @@ class AssignmentNetwork(nn.Module):
         # AveragedModel would overwrite its copy at the first update; ours already is the start of the average.
         self.average.n_averaged.fill_(1)
         self.average.requires_grad_(False)
-        # In plain tuples: neither the thresholds nor the online network are parts of this module's state.
+        # In plain tuples: neither the thresholds nor the online network belong to this module's state.
         self.thresholds = tuple(DynamicThreshold(self.threshold_config) for _ in ("M'", "M†'"))
         self._labels = (self.network if self.config.swapping_assignments else online,)
         self.eval()
@@ -107,6 +108,8 @@ class AssignmentNetwork(nn.Module):
     ) -> PseudoLabels:
         """Pseudo-labels of a batch (Alg. 1 lines 7-10 and 13): maps filtered by the tags, thresholds moved on.
 
+        Where the network's config names an affinity, CAMs are spread by it, and the thresholds see them spread.
+
         Args:
             weak: normalised images, (B, 3, H, W).
             labels: multi-hot tags, (B, C).
@@ -119,6 +122,9 @@ class AssignmentNetwork(nn.Module):
         tokens = valid_tokens(valid, fused.cam_logits)
         cams = normalize_cams(fused.cam_logits, labels, tokens)
         aux_cams = normalize_cams(fused.aux_cam_logits, labels, tokens)
+        if fused.affinity is not None:
+            both = torch.cat([cams, aux_cams], dim=1)
+            cams, aux_cams = spread_cams(both, fused.affinity, self.network.config, tokens).chunk(2, dim=1)
         if self.threshold_config.dynamic_threshold:
             for threshold, maps in zip(self.thresholds, (cams, aux_cams), strict=True):
                 threshold.update(maps.amax(dim=1)[tokens], reduce)
@@ -136,9 +142,9 @@ class AssignmentNetwork(nn.Module):
             for images in weak.split(batch_size)
         ]
         network.train(was_training)
-        return MultiScaleOutput(
-            *(torch.cat(maps) for maps in zip(*(vars(part).values() for part in fused), strict=True))
-        )
+        parts: Any = zip(*(vars(part).values() for part in fused), strict=True)
+        joined: Any = [None if maps[0] is None else torch.cat(maps) for maps in parts]
+        return MultiScaleOutput(*joined)
 
     @torch.no_grad()
     def distance(self, online: CoSAForWeaklySupervisedSegmentation) -> float:
@@ -147,8 +153,8 @@ class AssignmentNetwork(nn.Module):
             (own - other).square().sum()
             for own, other in zip(self.network.parameters(), online.parameters(), strict=True)
         )
-        whole = sum(parameter.square().sum() for parameter in online.parameters())
-        return float((cast(Tensor, apart) / whole).sqrt())
+        total = sum(parameter.square().sum() for parameter in online.parameters())
+        return float((cast(Tensor, apart) / total).sqrt())
 
 
 __all__ = ["AssignmentNetwork", "TeacherConfig"]

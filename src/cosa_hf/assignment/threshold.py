@@ -16,10 +16,10 @@ from cosa_hf.settings import Settings, setting
 BINS = 512
 # Confidences up to here are what min-max leaves of an inactive map. Their spike would be a Gaussian of its own and all
 # else the other, so that they belong to no cluster; where both must be equally wide they are the background.
-FLOOR = 0.05
+LEAST = 0.05
 Covariance = Literal["full", "tied"]
 Pair = Sequence[float] | np.ndarray
-LOWEST: dict[Covariance, float] = {"full": FLOOR, "tied": 0.0}
+LOWEST: dict[Covariance, float] = {"full": LEAST, "tied": 0.0}
 # Nats per value by which two Gaussians must explain the confidences better than one. A single narrow cluster gains
 # 1e-4, the confidences of real CAMs a hundred to a thousand times more.
 LEAST_GAIN = 1e-3
@@ -27,7 +27,7 @@ LEAST_GAIN = 1e-3
 
 @dataclass(kw_only=True)
 class ThresholdConfig(Settings):
-    """Where CAMs part foreground from background (Eq. 6). The defaults are the paper's."""
+    """The threshold that separates foreground from background in CAMs (Eq. 6). The defaults are the paper's."""
 
     _argument_group_name = "Threshold (Eq. 6)"
 
@@ -48,7 +48,7 @@ class ThresholdConfig(Settings):
 
 
 class Mixture(NamedTuple):
-    """Two Gaussians fitted to confidences, background first, and the value between their means that parts them.
+    """Two Gaussians fitted to confidences, background first, and the value between their means that separates them.
 
     That value, `split`, is where pi_fg N_fg = pi_bg N_bg: the threshold of greatest likelihood for the mixture (Eq. 6).
     """
@@ -60,7 +60,7 @@ class Mixture(NamedTuple):
 
 
 class DynamicThreshold(nn.Module):
-    """The value that parts foreground from background confidences, followed through training (Eq. 6).
+    """The value that separates foreground from background confidences, followed through training (Eq. 6).
 
     Keeps histograms of the last `queue` batches, fits a two-component Gaussian mixture to their sum by EM, takes the
     point between the means where both components are equally likely, and smooths it by EMA. All of it is state:
@@ -106,7 +106,7 @@ class DynamicThreshold(nn.Module):
         """
         values = at_least_float32(confidence.detach())
         if self.covariance == "full":
-            values = values[values > FLOOR]
+            values = values[values > LEAST]
         histogram = torch.histc(values, bins=BINS, min=LOWEST[self.covariance], max=1.0)
         self.histograms[self.seen % len(self.histograms)] = reduce(histogram).to(self.histograms)
         self.seen += 1
@@ -130,11 +130,11 @@ def fit_mixture(
         tolerance: stop once the means move less than this.
 
     Returns:
-        The mixture, or None where there are not two clusters to part.
+        The mixture, or None where there are not two clusters to separate.
 
     Example:
         >>> low, high = 0.2 + 0.02 * torch.randn(3000), 0.8 + 0.02 * torch.randn(1000)
-        >>> mixture = fit_mixture(torch.histc(torch.cat([low, high]), BINS, FLOOR, 1.0).double())
+        >>> mixture = fit_mixture(torch.histc(torch.cat([low, high]), BINS, LEAST, 1.0).double())
         >>> [round(weight, 2) for weight in mixture.weights], [round(mean, 1) for mean in mixture.means]
         ([0.75, 0.25], [0.2, 0.8])
     """
@@ -147,13 +147,13 @@ def fit_mixture(
     width = (1.0 - lowest) / BINS
     powers = np.vander(lowest + width * (np.arange(BINS) + 0.5), 3, increasing=True).T  # 1, x, x^2 of each bin
     least = width**2 / 12  # nothing is narrower than the bin that it was counted in
-    _, mean, square = whole = powers @ mass
+    _, mean, square = total = powers @ mass
     # Start from the halves on either side of the mean, as two-means would.
     high = (powers[1] > mean).astype(float)
     means = np.full(2, np.inf)
     for _ in range(iterations):
         upper = powers @ (mass * high)
-        weights, sums, squares = np.stack([whole - upper, upper], axis=1)
+        weights, sums, squares = np.stack([total - upper, upper], axis=1)
         if weights.min() <= 1e-6:
             return None
         previous, means = means, sums / weights
@@ -165,7 +165,7 @@ def fit_mixture(
             break
         high = (1 + np.tanh(_log_odds(weights, means, variances) @ powers / 2)) / 2
 
-    # EM cuts even a single Gaussian in two; only a mixture that explains the values better parts anything.
+    # EM cuts even a single Gaussian in two; only a mixture that explains the values better separates anything.
     lower = _log_density(powers[1], weights[0], means[0], variances[0])
     two = lower + np.logaddexp(0, _log_odds(weights, means, variances) @ powers)
     one = _log_density(powers[1], 1.0, mean, max(square - mean**2, least))

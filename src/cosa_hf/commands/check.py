@@ -17,7 +17,7 @@ from datasets import Dataset
 from cosa_hf.commands.inputs import dataset_parser, parse_dataset_args
 from cosa_hf.data import DatasetOptions, class_names, load_dataset_by_name
 from cosa_hf.data.check import check_splits, format_findings
-from cosa_hf.data.folder import unnamed_pictures
+from cosa_hf.data.folder import unnamed_images
 from cosa_hf.files import check_output
 
 
@@ -31,14 +31,14 @@ def main(arguments: Sequence[str]) -> int:
         # Classes found in the first split hold for all.
         options = dataclasses.replace(options, classes=class_names(splits[split]))
     found = check_splits(splits, args.num_workers)
-    if args.dataset == "folder" and (unnamed := unnamed_pictures(args.data_dir)):
-        found.look["unnamed"] = unnamed
+    if args.dataset == "folder" and (unnamed := unnamed_images(args.data_dir)):
+        found.warnings["unnamed"] = unnamed
     print(format_findings(found))
     if args.report is not None:
         args.report.parent.mkdir(parents=True, exist_ok=True)
         args.report.write_text(json.dumps(vars(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"all findings: {args.report}")
-    return 1 if found.mend else 0
+    return 1 if found.errors else 0
 
 
 def load(args: argparse.Namespace, split: str, options: DatasetOptions) -> Dataset:

@@ -1,4 +1,4 @@
-"""The embedded demo, start to end: train from tags, score on unseen images, segment an unseen picture.
+"""The embedded demo, start to end: train from tags, score on unseen images, segment an unseen image.
 
     cosa-hf demo --output_dir runs/demo
 

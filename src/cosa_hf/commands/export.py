@@ -24,7 +24,7 @@ from cosa_hf.publishing.onnx import OUTPUTS, export_onnx
 def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     check_output(args.target)
-    model, _ = load_model(args.model, "cpu")
+    model: Any = load_model(args.model, "cpu")[0]
     require_cams(model)
     if args.format == "onnx":
         write_onnx(model, args.target, args.int8)

@@ -68,7 +68,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]
     add_model(parser)
     parser.add_argument("--split", required=True, help="split of the dataset to label")
     parser.add_argument(
-        "--source", required=True, choices=SOURCES, help="CAM, auxiliary CAM, their mean, or the segmentation"
+        "--source",
+        required=True,
+        choices=SOURCES,
+        help="CAM, auxiliary CAM, their mean, that spread by the model's affinity, or the segmentation",
     )
     parser.add_argument(
         "--format", required=True, choices=FORMATS, help="VOC layout, a `datasets` dataset, or COCO json"

@@ -1,6 +1,6 @@
 """Train CoSA from image-level tags.
 
-    cosa-hf train                                                            drawn pictures, minutes on a laptop
+    cosa-hf train                                                            drawn images, minutes on a laptop
     cosa-hf train --recipe folder-lite0 --data_dir photos                    your own: docs/own-data.md
     accelerate launch -m cosa_hf.cli train --recipe voc-vit-b --data_dir VOCdevkit/VOC2012        on several GPUs
 

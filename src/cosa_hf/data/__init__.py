@@ -33,7 +33,7 @@ def _coco(data_dir: str | Path | None, split: str, masks: bool, options: Dataset
 
 
 def _folder(data_dir: str | Path | None, split: str, masks: bool, options: DatasetOptions) -> Dataset:
-    return load_folder(_required(data_dir, "folder", "the folder of your pictures"), split, masks, options.classes)
+    return load_folder(_required(data_dir, "folder", "the folder of your photos"), split, masks, options.classes)
 
 
 def _shapes(data_dir: str | Path | None, split: str, masks: bool, options: DatasetOptions) -> Dataset:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from cosa_hf.data.images import IGNORE_INDEX, UnreadableImageError, read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names
+from cosa_hf.progress import progress as progress_bar
 
 FEW_IMAGES = 20
 """Classes with fewer images than this are pointed out: little can be learned from them."""
@@ -38,27 +38,27 @@ class Findings:
     Attributes:
         class_counts: split -> class -> images with that tag.
         images: split -> images.
-        mend: what must be put right, by kind; each a list of sentences that name the images.
-        look: what may be meant as it is, by kind.
+        errors: what spoils training or evaluation, by kind; each a list of sentences that name the images.
+        warnings: what may be intended, by kind.
     """
 
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
-    mend: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    look: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    errors: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    warnings: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 ADVICE = {
     "unreadable": "replace these files, or remove them and their tags",
-    "mask": "mend these masks: evaluation stops at them",
-    "contradiction": "give equal pictures equal tags, or keep one; a picture with several tags needs a metadata table",
-    "leak": "take these pictures out of one of the splits: scores on pictures seen in training mean nothing",
-    "unnamed": "no table names these pictures: they are not used",
-    "duplicate": "training sees these pictures more often than others",
-    "untagged": "training leaves these pictures out; for evaluation they are background",
+    "mask": "correct these masks: evaluation stops at them",
+    "contradiction": "give equal images equal tags, or keep one; an image with several tags needs a metadata table",
+    "leak": "take these images out of one of the splits: scores on images seen in training mean nothing",
+    "unnamed": "no table names these images: they are not used",
+    "duplicate": "training sees these images more often than others",
+    "untagged": "training leaves these images out; for evaluation they are background",
     "missing tag": "the mask shows a class that the tags leave out: add the tag, or correct the mask",
     "missing pixels": "the tags name a class that the mask does not show: correct the mask, or remove the tag",
-    "few images": f"fewer than {FEW_IMAGES} pictures: find more, or leave the class out",
+    "few images": f"fewer than {FEW_IMAGES} images: find more, or leave the class out",
 }
 """What to do about each kind of finding."""
 
@@ -66,7 +66,7 @@ ADVICE = {
 def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: bool = True) -> Findings:
     """Read every image (and mask) of some splits once.
 
-    Pictures are equal if their files are, byte for byte.
+    Images are equal if their files are, byte for byte.
 
     Args:
         splits: name -> dataset of this package's form, with the same classes; with a `mask` column its masks are
@@ -81,7 +81,7 @@ def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: 
         >>> from cosa_hf.data import load_shapes
         >>> split = load_shapes("val", num_images=3, masks=True)
         >>> findings = check_splits({"train": split, "val": split}, progress=False)
-        >>> list(findings.mend), len(findings.mend["leak"])
+        >>> list(findings.errors), len(findings.errors["leak"])
         (['leak'], 3)
     """
     names: list[str] = []
@@ -94,9 +94,8 @@ def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: 
                 f"split {split!r} has the classes {class_names(dataset)}, another one {names}: fix --classes"
             )
         counts: Counter = Counter()
-        for seen in tqdm(
-            _read(dataset, num_workers), f"check {split}", total=len(dataset), unit="image", disable=not progress
-        ):
+        reading = _read(dataset, num_workers)
+        for seen in progress_bar(reading, f"check {split}", len(dataset), unit="image", disable=not progress):
             counts.update(seen.labels)
             _judge(found, split, seen, names, places)
         found.images[split] = len(dataset)
@@ -105,19 +104,19 @@ def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: 
     for name in names:
         total = sum(count[name] for count in found.class_counts.values())
         if total < FEW_IMAGES:
-            found.look["few images"].append(f"class {name!r}: {total}")
+            found.warnings["few images"].append(f"class {name!r}: {total}")
     return found
 
 
 def format_findings(found: Findings, shown: int = 10) -> str:
-    """Findings as a table of class counts and what to do, naming the first `shown` pictures of each kind.
+    """Findings as a table of class counts and what to do, naming the first `shown` images of each kind.
 
     Example:
         >>> print(format_findings(Findings({"train": {"cat": 2}}, {"train": 2})))
         class   train
         cat         2
         images      2
-        nothing to mend
+        no errors
     """
     width = max(len(name) for name in ["images", *next(iter(found.class_counts.values()))])
     splits = list(found.images)
@@ -130,14 +129,14 @@ def format_findings(found: Findings, shown: int = 10) -> str:
         )
         for name, cells in rows
     ]
-    for verdict, kinds in (("MEND", found.mend), ("LOOK", found.look)):
+    for verdict, kinds in (("error", found.errors), ("warning", found.warnings)):
         for kind, items in kinds.items():
             lines.append(f"{verdict}  {kind}, {len(items)}: {ADVICE[kind]}")
             lines += [f"      {item}" for item in items[:shown]]
             if len(items) > shown:
                 lines.append(f"      ... and {len(items) - shown} more")
-    if not found.mend:
-        lines.append("nothing to mend")
+    if not found.errors:
+        lines.append("no errors")
     return "\n".join(lines)
 
 
@@ -147,17 +146,17 @@ def _judge(
     """What is to be said about one image by itself."""
     where = f"{split}: {seen.image_id}"
     if seen.problem:
-        found.mend[seen.kind].append(f"{split}: {seen.problem}")
+        found.errors[seen.kind].append(f"{split}: {seen.problem}")
         return
     places[seen.digest].append((split, seen))
     if not seen.labels:
-        found.look["untagged"].append(where)
+        found.warnings["untagged"].append(where)
     if seen.in_mask is None:
         return
     for index in sorted(set(seen.in_mask) - set(seen.labels)):
-        found.look["missing tag"].append(f"{where}: {names[index]}")
+        found.warnings["missing tag"].append(f"{where}: {names[index]}")
     for index in sorted(set(seen.labels) - set(seen.in_mask)):
-        found.look["missing pixels"].append(f"{where}: {names[index]}")
+        found.warnings["missing pixels"].append(f"{where}: {names[index]}")
 
 
 def _compare(found: Findings, places: dict[str, list[tuple[str, _Seen]]], names: list[str]) -> None:
@@ -169,11 +168,11 @@ def _compare(found: Findings, places: dict[str, list[tuple[str, _Seen]]], names:
             f"{split}: {seen.image_id} [{', '.join(names[index] for index in seen.labels)}]" for split, seen in equal
         )
         if len({tuple(seen.labels) for _, seen in equal}) > 1:
-            found.mend["contradiction"].append(described)
+            found.errors["contradiction"].append(described)
         if len({split for split, _ in equal}) > 1:
-            found.mend["leak"].append(described)
-        elif "contradiction" not in found.mend or found.mend["contradiction"][-1] != described:
-            found.look["duplicate"].append(described)
+            found.errors["leak"].append(described)
+        elif "contradiction" not in found.errors or found.errors["contradiction"][-1] != described:
+            found.warnings["duplicate"].append(described)
 
 
 class _Reading(torch.utils.data.Dataset):
@@ -203,7 +202,7 @@ class _Reading(torch.utils.data.Dataset):
 
 
 def _content(row: dict[str, Any]) -> bytes:
-    """The bytes of an image file, read once for both hash and picture."""
+    """The bytes of an image file, read once for both digest and decoding."""
     value = row["image"] or {}
     if value.get("bytes") is not None:
         return value["bytes"]

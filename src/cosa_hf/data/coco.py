@@ -117,13 +117,13 @@ def read_instances(root: Path, split: str) -> Instances:
             else:
                 strays.append(f"{annotation.get('id')} with image_id {image_id!r} and category_id {category_id!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no instances file of COCO: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is not an instances file of COCO: {type(error).__name__}: {error}") from error
     if not images:
         raise ValueError(f"{path} lists no images")
     if foreign:
         raise ValueError(
-            f"{path} is no instances file of COCO, which has no category {list_some(foreign)}: for classes of your own "
-            "use --dataset folder"
+            f"{path} is not an instances file of COCO, which has no category {list_some(foreign)}: for classes of your "
+            "own use --dataset folder"
         )
     if None in by_id:
         raise ValueError(f"{path} has {name_some(by_id[None], 'image')} without id")

@@ -11,7 +11,7 @@ from cosa_hf.data.tags import class_names, multi_hot
 from cosa_hf.data.views import Views
 
 UNREADABLE_IN_A_ROW = 100
-"""As many unreadable images one after the other are no accident any more: training stops."""
+"""As many unreadable images one after the other are not an accident: training stops."""
 
 _ORDER, _VIEWS = 0, 1  # two independent families of random numbers under one seed
 

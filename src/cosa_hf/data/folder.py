@@ -1,6 +1,6 @@
-"""A folder of one's own pictures with tags.
+"""A folder of one's own photos with tags.
 
-`load_dataset("imagefolder")` is not used here: it drops pictures without metadata silently, does not read tags from
+`load_dataset("imagefolder")` is not used here: it drops images without metadata silently, does not read tags from
 text, and what it raises for a missing file does not name the line. A folder that it can read also loads as dataset
 "hub" with the folder as its name.
 """
@@ -36,7 +36,7 @@ _LITTER = ("thumbs.db", "desktop.ini")  # what file managers leave behind, next 
 
 
 @dataclass
-class _Picture:
+class _Entry:
     """One line of what a folder says about itself."""
 
     directory: Path  # what `file` and `mask` are relative to
@@ -50,7 +50,7 @@ class _Picture:
 def load_folder(
     data_dir: str | Path, split: str = "train", masks: bool = False, classes: Sequence[str] | None = None
 ) -> Dataset:
-    """Pictures and tags of a folder that has, in this order of precedence,
+    """Images and tags of a folder that has, in this order of precedence,
 
     1. ``metadata.jsonl`` or ``metadata.csv`` with `file_name` (relative to the folder), `labels` (a list of names,
        or text with commas, semicolons or bars between them) and, if wanted, `mask_file_name` and `split`;
@@ -58,14 +58,14 @@ def load_folder(
     3. only directories called train, val, validation or test, each a folder in the sense of 1, 2 or 4;
     4. one sub-folder per tag.
 
-    A picture's split is what its `split` column says, otherwise the directory of `FOLDER_SPLITS` that it lies in,
+    An image's split is what its `split` column says, otherwise the directory of `FOLDER_SPLITS` that it lies in,
     otherwise "train". Classes are the tags of all splits, sorted, so that every split has the same. Case counts in
-    tags; spaces around them and the Unicode form of their accents do not. Pictures are opened when a row is read, not
+    tags; spaces around them and the Unicode form of their accents do not. Images are opened when a row is read, not
     here; masks not before they are asked for.
 
     Args:
         data_dir: the folder.
-        split: which part of it.
+        split: which split of it.
         masks: add the column `mask` (ids 0 background, 1..C in the order of the classes, 255 ignore).
         classes: the classes in the order of their ids; a tag that is none of them is an error.
 
@@ -74,10 +74,10 @@ def load_folder(
         sub-directories joined by "_") and, if asked for, `mask`, in the order of the table or of the names.
 
     Raises:
-        FileNotFoundError: the folder, its tags, a picture or a mask is missing; names it.
-        ValueError: a table that cannot be read, an unknown split or tag, tags that differ in case alone, a picture
-            named twice, two pictures with the same id, two names that differ in Unicode form alone, an empty file
-            or one that is no picture by its name.
+        FileNotFoundError: the folder, its tags, an image or a mask is missing; names it.
+        ValueError: a table that cannot be read, an unknown split or tag, tags that differ in case alone, an image
+            named twice, two images with the same id, two names that differ in Unicode form alone, an empty file
+            or one that is not an image by its name.
 
     Example:
         >>> Image.new("RGB", (4, 3)).save("a.png")
@@ -87,35 +87,35 @@ def load_folder(
     """
     root = Path(data_dir).absolute()
     if not root.is_dir():
-        raise FileNotFoundError(f"no directory {root}: pass the folder of your pictures")
-    pictures = list(_read(root))
-    names = list(classes) if classes else collect_classes(picture.tags for picture in pictures)
-    chosen = [picture for picture in pictures if picture.split == split]
+        raise FileNotFoundError(f"no directory {root}: pass the folder of your photos")
+    entries = list(_read(root))
+    names = list(classes) if classes else collect_classes(entry.tags for entry in entries)
+    chosen = [entry for entry in entries if entry.split == split]
     if not chosen:
-        found = ", ".join(f"{name} ({count})" for name, count in Counter(p.split for p in pictures).items())
+        found = ", ".join(f"{name} ({count})" for name, count in Counter(p.split for p in entries).items())
         raise ValueError(
-            f"{root} has no pictures of split {split!r}, only of {found}: a split is a directory of that name, or a "
+            f"{root} has no images of split {split!r}, only of {found}: a split is a directory of that name, or a "
             "`split` column in the metadata"
         )
     _require_different_names(chosen)
     columns: dict[str, list] = {
-        "image": _paths(chosen, [picture.file for picture in chosen]),
-        "labels": tag_ids([picture.tags for picture in chosen], names, [picture.file for picture in chosen]),
-        "image_id": [_image_id(picture.file) for picture in chosen],
+        "image": _paths(chosen, [entry.file for entry in chosen]),
+        "labels": tag_ids([entry.tags for entry in chosen], names, [entry.file for entry in chosen]),
+        "image_id": [_image_id(entry.file) for entry in chosen],
     }
     if masks:
-        maskless = [picture.file for picture in chosen if not picture.mask]
+        maskless = [entry.file for entry in chosen if not entry.mask]
         if maskless:
             raise FileNotFoundError(
-                f"split {split!r} of {root} names no mask for {name_some(maskless, 'picture')}: give each a "
+                f"split {split!r} of {root} names no mask for {name_some(maskless, 'image')}: give each a "
                 "mask_file_name in the metadata"
             )
-        columns["mask"] = _paths(chosen, [str(picture.mask) for picture in chosen])
+        columns["mask"] = _paths(chosen, [str(entry.mask) for entry in chosen])
     return Dataset.from_dict(columns, features=tag_features(names, masks))
 
 
-def unnamed_pictures(data_dir: str | Path) -> list[str]:
-    """Pictures inside a folder that its tables do not name, and that are therefore not used.
+def unnamed_images(data_dir: str | Path) -> list[str]:
+    """Images inside a folder that its tables do not name, and that are therefore not used.
 
     Raises:
         FileNotFoundError, ValueError: as `load_folder`.
@@ -126,15 +126,12 @@ def unnamed_pictures(data_dir: str | Path) -> list[str]:
         >>> for name in ("a.png", "b.png"):
         ...     Image.new("RGB", (4, 3)).save(folder / name)
         >>> _ = (folder / "tags.json").write_text('{"a.png": ["cat"]}')
-        >>> unnamed_pictures(folder)
+        >>> unnamed_images(folder)
         ['b.png']
     """
     root = Path(data_dir).absolute()
     named = {
-        composed(str(picture.directory / file))
-        for picture in _read(root)
-        for file in (picture.file, picture.mask)
-        if file
+        composed(str(entry.directory / file)) for entry in _read(root) for file in (entry.file, entry.mask) if file
     }
     endings = Image.registered_extensions()
     return sorted(
@@ -144,8 +141,8 @@ def unnamed_pictures(data_dir: str | Path) -> list[str]:
     )
 
 
-def _read(root: Path, split: str | None = None) -> Iterator[_Picture]:
-    """All pictures of a folder; `split` is what its name says about them."""
+def _read(root: Path, split: str | None = None) -> Iterator[_Entry]:
+    """All images of a folder; `split` is what its name says about them."""
     tables = [root / name for name in _TABLES if (root / name).is_file()]
     if len(tables) > 1:
         raise ValueError(f"{root} has {' and '.join(table.name for table in tables)}: keep one, they may contradict")
@@ -166,15 +163,15 @@ def _read(root: Path, split: str | None = None) -> Iterator[_Picture]:
         for name, file in files.items():
             if file.is_dir():
                 raise ValueError(
-                    f"{file.path} is a directory inside the sub-folder of the tag {tag!r}, where only pictures "
+                    f"{file.path} is a directory inside the sub-folder of the tag {tag!r}, where only images "
                     f"belong (directories are splits if all are called {', '.join(FOLDER_SPLITS)})"
                 )
             relative = f"{tag}/{name}"
-            yield _Picture(root, relative, [tag.strip()], None, split or "train", relative)
+            yield _Entry(root, relative, [tag.strip()], None, split or "train", relative)
 
 
-def _read_table(table: Path, split: str | None) -> Iterator[_Picture]:
-    seen: dict[str, _Picture] = {}
+def _read_table(table: Path, split: str | None) -> Iterator[_Entry]:
+    seen: dict[str, _Entry] = {}
     for where, row in _rows(table):
         missing = [column for column in ("file_name", "labels") if column not in row]
         if missing:
@@ -186,9 +183,9 @@ def _read_table(table: Path, split: str | None) -> Iterator[_Picture]:
         try:
             tags = parse_tags(row["labels"])
         except ValueError as error:
-            raise ValueError(f"{where}, picture {file!r}: {error}") from error
+            raise ValueError(f"{where}, image {file!r}: {error}") from error
         inside = path.parts[0] if len(path.parts) > 1 and path.parts[0] in FOLDER_SPLITS else None
-        picture = _Picture(
+        entry = _Entry(
             directory=table.parent,
             file=file,
             tags=tags,
@@ -202,10 +199,10 @@ def _read_table(table: Path, split: str | None) -> Iterator[_Picture]:
                 f"{file} is named twice, in {other.where} with the tags {other.tags} and in {where} with {tags}: "
                 "keep one"
             )
-        seen[file] = picture
-        yield picture
+        seen[file] = entry
+        yield entry
     if not seen:
-        raise ValueError(f"{table} names no pictures")
+        raise ValueError(f"{table} names no images")
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str:
@@ -272,27 +269,27 @@ def _visible(directory: Path) -> dict[str, os.DirEntry]:
     return {name: entries[name] for name in sorted(entries) if not name.startswith(".") and name.lower() not in _LITTER}
 
 
-def _paths(pictures: list[_Picture], files: list[str]) -> list[str]:
-    """Where the files are, known to exist, to have content and to be pictures by their names."""
+def _paths(entries: list[_Entry], files: list[str]) -> list[str]:
+    """Where the files are, known to exist, to have content and to be images by their names."""
     listings: dict[Path, dict[str, os.DirEntry]] = {}
     paths, missing, empty, foreign = [], [], [], []
     endings = Image.registered_extensions()
-    for picture, file in zip(pictures, files, strict=True):
-        path = picture.directory / file
+    for described, file in zip(entries, files, strict=True):
+        path = described.directory / file
         entry = _listing(path.parent, listings).get(path.name)
         if entry is None:
-            missing.append(f"{file} of {picture.where}")
+            missing.append(f"{file} of {described.where}")
         elif path.suffix.lower() not in endings:
             foreign.append(file)
         elif entry.stat().st_size == 0:
             empty.append(file)
         else:
             paths.append(entry.path)
-    root = pictures[0].directory
+    root = entries[0].directory
     if missing:
         raise FileNotFoundError(f"{root} lacks {name_some(missing, 'file')}")
     if foreign:
-        raise ValueError(f"{root} has {name_some(foreign, 'file')} that, by the name, are no pictures: take them out")
+        raise ValueError(f"{root} has {name_some(foreign, 'file')} that, by their names, are not images: take them out")
     if empty:
         raise ValueError(f"{root} has {name_some(empty, 'file')} without content: replace or remove them")
     return paths
@@ -313,13 +310,13 @@ def _image_id(file: str) -> str:
     return str(PurePosixPath(file).with_suffix("")).replace("/", "_")
 
 
-def _require_different_names(pictures: list[_Picture]) -> None:
-    """Masks and pictures of results bear the image's id: it must be one's own."""
+def _require_different_names(entries: list[_Entry]) -> None:
+    """Masks and visualizations are named by the image's id, so it must be unique."""
     seen: dict[str, str] = {}
-    for picture in pictures:
-        other = seen.setdefault(_image_id(picture.file), picture.file)
-        if other != picture.file:
-            raise ValueError(f"{other} and {picture.file} would both be called {_image_id(other)!r}: rename one")
+    for entry in entries:
+        other = seen.setdefault(_image_id(entry.file), entry.file)
+        if other != entry.file:
+            raise ValueError(f"{other} and {entry.file} would both be called {_image_id(other)!r}: rename one")
 
 
-__all__ = ["FOLDER_SPLITS", "load_folder", "unnamed_pictures"]
+__all__ = ["FOLDER_SPLITS", "load_folder", "unnamed_images"]

@@ -63,12 +63,12 @@ def stream_hub(options: DatasetOptions, split: str) -> IterableDataset:
     """The same for training, without having the dataset on disk: rows come as they are read.
 
     Tags in text need `options.classes`, since all classes must be known before the last row is. A row with a tag that
-    is no class cannot stop a stream: a warning names it, and it comes without tags. `image_id` is the column of
+    is not a class cannot stop a stream: a warning names it, and it comes without tags. `image_id` is the column of
     that name, otherwise the image's file name, otherwise a hash of its content.
 
     Args:
         options: as for `load_hub`.
-        split: as `load_dataset` knows it; parts of a split ("train[:500]") do not stream.
+        split: as `load_dataset` knows it; subsets of a split ("train[:500]") do not stream.
 
     Returns:
         IterableDataset with `image`, `labels` and `image_id`.
@@ -118,7 +118,7 @@ def _load(options: DatasetOptions, split: str, streaming: bool) -> Any:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no dataset {name!r} on the Hub or on disk: {error}") from error
     except ConnectionError as error:
-        raise FileNotFoundError(f"{name!r} is no local path, and the Hub is out of reach: {error}") from error
+        raise FileNotFoundError(f"{name!r} is not a local path, and the Hub is out of reach: {error}") from error
 
 
 def _check_columns(features: Features, options: DatasetOptions, masks: bool) -> None:

@@ -72,7 +72,7 @@ def read_mask(
         num_classes: C, foreground classes.
 
     Raises:
-        UnreadableImageError: the file cannot be read, is no single-channel 8-bit image, has another size than the
+        UnreadableImageError: the file cannot be read, is not a single-channel 8-bit image, has another size than the
             image, or holds ids outside 0..C and `ignore_index`; names the image.
 
     Example:
@@ -112,7 +112,7 @@ def read_confidence(example: dict[str, Any], image_size: tuple[int, int]) -> Ima
         image_size: (width, height) of the image as `read_image` returns it.
 
     Raises:
-        UnreadableImageError: the file cannot be read, is no grey image or has another size; names the image.
+        UnreadableImageError: the file cannot be read, is not a grey image or has another size; names the image.
     """
     confidence = _decode(example, "confidence")
     if confidence.mode != "L" or confidence.size != image_size:

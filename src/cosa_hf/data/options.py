@@ -28,7 +28,7 @@ class DatasetOptions(Settings):
 
 @dataclass(kw_only=True)
 class DataConfig(DatasetOptions):
-    """Where a run's images come from, and what it is watched on."""
+    """Where a run's images come from, and what it is evaluated on."""
 
     dataset: str = setting("voc", "voc, coco, folder, hub, or shapes (the demo set)")
     data_dir: str | None = setting(None, "root of the dataset, e.g. VOCdevkit/VOC2012")

@@ -1,4 +1,4 @@
-"""Training on a dataset that is read from its source as it goes, and is never whole on this machine."""
+"""Training on a dataset that is read from its source as it goes, and is never stored on this machine."""
 
 import itertools
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def streaming_loader(
 ) -> DataLoader:
     """Batches of the items that `TrainingDataset` makes, from a stream instead of a dataset on disk.
 
-    The process itself reads the rows, undecoded, and shares them out to the loader's workers, which decode and
+    The process itself reads the rows, undecoded, and distributes them to the loader's workers, which decode and
     augment. So the order depends on (seed, process, shuffle_buffer) and the dataset alone, not on the number of
     workers, and skipping the first batches of the loader, as a resumed run does, reads rows but decodes nothing.
 

@@ -86,7 +86,7 @@ def composed(name: str) -> str:
 def parse_tags(value: Any) -> list[str]:
     """Tags as people write them: a list of names, or one string with commas, semicolons or bars between them.
 
-    Spaces around a name are dropped and it is `composed`; nothing else is changed. None and "" are no tags.
+    Spaces around a name are dropped and it is `composed`; nothing else is changed. None and "" mean no tags.
 
     Raises:
         ValueError: neither text nor a list of texts.
@@ -109,7 +109,7 @@ def tag_ids(tags: Sequence[Sequence[str]], classes: Sequence[str], image_ids: Se
     Case counts: "Cat" is not "cat", and the error says which class was probably meant.
 
     Raises:
-        ValueError: tags that are no class; names all of them and images that have them.
+        ValueError: tags that are not classes; names all of them and images that have them.
 
     Example:
         >>> tag_ids([["dog", "cat", "dog"], []], ["cat", "dog"], ["photo", "sky"])
@@ -129,7 +129,7 @@ def tag_ids(tags: Sequence[Sequence[str]], classes: Sequence[str], image_ids: Se
             near = difflib.get_close_matches(tag.casefold(), folded, n=1)
             meant = f" (did you mean {folded[near[0]]!r}?)" if near else ""
             problems.append(f"{tag!r}{meant} of {name_some(images, 'image')}")
-        raise ValueError(f"tags that are no class: {'; '.join(problems)}. The classes are {', '.join(classes)}")
+        raise ValueError(f"tags that are not classes: {'; '.join(problems)}. The classes are {', '.join(classes)}")
     return [sorted({ids[tag] for tag in image_tags}) for image_tags in tags]
 
 
@@ -212,7 +212,7 @@ def list_some(names: Sequence[str]) -> str:
 def without_untagged(dataset: Dataset) -> tuple[Dataset, list[str]]:
     """The images that have at least one tag, and the `image_id` of those left out.
 
-    An image without a tag teaches nothing here: every activation map of it is emptied before it is used.
+    Nothing can be learned from an image without a tag: every activation map of it is emptied before it is used.
     The order of the others is kept. Nothing is written to disk.
 
     Raises:

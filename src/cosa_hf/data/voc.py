@@ -43,7 +43,7 @@ def load_voc(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
 
     Reads ``ImageSets/Segmentation/<split>.txt`` and ``JPEGImages/<id>.jpg``. Tags come from
     ``image_labels.json`` (image id -> list of class names) where the directory has one, otherwise from the
-    object names in ``Annotations/<id>.xml``, objects marked "difficult" included: they are in the picture and
+    object names in ``Annotations/<id>.xml``, objects marked "difficult" included: they are in the image and
     in the masks. Masks come from ``SegmentationClassAug`` where it exists, otherwise from
     ``SegmentationClass``. Without `masks` no mask file is opened or looked for. Image files are opened when a
     row is read, not here.
@@ -64,7 +64,7 @@ def load_voc(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
 
     Raises:
         FileNotFoundError: the directory, the list, an image, its tags or its mask is missing.
-        ValueError: the list is empty or names an image twice, a tag file is malformed, or a tag is no class.
+        ValueError: the list is empty or names an image twice, a tag file is malformed, or a tag is not a class.
 
     Example:
         >>> dataset = load_voc("VOCdevkit/VOC2012", "train_aug")  # doctest: +SKIP
@@ -98,7 +98,7 @@ def _check_layout(root: Path) -> None:
         if below.is_dir():
             hint = f"; found {below}: pass that"
     raise FileNotFoundError(
-        f"{root} is no VOC2012 directory: it has no ImageSets/Segmentation (expected ImageSets/Segmentation, "
+        f"{root} is not a VOC2012 directory: it has no ImageSets/Segmentation (expected ImageSets/Segmentation, "
         f"JPEGImages and Annotations or image_labels.json){hint}"
     )
 

@@ -38,8 +38,8 @@ def run(output_dir: Path, recipe: str) -> None:
 
     model, report_path, panels = output_dir / "model", output_dir / "report.json", output_dir / "panels"
     shutil.copytree(trained, model)
-    pictures = ("--panels", panels, "--num_panels", "6")
-    command("evaluate", model, *ON_UNSEEN_IMAGES, "--report", report_path, *pictures)
+    visualizations = ("--panels", panels, "--num_panels", "6")
+    command("evaluate", model, *ON_UNSEEN_IMAGES, "--report", report_path, *visualizations)
     command("evaluate", baseline, *ON_UNSEEN_IMAGES, "--report", baseline.parent / "report.json")
     report = json.loads(report_path.read_text())
     report["cam_baseline"] = json.loads((baseline.parent / "report.json").read_text())["cam"]
@@ -120,12 +120,12 @@ def recommended(run_dir: Path) -> Path:
 def stack(paths: list[Path], target: Path) -> None:
     """All visualizations in one image, one below the other."""
     images = [Image.open(path).convert("RGB") for path in paths]
-    whole = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    canvas = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
     top = 0
     for image in images:
-        whole.paste(image, (0, top))
+        canvas.paste(image, (0, top))
         top += image.height
-    whole.save(target)
+    canvas.save(target)
 
 
 def segment_unseen_image(model: Path, output_dir: Path) -> None:

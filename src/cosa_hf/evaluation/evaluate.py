@@ -16,6 +16,7 @@ from datasets import Dataset
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from cosa_hf.assignment.affinity import affinity_settings
 from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.metrics import SegmentationMetric
 from cosa_hf.inference import Segmenter, has_cams, ignore_index
@@ -30,12 +31,15 @@ PROTOCOLS = {
     "cam": "tags given: normalised CAM of the last layer, thresholded",
     "cam_aux": "tags given: normalised CAM of the auxiliary layer, thresholded",
     "cam_mean": "tags given: mean of the two normalised CAMs, thresholded",
+    "cam_spread": "tags given: mean of the two normalised CAMs, spread by the encoder's affinity, thresholded",
 }
 
 
 def protocols_of(model: Any) -> dict[str, str]:
-    """The `PROTOCOLS` that a model can be scored under: all, or `seg` and `seg_tags` without CAMs."""
-    return {name: text for name, text in PROTOCOLS.items() if name.startswith("seg") or has_cams(model)}
+    """The `PROTOCOLS` of a model: `seg` and `seg_tags`, with CAMs theirs, with an affinity `cam_spread` too."""
+    spreads = has_cams(model) and affinity_settings(model.config) is not None
+    possible = {"cam_spread": spreads, "seg": True, "seg_tags": True}
+    return {name: text for name, text in PROTOCOLS.items() if possible.get(name, has_cams(model))}
 
 
 def evaluate(
@@ -48,7 +52,8 @@ def evaluate(
     split: str | None = None,
     accelerator: Accelerator | None = None,
 ) -> dict[str, Any]:
-    """Score segmentation (tags unknown, tags given), CAM, auxiliary CAM, their mean and the classification.
+    """Score segmentation (tags unknown, tags given), CAM, auxiliary CAM, their mean, plain and, if the model's config
+    names an affinity, spread by it; and the classification.
 
     Masks are compared at each image's own resolution, pixels with the ignored id are left out, and every image counts
     exactly once towards one confusion matrix per protocol, whatever the batch size and the number of processes.
@@ -60,7 +65,7 @@ def evaluate(
         cam_threshold: CAM values from here on are foreground; default: the model's own `cam_threshold`.
         progress: show a bar on stderr.
         dataset_name: written into the report, as is `split`.
-        split: which part of it.
+        split: of the dataset.
         accelerator: shares the images among its processes; each process returns the same report.
 
     Returns:
@@ -93,7 +98,7 @@ def evaluate(
         )
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     if accelerator is not None:
-        # Not through DistributedDataParallel: its forward synchronises buffers and hangs on uneven shares.
+        # Not through DistributedDataParallel: its forward synchronises buffers and hangs on uneven counts.
         segmenter = dataclasses.replace(segmenter, model=accelerator.unwrap_model(segmenter.model))
     share = dataset.select(range(rank, len(dataset), processes))
     config, names, protocols = segmenter.model.config, segmenter.names, protocols_of(segmenter.model)
@@ -162,12 +167,12 @@ def format_report(report: dict[str, Any]) -> str:
         >>> report = dict.fromkeys(PROTOCOLS, column) | {"images": 1, "untagged": [], "protocol": {"crf": None}}
         >>> report["cls_map"] = 87.5
         >>> print(format_report(report))  # doctest: +NORMALIZE_WHITESPACE
-        IoU (%), 1 images    seg  seg_tags   cam  cam_aux  cam_mean
-        background          75.0      75.0  75.0     75.0      75.0
-        cat                    -         -     -        -         -
-        mIoU                75.0      75.0  75.0     75.0      75.0
-        C-mIoU                 -         -     -        -         -
-        seg: tags unknown; seg_tags, cam, cam_aux, cam_mean: tags given; -: nothing to count
+        IoU (%), 1 images    seg  seg_tags   cam  cam_aux  cam_mean  cam_spread
+        background          75.0      75.0  75.0     75.0      75.0        75.0
+        cat                    -         -     -        -         -           -
+        mIoU                75.0      75.0  75.0     75.0      75.0        75.0
+        C-mIoU                 -         -     -        -         -           -
+        seg: tags unknown; seg_tags, cam, cam_aux, cam_mean, cam_spread: tags given; -: nothing to count
         classification: mean average precision 87.5
     """
     columns = [protocol for protocol in PROTOCOLS if protocol in report]

@@ -81,7 +81,7 @@ def _build(recipe: MultistageConfig, names: list[str]) -> tuple[PreTrainedModel,
 
 
 def encoder_of(model: PreTrainedModel) -> nn.Module:
-    """The part of a segmentation model that starts from pretrained weights.
+    """The submodule of a segmentation model that starts from pretrained weights.
 
     Raises:
         ValueError: the model does not name one.
@@ -94,7 +94,7 @@ def encoder_of(model: PreTrainedModel) -> nn.Module:
     """
     encoder = model.base_model if model.base_model is not model else getattr(model, "backbone", None)
     if encoder is None:
-        raise ValueError(f"{type(model).__name__} does not say which part of it is its encoder")
+        raise ValueError(f"{type(model).__name__} does not say which submodule is its encoder")
     return encoder
 
 

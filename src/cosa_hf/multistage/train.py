@@ -84,7 +84,7 @@ class MultistageTrainer(Trainer):
         nn.Module.to(self.network, memory_format=torch.channels_last)
         self.network.accepts_loss_kwargs = False  # type: ignore[assignment]  # the loss is computed here
         self.config, self.output_dir = config, Path(config.output_dir)
-        self.watched = evaluation_data(config, names[1:])
+        self.evaluation_set = evaluation_data(config, names[1:])
         self.started, self.unreadable = time.monotonic(), set[str]()
         encoder = encoder_of(self.network)
         norms = [part for part in encoder.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
@@ -102,7 +102,7 @@ class MultistageTrainer(Trainer):
                 masks=True,
                 confidence=config.confidence_weighting,
             ),
-            eval_dataset=self.watched,
+            eval_dataset=self.evaluation_set,
             processing_class=self.processor,
             compute_loss_func=weighted_loss,
             optimizers=(_optimizer(config, self.network), None),
@@ -132,12 +132,12 @@ class MultistageTrainer(Trainer):
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """mIoU at one scale and visualizations, as a glance and not the protocol."""
-        assert self.watched is not None  # or the Trainer would not ask
+        """mIoU at one scale (not the protocol), and visualizations."""
+        assert self.evaluation_set is not None  # or the Trainer would not ask
         segmenter = Segmenter(self.network, self.processor)
-        report = evaluate(segmenter, self.watched, progress=False, accelerator=self.accelerator)
+        report = evaluate(segmenter, self.evaluation_set, progress=False, accelerator=self.accelerator)
         if self.args.should_save:
-            shown = self.watched.select(range(min(self.config.eval_panels, len(self.watched))))
+            shown = self.evaluation_set.select(range(min(self.config.eval_panels, len(self.evaluation_set))))
             save_visualizations(segmenter, shown, self.output_dir / "panels" / f"step-{self.state.global_step:07d}")
         scores = {f"eval_{name}": report[name]["miou"] for name in ("seg", "seg_tags")}
         self.log(scores)
@@ -154,7 +154,7 @@ class MultistageTrainer(Trainer):
         """How far the run came, and what is left of it."""
         saved = _checkpoints(self.output_dir)
         where = f"go on from {saved[max(saved)]} with --resume" if saved else "there is no checkpoint to go on from"
-        return f"the run ended after {self.state.global_step} whole steps; {where}"
+        return f"the run ended after {self.state.global_step} complete steps; {where}"
 
     def finish(self, exported: Exported) -> Path:
         """Writes the model and the record of the run."""

@@ -30,7 +30,7 @@ def dense_energy_loss(
         seg_logits: S of the online network, (B, K, h, w); its softmax is taken on the grid of pairs.
         images: (B, 3, H, W) in steps of 0..255; only differences count, so any offset will do.
         valid: V, (B, H, W), False where random crop padded the image; those pixels form no pair.
-        labelled: (B, H, W), where a pseudo-label teaches the pixel. As in the released code, such a pixel takes part
+        labelled: (B, H, W), where a pixel has a pseudo-label. As in the released code, such a pixel takes part
             only by 1 - max_k S_k, both in the value and in its own gradient. None: the energy as published.
         scale: side of the grid of pairs, relative to `images`.
         sigma_rgb: width of the Gaussian in colour, in steps of 0..255.
@@ -87,9 +87,9 @@ def _filtered(features: Tensor, values: Tensor) -> Tensor:
     ones = torch.ones_like(squares)
     # -|f_i - f_j|^2 / 2 as one matrix product
     left, right = torch.cat([features, -squares, ones], dim=1), torch.cat([features, ones, -squares], dim=1)
-    # One slab for all: new ones would leave holes in the heap that add up to the whole kernel.
-    slab, filtered = left.new_empty(min(ROWS_AT_ONCE, len(left)), len(left)), torch.empty_like(values)
+    # One buffer for all chunks: new ones would leave holes in the heap that add up to the size of the kernel.
+    chunk, filtered = left.new_empty(min(ROWS_AT_ONCE, len(left)), len(left)), torch.empty_like(values)
     for rows, target in zip(left.split(ROWS_AT_ONCE), filtered.split(ROWS_AT_ONCE), strict=True):
-        kernel = torch.mm(rows, right.T, out=slab[: len(rows)]).exp_()
+        kernel = torch.mm(rows, right.T, out=chunk[: len(rows)]).exp_()
         torch.mm(kernel, values, out=target)
     return filtered

@@ -56,5 +56,5 @@ def mask_probabilities(masks: Tensor, num_labels: int, grid: torch.Size) -> Tens
         [[0.25, 0.0, 0.75, 0.0]]
     """
     ids = torch.arange(num_labels, device=masks.device)
-    shares = F.interpolate((masks[:, None] == ids.view(-1, 1, 1)).float(), size=grid, mode="area")
-    return shares / shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
+    fractions = F.interpolate((masks[:, None] == ids.view(-1, 1, 1)).float(), size=grid, mode="area")
+    return fractions / fractions.sum(dim=1, keepdim=True).clamp_min(torch.finfo(fractions.dtype).tiny)

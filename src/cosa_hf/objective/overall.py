@@ -50,7 +50,7 @@ class ObjectiveConfig(Settings):
         None, "CAM2Seg ignores confidences from here to a fixed `threshold` (release); default: none", least=0
     )
     balanced: bool = setting(False, "background and foreground make up half of CAM2Seg each (release)")
-    relu_cams: bool = setting(False, "Seg2CAM sees relu(M), which floors it at ln 2 for a background (release)")
+    relu_cams: bool = setting(False, "Seg2CAM sees relu(M), whose loss is at least ln 2 for a background (release)")
     dense_energy_weight: float = setting(0.0, "of the bilateral regulariser (release: 0.05)", least=0)
     dense_energy_scale: float = setting(
         0.5, "side of its grid, relative to the crop; its time grows with the fourth power", above=0, most=1
@@ -89,13 +89,13 @@ class CoSAObjective(ObjectiveConfig):
         tokens = valid_tokens(valid, spl)
         guided = tokens & spl.any(dim=1)  # ground truth leaves pixels open
         members = self._omega(pseudo_labels, tokens)
-        anchored = torch.cat([anchors(part, self.separation_scope) for part in members.chunk(micro_batches)])
+        anchored = torch.cat([anchors(micro, self.separation_scope) for micro in members.chunk(micro_batches)])
 
         weights = [*cpl_weights, *aux_cpl_weights, guided.to(cpl_weights[0]), anchored.to(cpl_weights[0])]
         *halves, spl_weights, anchor_weights = normalized(weights, micro_batches, reduce)
         count = len(cpl_weights)
-        cpl_share, aux_cpl_share = (torch.stack(part).sum(dim=0) / count for part in (halves[:count], halves[count:]))
-        return Targets(cpl, cpl_share, aux_cpl, aux_cpl_share, spl, spl_weights, members, anchor_weights)
+        cpl_mean, aux_cpl_mean = (torch.stack(each).sum(dim=0) / count for each in (halves[:count], halves[count:]))
+        return Targets(cpl, cpl_mean, aux_cpl, aux_cpl_mean, spl, spl_weights, members, anchor_weights)
 
     def __call__(
         self,
@@ -105,6 +105,7 @@ class CoSAObjective(ObjectiveConfig):
         valid: Tensor | None = None,
         images: Tensor | None = None,
         classifier: Tensor | None = None,
+        classifier_bias: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The terms and their weighted sum.
 
@@ -116,6 +117,7 @@ class CoSAObjective(ObjectiveConfig):
             valid: V, (B, H, W); for the dense energy alone.
             images: what `outputs` were made of, (B, 3, H, W) in steps of 0..255; for the dense energy alone.
             classifier: W_fc, (C, D, 1, 1); for `detach` alone.
+            classifier_bias: (C,), if there is one; likewise.
 
         Returns:
             Scalars by name; `loss` is what to differentiate.
@@ -125,16 +127,16 @@ class CoSAObjective(ObjectiveConfig):
             "aux_cls": classification_loss(outputs.aux_cls_logits, labels),
         }
         total = losses["cls"] + losses["aux_cls"]
-        for name, (weight, term) in self._terms(outputs, targets, valid, images, classifier).items():
+        for name, (weight, term) in self._terms(outputs, targets, valid, images, (classifier, classifier_bias)).items():
             if weight:
                 losses[name] = term()
                 total = total + weight * losses[name]
         return losses | {"loss": total}
 
     def _terms(
-        self, outputs: Any, targets: Targets | None, valid: Any, images: Any, classifier: Tensor | None
+        self, outputs: Any, targets: Targets | None, valid: Any, images: Any, classifier: tuple[Tensor | None, ...]
     ) -> dict[str, tuple[float, Callable[[], Tensor]]]:
-        """What the pseudo-labels teach: by name, lambda and the loss."""
+        """The losses against pseudo-labels: by name, lambda and the loss."""
         if targets is None:
             return {}
         cpl, cpl_weights, aux_cpl, aux_cpl_weights, spl, spl_weights, members, anchor_weights = targets
@@ -158,7 +160,7 @@ class CoSAObjective(ObjectiveConfig):
         }
 
     def _cam2seg(self, cams: Tensor, threshold: float, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """CPL (Eq. 3) at pixel resolution, and weights whose shares of the loss are equal: one, or two if balanced."""
+        """CPL (Eq. 3) at pixel resolution, and weights: one tensor, or two of equal effect if balanced."""
         grid = [math.ceil(side / self.supervision_stride) for side in valid.shape[-2:]]
         cams, classes = present_classes(cams)
         cams = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
@@ -179,15 +181,17 @@ class CoSAObjective(ObjectiveConfig):
     def _perplexity(self, cams: Tensor, threshold: float) -> Tensor:
         return perplexity(cams.amax(dim=1), threshold, self.perplexity_alpha, self.perplexity_beta)
 
-    def _guided_cams(self, outputs: Any, classifier: Tensor | None) -> Tensor:
+    def _guided_cams(self, outputs: Any, classifier: tuple[Tensor | None, ...]) -> Tensor:
         """M as Seg2CAM sees it."""
         cam_logits = outputs.cam_logits
         if self.detach != "none":
-            # M over again, with the gradient stopped in one of its two factors; CSC goes on seeing the whole of it.
-            assert classifier is not None
-            features = outputs.hidden_states[-1]
-            factors = (features.detach(), classifier) if self.detach == "features" else (features, classifier.detach())
-            cam_logits = F.conv2d(*factors)
+            # M over again, with the gradient stopped in one of its two factors; CSC still sees all of it.
+            features, (weight, bias) = outputs.hidden_states[-1], classifier
+            assert weight is not None
+            if self.detach == "features":
+                cam_logits = F.conv2d(features.detach(), weight, bias)
+            else:
+                cam_logits = F.conv2d(features, weight.detach(), None if bias is None else bias.detach())
         return cam_logits.relu() if self.relu_cams else cam_logits
 
 

@@ -10,13 +10,13 @@ from cosa_hf.objective.precision import at_least_float32
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """One batch of swapped assignments: CAMs that teach the segmentation, a segmentation that teaches the CAMs.
+    """One batch of swapped assignments: CAMs that supervise the segmentation, a segmentation that supervises the CAMs.
 
     Attributes:
         cams: normalised M', (B, C, h, w) in [0, 1].
         aux_cams: normalised M†', (B, C, h, w) in [0, 1].
         segmentation: SPL, class probabilities with background first, (B, K, h, w); all zero where nothing is known.
-        threshold: xi, where M' parts foreground from background.
+        threshold: xi, that separates foreground from background in M'.
         aux_threshold: the same for M†'.
     """
 

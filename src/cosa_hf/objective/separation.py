@@ -47,8 +47,8 @@ def contrastive_separation_loss(
         >>> round(contrastive_separation_loss(apart, members, torch.full((1, 2, 2), 0.25)).item(), 4)
         0.2395
     """
-    # (G, N, C): G groups of N tokens that see each other. The floor on the norm is for tokens without any activation,
-    # whose direction means nothing and should not move much.
+    # (G, N, C): G groups of N tokens that see each other. The lower bound on the norm is for tokens without any
+    # activation, whose direction means nothing and should not move much.
     tokens = at_least_float32(cam_logits).flatten(2).transpose(1, 2)
     members, weights = members.flatten(1), weights.flatten(1)
     if scope == "batch":

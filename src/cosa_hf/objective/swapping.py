@@ -1,4 +1,4 @@
-"""The swap: CAM pseudo-labels teach the segmentation (CAM2Seg), segmentation pseudo-labels the CAMs (Seg2CAM)."""
+"""The swap: CAM pseudo-labels supervise the segmentation (CAM2Seg), segmentation pseudo-labels the CAMs (Seg2CAM)."""
 
 import torch.nn.functional as F
 from torch import Tensor

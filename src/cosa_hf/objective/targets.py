@@ -52,7 +52,7 @@ def normalized(weights: Sequence[Tensor], micro_batches: int = 1, reduce: Reduce
 
     Args:
         weights: not negative, of any shapes, on one device.
-        micro_batches: parts that this process takes the step in.
+        micro_batches: how many this process takes the step in.
         reduce: over processes.
 
     Returns:
@@ -63,8 +63,8 @@ def normalized(weights: Sequence[Tensor], micro_batches: int = 1, reduce: Reduce
         >>> first.tolist(), second.tolist()
         ([0.25, 0.75], [0.0, 0.0])
     """
-    totals = reduce(torch.stack([part.sum() for part in weights])) / micro_batches
-    return [part / total.clamp_min(torch.finfo(total.dtype).tiny) for part, total in zip(weights, totals, strict=True)]
+    totals = reduce(torch.stack([each.sum() for each in weights])) / micro_batches
+    return [each / total.clamp_min(torch.finfo(total.dtype).tiny) for each, total in zip(weights, totals, strict=True)]
 
 
 def anchors(members: Tensor, scope: Literal["image", "batch"] = "image") -> Tensor:

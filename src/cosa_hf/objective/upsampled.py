@@ -16,8 +16,8 @@ def upsampled_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) ->
     """Sum over pixels of weight times cross-entropy, the logits resized bilinearly to the targets.
 
     Equals `F.cross_entropy` of `F.interpolate(logits)` up to rounding. That would hold three tensors of all classes at
-    all pixels at a time, 2.4 GB for each image of 448 pixels with 1,000 classes. Here a band of rows is upsampled, its
-    gradient taken at once, brought back to the grid of `logits`, and the band forgotten.
+    all pixels at a time, 2.4 GB for each image of 448 pixels with 1,000 classes. Here a chunk of rows is upsampled, its
+    gradient taken at once, brought back to the grid of `logits`, and the chunk discarded.
 
     Args:
         logits: (B, K, h, w), float32 or float64. The gradient is theirs alone, and only once: no second derivative.
@@ -58,13 +58,13 @@ def _value_and_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> tup
     # Bilinear is linear along the columns, then along the rows: (H, h) and (W, w), as matrix products.
     along_rows, along_columns = _linear(height, tall, logits), _linear(width, wide, logits)
     budget = VALUES_AT_ONCE_ON_CPU if logits.device.type == "cpu" else VALUES_AT_ONCE
-    band = max(1, budget // (classes * wide))
+    chunk = max(1, budget // (classes * wide))
     total, gradient = logits.new_zeros(()), []
     for maps, ids, weight in zip(logits, targets, weights, strict=True):
         stretched = maps @ along_columns.T  # (K, h, W)
         stretched_gradient = torch.zeros_like(stretched)
-        for top in range(0, tall, band):
-            rows = slice(top, min(top + band, tall))
+        for top in range(0, tall, chunk):
+            rows = slice(top, min(top + chunk, tall))
             # The rows of tokens that these rows of pixels lie between.
             tokens = slice(
                 max(0, int((rows.start + 0.5) * height / tall - 0.5)),

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from cosa_hf._version import __version__
+from cosa_hf.assignment.affinity import affinity_settings
 from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
 from cosa_hf.data.tags import list_some
 from cosa_hf.digest import weights_sha256
@@ -27,7 +28,7 @@ from cosa_hf.pseudo_labels.formats import FORMATS, Format, PseudoLabel
 __all__ = ["RECORD", "SOURCES", "export_pseudo_labels"]
 
 #: What masks can be made from, and the protocol of evaluation that scores the same masks.
-SOURCES = {"cam": "cam", "cam_aux": "cam_aux", "cam_mean": "cam_mean", "seg": "seg_tags"}
+SOURCES = {"cam": "cam", "cam_aux": "cam_aux", "cam_mean": "cam_mean", "cam_spread": "cam_spread", "seg": "seg_tags"}
 
 #: The file in an export's directory that says how it was made and whether it is complete.
 RECORD = "export.json"
@@ -49,7 +50,7 @@ def export_pseudo_labels(
 ) -> int:
     """Label every image of a dataset and write image, tags and mask in a format for other programs.
 
-    Masks have the size of the upright image. Nothing outside `output_dir` is written, and there only whole
+    Masks have the size of the upright image. Nothing outside `output_dir` is written, and there only complete
     files. The processes of `accelerate.PartialState` share the shards. A call with the same settings takes up
     an export that was interrupted: finished shards stay as they are, only those in hand are computed again,
     and the result is that of an uninterrupted export, byte for byte. Masks in the dataset are never opened.
@@ -58,7 +59,8 @@ def export_pseudo_labels(
         segmenter: the paper's masks are of `scales=SCALES, flip=True`.
         dataset: with the columns image, labels and image_id.
         output_dir: a new or empty directory, or one that an export was interrupted in.
-        source: a key of `SOURCES`: CAM, auxiliary CAM, their mean (Eq. 3), or the segmentation.
+        source: a key of `SOURCES`: CAM, auxiliary CAM, their mean (Eq. 3), that spread by the model's affinity, or
+            the segmentation.
         format: a key of `FORMATS`: "png", "parquet" or "coco-json".
         split: names the files of the export.
         threshold: xi, from where on a CAM is foreground; default: the model's own `cam_threshold`.
@@ -73,8 +75,8 @@ def export_pseudo_labels(
         How many images this call labelled, in all processes.
 
     Raises:
-        ValueError: a setting is out of range, a CAM is asked of a model without, the classes are not the model's,
-            an image has no tag, two have one id, images cannot be read (all are named, and the shards
+        ValueError: a setting is out of range, a CAM or an affinity is asked of a model without, the classes are not
+            the model's, an image has no tag, two have one id, images cannot be read (all are named, and the shards
             without one are labelled first), or `output_dir` has an export with other settings.
         FileExistsError: `output_dir` has files that no export wrote.
         OSError: the disk is full; the same call goes on when there is room.
@@ -97,6 +99,8 @@ def export_pseudo_labels(
             f"a {type(model).__name__} only segments: its masks come from source seg and given tags, "
             f"got source {source}" + (" and predicted tags" if class_threshold is not None else "")
         )
+    if source == "cam_spread" and affinity_settings(model.config) is None:
+        raise ValueError("source cam_spread needs a model whose config names an affinity; this one spreads nothing")
     check_classes(dataset, model.config)
     dataset = undecoded(dataset.select_columns(["image", "labels", "image_id"]))
     classes = segmenter.names[1:]
@@ -130,7 +134,7 @@ def export_pseudo_labels(
                 _write_record(output_dir, settings, model, complete=False)
             files.prepare()
         state.wait_for_everyone()
-        missing = [shard for shard in range(len(rows)) if not files.part(shard).exists()]
+        missing = [shard for shard in range(len(rows)) if not files.shard_file(shard).exists()]
         state.wait_for_everyone()
         unreadable: list[str] = []
         with state.split_between_processes(missing) as mine:
@@ -279,6 +283,6 @@ def _full_disk_explained(output_dir: Path) -> Iterator[None]:
             raise
         raise OSError(
             errno.ENOSPC,
-            f"{os.strerror(errno.ENOSPC)}: what is finished in {output_dir} is whole; make room and run the same "
+            f"{os.strerror(errno.ENOSPC)}: what is finished in {output_dir} is complete; make room and run the same "
             "command again, it goes on from there",
         ) from error

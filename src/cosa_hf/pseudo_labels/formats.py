@@ -1,7 +1,7 @@
 """How pseudo-labels lie on disk: palette PNGs in VOC layout, a parquet dataset, COCO json.
 
-Every format writes in parts, one per shard of the images. A part is the proof that its shard is done, so it
-appears last and at once; a shard without its part is done again.
+Every format writes one file for each shard of the images. That file is the proof that its shard is done, so it
+appears last and at once; a shard without its file is done again.
 """
 
 import io
@@ -47,7 +47,7 @@ class PseudoLabel:
 
 
 class Format:
-    """Where one format's files are, and how a shard and the whole are written.
+    """Where one format's files are, and how a shard and the complete export are written.
 
     Args:
         output_dir: the export's directory.
@@ -73,36 +73,36 @@ class Format:
         self.output_dir, self.class_names, self.split, self.num_shards = output_dir, class_names, split, num_shards
         self.paths, self.data_dir = paths, data_dir
 
-    def part(self, shard: int) -> Path:
+    def shard_file(self, shard: int) -> Path:
         """The file whose presence says that the shard is done."""
         return self.output_dir / ".parts" / f"{shard:05d}.json"
 
     def prepare(self) -> None:
         """Make the directories."""
-        self.part(0).parent.mkdir(exist_ok=True)
+        self.shard_file(0).parent.mkdir(exist_ok=True)
 
     def encode(self, label: PseudoLabel) -> Any:
-        """The entry of one image in its part."""
+        """The entry of one image in the file of its shard."""
         raise NotImplementedError
 
     def write(self, shard: int, entries: list[Any]) -> None:
-        """Write the part of a shard."""
-        _write_json(self.part(shard), entries)
+        """Write the file of a shard."""
+        _write_json(self.shard_file(shard), entries)
 
     def finish(self) -> None:
-        """Make the whole of all parts; again does no harm."""
+        """Complete the export from its shards; again does no harm."""
         raise NotImplementedError
 
     def clean(self) -> None:
-        """Remove the parts that are in the whole by now."""
-        shutil.rmtree(self.part(0).parent, ignore_errors=True)
+        """Remove the files of single shards once the export is complete."""
+        shutil.rmtree(self.shard_file(0).parent, ignore_errors=True)
 
     def entries(self) -> list[Any]:
-        """The entries of all parts, in the order of the dataset."""
+        """The entries of all shards, in the order of the dataset."""
         return [
             entry
             for shard in range(self.num_shards)
-            for entry in json.loads(self.part(shard).read_text(encoding="utf-8"))
+            for entry in json.loads(self.shard_file(shard).read_text(encoding="utf-8"))
         ]
 
 
@@ -161,7 +161,7 @@ class ParquetFormat(Format):
                 "whole split, or another format"
             )
 
-    def part(self, shard: int) -> Path:
+    def shard_file(self, shard: int) -> Path:
         return self.output_dir / "data" / f"{self.split}-{shard:05d}-of-{self.num_shards:05d}.parquet"
 
     def encode(self, label: PseudoLabel) -> Any:
@@ -177,14 +177,14 @@ class ParquetFormat(Format):
     def write(self, shard: int, entries: list[Any]) -> None:
         features = Features(tag_features(self.class_names, masks=True) | {"confidence": Image()})
         dataset = Dataset.from_list(entries, features=features)
-        with whole_file(self.part(shard)) as path, path.open("wb") as file:
+        with whole_file(self.shard_file(shard)) as path, path.open("wb") as file:
             dataset.to_parquet(file)
 
     def finish(self) -> None:
-        """The parts are the whole."""
+        """Nothing: the files of the shards are the export."""
 
     def clean(self) -> None:
-        """The parts stay."""
+        """Nothing: the files of the shards stay."""
 
 
 class CocoFormat(Format):

@@ -66,7 +66,7 @@ def model_card(
     """The card of a model, with `model-index` metadata where there is a report.
 
     Args:
-        name: the repository, "org/name"; without an owner it is no address, and the card does not load from it.
+        name: the repository, "org/name"; without an owner it is not an address, and the card does not load from it.
         config: the model's.
         recipe: what it was trained with; the card says so where there is none.
         run: `run.json` of the training run: images, hardware, seconds, and how the pseudo-labels were made.

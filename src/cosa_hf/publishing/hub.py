@@ -1,4 +1,4 @@
-"""Publishing a model: everything staged in one directory, then one commit that is whole or absent."""
+"""Publishing a model: everything staged in one directory, then one commit."""
 
 import json
 import shutil
@@ -107,7 +107,7 @@ def stage(
 def publish(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """Make the main revision of `repo_id` hold exactly what `folder` holds, in one commit.
 
-    Large files are uploaded first and the commit comes last: until it is made, readers get the old revision whole. It
+    Large files are uploaded first and the commit comes last: until it is made, readers get the old revision. It
     is refused if somebody else commits in between.
 
     Returns:
@@ -159,7 +159,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a whole JSON file ({error}): write it again, or name another") from error
+        raise ValueError(f"{path} is not a complete JSON file ({error}): write it again, or name another") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__} where a JSON object was expected: name another file")
     return value

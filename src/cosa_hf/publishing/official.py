@@ -39,7 +39,7 @@ def from_official(
 
     Every tensor is taken over bit for bit, but for the encoder's 1000-class `head`, which nothing uses. The processor
     prepares images as the released evaluation does: bilinear resize to 448 x 448, ImageNet mean and std (the authors
-    do not use the backbone's own). Scales and flips are no part of a model: `cosa-hf evaluate` has the released ones
+    do not use the backbone's own). Scales and flips are not part of a model: `cosa-hf evaluate` has the released ones
     by default.
 
     Args:
@@ -82,7 +82,7 @@ def to_official(model: CoSAForWeaklySupervisedSegmentation) -> dict[str, dict[st
     The unused `head`, which their encoder insists on, is filled with zeros.
 
     Raises:
-        ValueError: the backbone is no ViT with a class token; their code has no other.
+        ValueError: the backbone is not a ViT with a class token; their code has no other.
 
     Example:
         >>> config = CoSAConfig(backbone="test_vit", num_labels=21)
@@ -92,7 +92,7 @@ def to_official(model: CoSAForWeaklySupervisedSegmentation) -> dict[str, dict[st
     """
     state_dict = {_official_name(name): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if "encoder.cls_token" not in state_dict:
-        raise ValueError(f"backbone {model.config.backbone!r} is no ViT with a class token: the layout has no other")
+        raise ValueError(f"backbone {model.config.backbone!r} is not a ViT with a class token: the layout has no other")
     width = model.backbone.num_features
     state_dict |= {"encoder.head.weight": torch.zeros(1000, width), "encoder.head.bias": torch.zeros(1000)}
     return {"model": state_dict}

@@ -1,6 +1,6 @@
-"""What a run keeps: checkpoints to go on from, and snapshots to look back at.
+"""What a run keeps: checkpoints to resume from, and snapshots to analyse.
 
-A checkpoint is written whole or not at all, checked when read, and nothing in it could run code.
+A checkpoint is written completely or not at all, checked when read, and nothing in it could run code.
 """
 
 import hashlib
@@ -149,7 +149,7 @@ class Checkpoints:
         accelerator: its main process writes, all read: several machines need a common file system to resume.
         output_dir: of the run.
         keep: how many to keep.
-        parts: everything with a state, by name. torch's random generators are added, one for each process; nothing in
+        states: everything with a state, by name. torch's random generators are added, one for each process; nothing in
             a run draws from any other that is not seeded anew for each image.
         before_update: names of those that a step changes before it changes the weights.
     """
@@ -159,12 +159,12 @@ class Checkpoints:
         accelerator: Accelerator,
         output_dir: Path,
         keep: int,
-        parts: dict[str, Any],
+        states: dict[str, Any],
         before_update: Sequence[str] = (),
     ) -> None:
         self.accelerator, self.keep = accelerator, keep
         self.directory = output_dir / "checkpoints"
-        self.parts: dict[str, Stateful] = parts
+        self.states: dict[str, Stateful] = states
         self.before_update = before_update
         self.saved_step = 0
         self._snapshot: dict[str, Any] | None = None
@@ -172,7 +172,7 @@ class Checkpoints:
     def snapshot(self) -> None:
         """Between two steps: remember what the next changes before it changes the weights, so that `save` can leave
         that out."""
-        self._snapshot = {name: _pack(self.parts[name].state_dict(), copy=True) for name in self.before_update}
+        self._snapshot = {name: _pack(self.states[name].state_dict(), copy=True) for name in self.before_update}
         self._snapshot["random"] = self._random_state()
 
     def drop_snapshot(self) -> None:
@@ -185,13 +185,13 @@ class Checkpoints:
 
     def _packed(self) -> dict[str, Any]:
         snapshot = self._snapshot or {"random": self._random_state()}
-        return {name: _pack(part.state_dict()) for name, part in self.parts.items() if name not in snapshot} | snapshot
+        return {name: _pack(each.state_dict()) for name, each in self.states.items() if name not in snapshot} | snapshot
 
     def save(self, step: int) -> Path:
         """Write the state after `step` steps and remove what is older than the newest `keep`. For all processes.
 
         Raises:
-            OSError: the file cannot be written; the message names the last one that is whole.
+            OSError: the file cannot be written; the message names the last complete one.
         """
         packed = self._packed()
         packed["random"] = {name: self._of_all_processes(state) for name, state in packed["random"].items()}
@@ -210,16 +210,16 @@ class Checkpoints:
         # The others wait for the file here, and stop with the process that could not write it.
         (reason,) = broadcast_object_list([None if failure is None else str(failure)])
         if reason is not None:
-            whole = self.all()
+            complete = self.all()
             raise OSError(
                 f"cannot write the checkpoint of step {step} to {self.directory}: {reason}. "
-                + (f"The last complete one is {whole[-1].name}" if whole else "There is none before it")
+                + (f"The last complete one is {complete[-1].name}" if complete else "There is none before it")
             ) from failure
         self.saved_step = step
         return final
 
     def load(self) -> Path:
-        """Put all parts into the state of the newest checkpoint that is whole. For all processes.
+        """Load all states from the newest complete checkpoint. For all processes.
 
         A damaged one is renamed to `damaged-...`, with a line that says so, and the one before it taken.
 
@@ -228,19 +228,19 @@ class Checkpoints:
             ValueError: it is of another version or another kind of run; the message names what differs.
         """
         with self.accelerator.main_process_first():
-            path, packed = self._newest_whole()
-        if odd := sorted(packed.keys() ^ {*self.parts, "random"}):
+            path, packed = self._newest_complete()
+        if odd := sorted(packed.keys() ^ {*self.states, "random"}):
             raise ValueError(
                 f"{path} is of another kind of run: only one of the two has {', '.join(odd)} (a scaler comes with "
                 "mixed_precision fp16)"
             )
-        for name, part in self.parts.items():
-            part.load_state_dict(_unpack(packed[name]))
+        for name, each in self.states.items():
+            each.load_state_dict(_unpack(packed[name]))
         self._restore_random_state(packed["random"])
         self.saved_step = int(path.stem.removeprefix("step-"))
         return path
 
-    def _newest_whole(self) -> tuple[Path, dict[str, Any]]:
+    def _newest_complete(self) -> tuple[Path, dict[str, Any]]:
         for path in reversed(self.all()):
             _require_known_format(path)
             try:
@@ -250,7 +250,7 @@ class Checkpoints:
                 path.rename(aside)
                 self.accelerator.print(f"{path} is damaged ({error}); now {aside.name}. Going back to the one before")
         raise FileNotFoundError(
-            f"nothing to resume: no whole checkpoint in {self.directory} (start without --resume, and with "
+            f"nothing to resume: no complete checkpoint in {self.directory} (start without --resume, and with "
             "--checkpoint_every N)"
         )
 
@@ -337,7 +337,7 @@ def _require_known_format(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The parts of a checkpoint by name, nested as they were, dicts as lists of pairs; for a look into one.
+    """The states in a checkpoint by name, nested as they were, dicts as lists of pairs; for inspection.
 
     Raises:
         SafetensorError, ValueError: it is damaged.
@@ -370,7 +370,7 @@ def _checksum(tree: str, tensors: dict[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Moment:
-    """Both networks of a run after one step, and where their CAMs part foreground from background then.
+    """Both networks of a run after one step, and the thresholds of their CAMs at that step.
 
     Attributes:
         step: optimiser steps behind them.
@@ -417,7 +417,7 @@ def moments(output_dir: Path) -> list[Moment]:
         FileNotFoundError: the directory is not that of a finished run.
     """
     if not (output_dir / "run.json").is_file():
-        raise FileNotFoundError(f"{output_dir} is no finished run: it has no run.json")
+        raise FileNotFoundError(f"{output_dir} is not a finished run: it has no run.json")
     last = TrainingConfig.from_yaml(output_dir / "recipe.yaml").max_steps
     places = snapshots(output_dir) | {last: output_dir}
     entries = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from cosa_hf.assignment.affinity import AffinityConfig
 from cosa_hf.assignment.network import TeacherConfig
 from cosa_hf.assignment.threshold import ThresholdConfig
 from cosa_hf.configuration_cosa import CoSAConfig
@@ -120,7 +121,7 @@ class RunConfig(DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputCon
         """A recipe from field names and values.
 
         Raises:
-            ValueError: a name that is no field.
+            ValueError: a name that is not a field.
         """
         cls._check_names(values)
         return cls(**values)
@@ -141,7 +142,7 @@ class RunConfig(DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputCon
 
         Raises:
             FileNotFoundError: no such recipe; the message lists the known names.
-            ValueError: the file holds something else, or a name that is no field.
+            ValueError: the file holds something else, or a name that is not a field.
         """
         path = Path(name)
         if not path.suffix:
@@ -174,7 +175,7 @@ class RunConfig(DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputCon
         Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
 
     def portable(self) -> Self:
-        """The recipe for somebody else: of a path on this machine the last part is left, of `data_dir` nothing.
+        """The recipe for somebody else: of a path on this machine the last component is left, of `data_dir` nothing.
 
         Example:
             >>> config = TrainingConfig(backbone_weights="/home/me/vit.pth", output_dir="/tmp/cats").portable()
@@ -205,20 +206,44 @@ class TagsConfig(Settings):
 
 @dataclass(kw_only=True)
 class ModelConfig(Settings):
-    """The network of CoSA (Sec. 3.1)."""
+    """The network of CoSA (Sec. 3.1). Where the defaults are the paper's, the others are for frozen encoders."""
 
     _argument_group_name = "Network (Sec. 3.1)"
 
     backbone: str = setting(CoSAConfig.backbone, "any timm model by name")
-    aux_layer: int = setting(CoSAConfig.aux_layer, "layer of F†, counted from the end")
+    feature_layer: int = setting(CoSAConfig.feature_layer, "layer of F, counted from the end; -1: the last", most=-1)
+    attention: Literal["standard", "value", "value-value"] = setting(
+        CoSAConfig.attention, "what a ViT's last block does to make F: all of it, or its values alone (MaskCLIP), or "
+        "mixed by their own attention (CLIP Surgery)",
+    )  # fmt: skip
+    aux_layer: int = setting(CoSAConfig.aux_layer, "layer of F†, counted from the end", most=-1)
+    aux_attention: Literal["standard", "value", "value-value"] = setting(
+        CoSAConfig.aux_attention, "the same for F†, where aux_layer is -1"
+    )
     output_stride: int = setting(CoSAConfig.output_stride, "stride of convolutional backbones, by dilation")
-    decoder_channels: int = setting(CoSAConfig.decoder_channels, "width of LargeFOV", least=1)
+    pooling: Literal["max", "lse", "token-max"] = setting(
+        CoSAConfig.pooling, "to class logits: of each channel the maximum (the paper's); of the tokens' logits the "
+        "log-sum-exp, or the maximum",
+    )  # fmt: skip
+    pooling_sharpness: float = setting(CoSAConfig.pooling_sharpness, "r of pooling lse", above=0)
+    classifier_bias: bool = setting(CoSAConfig.classifier_bias, "the classifiers, and so M and M†, have a bias")
+    standardize_features: bool = setting(
+        CoSAConfig.standardize_features, "the heads see F and F† with mean 0 and deviation 1 over the training images"
+    )
+    decoder: Literal["largefov", "mlp"] = setting(CoSAConfig.decoder, "LargeFOV, or two layers on each token by itself")
+    decoder_inputs: Literal["last", "concat"] = setting(CoSAConfig.decoder_inputs, "it sees F, or F and F†")
+    decoder_channels: int = setting(CoSAConfig.decoder_channels, "width of the decoder", least=1)
     decoder_dilation: int = setting(CoSAConfig.decoder_dilation, "dilation of LargeFOV", least=1)
+    decoder_dropout: float = setting(
+        CoSAConfig.decoder_dropout, "share of the decoder's input channels left out in training", least=0, below=1
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
 
 
 @dataclass(kw_only=True)
-class TrainingConfig(RunConfig, TagsConfig, ModelConfig, TeacherConfig, ThresholdConfig, ObjectiveConfig):
+class TrainingConfig(
+    RunConfig, TagsConfig, ModelConfig, TeacherConfig, AffinityConfig, ThresholdConfig, ObjectiveConfig
+):
     """One run of CoSA. The defaults are the paper's for VOC (Sec. 4.1, Tab. 5, 8-10).
 
     Raises:
@@ -230,12 +255,13 @@ class TrainingConfig(RunConfig, TagsConfig, ModelConfig, TeacherConfig, Threshol
     """
 
     parts: ClassVar[tuple[Any, ...]] = (
-        DataConfig, TagsConfig, ViewConfig, ModelConfig, WeightsConfig, ScheduleConfig, TeacherConfig, ThresholdConfig,
-        ObjectiveConfig, OutputConfig,
+        DataConfig, TagsConfig, ViewConfig, ModelConfig, WeightsConfig, ScheduleConfig, TeacherConfig, AffinityConfig,
+        ThresholdConfig, ObjectiveConfig, OutputConfig,
     )  # fmt: skip
     in_checkpoint: ClassVar[tuple[str, ...]] = (
-        *RunConfig.in_checkpoint, "backbone", "aux_layer", "decoder_channels", "threshold", "threshold_queue",
-        "threshold_covariance",
+        *RunConfig.in_checkpoint, "backbone", "feature_layer", "attention", "aux_layer", "aux_attention",
+        "classifier_bias", "standardize_features", "decoder", "decoder_inputs", "decoder_channels", "threshold",
+        "threshold_queue", "threshold_covariance",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -275,7 +301,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def place_name(place: str | None) -> str | None:
-    """The last part of a path; what is no path of this machine, as a name on the Hub, as it is.
+    """The last part of a path; anything else, such as a name on the Hub, as it is.
 
     Example:
         >>> place_name("/home/me/labels"), place_name("org/labels")

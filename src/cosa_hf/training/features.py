@@ -118,6 +118,8 @@ class FeatureStore:
         Raises:
             KeyError: there is no record of it.
         """
+        if key not in self._places:
+            self._refresh()
         part, row = self._places[key]
         # Mapped for this one record: pages that stay mapped would add up to the whole cache in memory.
         place = {"dtype": np.float16, "mode": "r", "offset": row * self.bytes_per_image, "shape": (self.values,)}

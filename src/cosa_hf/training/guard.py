@@ -71,7 +71,7 @@ class RunGuard:
         error.add_note(f"the run ended after {self.progress.step} complete steps; {where}")
 
     def batches(self, loader: Any) -> Iterator[dict[str, Any]]:
-        """The batches of `loader`; before each, a look at whether the run can and may go on.
+        """The batches of `loader`; before each, a check whether the run can and may go on.
 
         Raises:
             SystemExit: with code 143, after SIGTERM.
@@ -103,7 +103,7 @@ class RunGuard:
             yield batch
 
     def require_finite(self, losses: Sequence[dict[str, Tensor]], image_ids: Sequence[str]) -> None:
-        """The last look before a step changes the weights.
+        """The last check before a step changes the weights.
 
         Args:
             losses: of each micro-batch.

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
 
+from cosa_hf.assignment.affinity import AffinityConfig
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, without_untagged
 from cosa_hf.data.dataset import TrainingDataset
@@ -20,7 +21,7 @@ from cosa_hf.data.streaming import streaming_loader
 from cosa_hf.data.views import Views
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.training.config import RunConfig, TrainingConfig
+from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -31,7 +32,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        # The loader hands out whole steps, so its end is no reason to cut one short.
+        # The loader hands out whole steps, so its end is not a reason to cut one short.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -74,7 +75,7 @@ def training_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, li
 
 
 def evaluation_data(config: RunConfig, classes: list[str]) -> Dataset | None:
-    """The first `eval_images` of the evaluation split, with masks; None for a run that is not watched."""
+    """The first `eval_images` of the evaluation split, with masks; None for a run without evaluation."""
     if not config.eval_every:
         return None
     options = dataclasses.replace(config, classes=classes)
@@ -118,16 +119,14 @@ def build_student(config: TrainingConfig, names: list[str]) -> CoSAForWeaklySupe
     """The online network that the configuration asks for.
 
     Args:
-        config: backbone, its weights, decoder.
+        config: backbone, its weights, heads and affinity.
         names: the C classes.
     """
     labels = ["background", *names]
+    architecture = vars(config.part(ModelConfig)) | vars(config.part(AffinityConfig))
+    del architecture["gradient_checkpointing"]
     model_config = CoSAConfig(
-        backbone=config.backbone,
-        aux_layer=config.aux_layer,
-        output_stride=config.output_stride,
-        decoder_channels=config.decoder_channels,
-        decoder_dilation=config.decoder_dilation,
+        **architecture,
         id2label=dict(enumerate(labels)),
         label2id={name: index for index, name in enumerate(labels)},
         coexistence_classes=list(COEXISTENCE_CLASSES.get(config.dataset, ())),

@@ -51,7 +51,7 @@ class Telemetry:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.accelerator.device
         self.sums, self.label_statistics = (
-            {name: value.to(device) for name, value in state[part].items()} for part in ("sums", "label_statistics")
+            {name: value.to(device) for name, value in state[kind].items()} for kind in ("sums", "label_statistics")
         )
         self.batches = state["batches"]
 
@@ -142,7 +142,7 @@ def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 
 def label_statistics(pseudo_labels: PseudoLabels, valid: Tensor, alpha: float, beta: float) -> dict[str, Tensor]:
-    """What to watch of a batch's pseudo-labels, summed over its valid tokens, and `tokens`, their number.
+    """Statistics of a batch's pseudo-labels, summed over its valid tokens, and `tokens`, their number.
 
     Args:
         pseudo_labels: of the batch.
@@ -178,6 +178,7 @@ def mixture_values(threshold: DynamicThreshold, prefix: str = "") -> dict[str, f
     """xi, and the mixture that the last step fitted, by name; without one, xi alone.
 
     Example:
+        >>> from cosa_hf.assignment.threshold import ThresholdConfig
         >>> mixture_values(DynamicThreshold(ThresholdConfig(threshold=0.4)), prefix="aux_")
         {'aux_xi': 0.4}
     """

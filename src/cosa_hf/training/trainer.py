@@ -120,10 +120,10 @@ class Trainer:
         labels = self.pseudo_labels(batch)  # lines 7-10 and 13
         targets = self.targets(labels, batch)  # lines 14-18
         losses = []
-        for micro, taught in micro_batches(batch, targets, self.config.batch_size):
+        for micro, micro_targets in micro_batches(batch, targets, self.config.batch_size):
             with self.accelerator.accumulate(self.model):
                 outputs = self.model(micro["strong"], output_hidden_states=self.config.detach != "none")  # line 11
-                losses.append(self.losses(outputs, micro, taught))  # lines 12 and 19-22
+                losses.append(self.losses(outputs, micro, micro_targets))  # lines 12 and 19-22
                 self.accelerator.backward(losses[-1]["loss"])  # line 23
         self.guard.require_finite(losses, batch["image_id"])
         if self.config.max_grad_norm:
@@ -148,7 +148,7 @@ class Trainer:
             )
 
     def targets(self, labels: PseudoLabels | None, batch: dict[str, Any]) -> Targets | None:
-        """What the step is taught, normalised over all its images."""
+        """The targets of the step, normalised over all its images."""
         micro = self.config.gradient_accumulation_steps
         if self.config.supervision == "masks":
             return mask_targets(batch["mask"], IGNORE_INDEX, micro, self.mean)
@@ -157,8 +157,8 @@ class Trainer:
     def losses(self, outputs: Any, micro: dict[str, Any], targets: Targets | None) -> dict[str, Tensor]:
         """Eq. 11 of one micro-batch."""
         colors = micro["strong"] * self.color_steps if self.objective.dense_energy_weight else None
-        classifier = self.student.classifier.weight
-        return self.objective(outputs, micro["labels"], targets, micro["valid"], colors, classifier)
+        weight, bias = self.student.classifier.weight, self.student.classifier.bias
+        return self.objective(outputs, micro["labels"], targets, micro["valid"], colors, weight, bias)
 
     def mean(self, value: Tensor) -> Tensor:
         """Over processes."""
@@ -190,7 +190,7 @@ class Trainer:
         return mixtures | {"an_on_distance": self.teacher.distance(self.student), "lr": rate}
 
     def _begin(self) -> Dataset | None:
-        """Go on from a checkpoint, or make sure that nothing is overwritten; returns what the run is watched on."""
+        """Go on from a checkpoint, or make sure that nothing is overwritten; returns the evaluation data."""
         config, output_dir = self.config, Path(self.config.output_dir)
         self._announce()
         if config.resume:
@@ -216,7 +216,7 @@ class Trainer:
             self._save(snapshot_directory(Path(config.output_dir), step))
 
     def _evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """mIoU at one scale, a glance and not the protocol; and visualizations. The run goes on as if nobody looked."""
+        """mIoU at one scale (not the protocol), and visualizations. The run is not changed by it."""
         segmenter = Segmenter(self.teacher.network, self.processor)
         shown = dataset.select(range(min(self.config.eval_panels, len(dataset))))
         directory = Path(self.config.output_dir) / "panels" / f"step-{self.progress.step:07d}"
@@ -298,16 +298,16 @@ class Trainer:
 def micro_batches(
     batch: dict[str, Any], targets: Targets | None, size: int
 ) -> Iterator[tuple[dict[str, Any], Targets | None]]:
-    """The batch of an optimiser step and what it is taught, `size` images at a time.
+    """The batch of an optimiser step and its targets, `size` images at a time.
 
     Example:
         >>> [micro["image_id"] for micro, _ in micro_batches({"image_id": ["a", "b", "c", "d"]}, None, size=2)]
         [['a', 'b'], ['c', 'd']]
     """
     for start in range(0, len(batch["image_id"]), size):
-        part = slice(start, start + size)
-        taught = None if targets is None else Targets(*(values[part] for values in targets))
-        yield {name: value[part] for name, value in batch.items()}, taught
+        micro = slice(start, start + size)
+        micro_targets = None if targets is None else Targets(*(values[micro] for values in targets))
+        yield {name: value[micro] for name, value in batch.items()}, micro_targets
 
 
 def recommendation(config: TrainingConfig) -> tuple[str, str]:

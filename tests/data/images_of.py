@@ -1,4 +1,4 @@
-"""Pictures for the tests of this directory."""
+"""Images for the tests of this directory."""
 
 import numpy as np
 from PIL import Image
