@@ -27,9 +27,10 @@ def benchmark(*arguments):
     return subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ, timeout=600)
 
 
+@pytest.mark.slow  # five processes, each of which has to import everything first
 def test_tables_and_json(tmp_path):
     fields = [f"{name}={value}" for name, value in TINY.items()]
-    variants = ["--variants", "fp32", "naive", "--steps", "1"]
+    variants = ["--variants", "fp32", "naive", "--steps", "1", "--classes", "4"]
     run = benchmark("--set", *fields, *variants, "--evaluation", "--output_dir", tmp_path)
     assert run.returncode == 0, run.stderr
     table, results = (tmp_path / "benchmark.md").read_text(), json.loads((tmp_path / "benchmark.json").read_text())

@@ -204,9 +204,9 @@ def evaluation(config: TrainingConfig, classes: int, device: torch.device, cpu_t
         seconds[name] = {}
         for column, refinement in (("no CRF", None), (f"CRF ({crf.backend})", crf)):
             segmenter = Segmenter(model, processor, scales, flip, config.batch_size, refinement)
-            for _ in range(2):  # the first is not counted
+            for images in (dataset.select(range(1)), dataset):  # the first is not counted
                 watch.begin()
-                for image in segmenter.predict(dataset):
+                for image in segmenter.predict(images):
                     image.label("seg")
                 watch.end()
             seconds[name][column] = sum(watch.steps[-1].values()) / len(dataset)
