@@ -128,8 +128,8 @@ def objective_calls(monkeypatch):
     """What the trainer handed to the objective after warm-up, and the losses it got back."""
     calls, objective = [], CoSAObjective.__call__
 
-    def record(self, outputs, labels, targets, valid, images, classifier):
-        losses = objective(self, outputs, labels, targets, valid, images, classifier)
+    def record(self, outputs, labels, targets, valid, images, classifier, bias):
+        losses = objective(self, outputs, labels, targets, valid, images, classifier, bias)
         if "s2c" in losses:
             reached = torch.autograd.grad(losses["s2c"], (outputs.cam_logits,), allow_unused=True, retain_graph=True)
             calls.append({"direct": reached[0], "spl": targets.spl, "images": images})
