@@ -10,11 +10,11 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, Segf
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-from cosa_hf.assignment.affinity import spread_cams
 from cosa_hf.data.images import UnreadableImageError
 from cosa_hf.inference import Segmenter, forward_multiscale, has_cams, load_model, segmentation_logits
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
+from cosa_hf.objective.affinity import spread_cams
 from cosa_hf.objective.pseudo_labels import restrict_to_labels
 
 # Name of a fused field, and of what it is made from in one output of the model.

@@ -24,11 +24,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from cosa_hf.assignment.affinity import affinity_settings, spread_cams
 from cosa_hf.data.images import UnreadableImageError, read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names, multi_hot, parse_tags, tag_ids
 from cosa_hf.image_processing_cosa import to_rgb, upsampled_argmax
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.objective.affinity import affinity_settings, spread_cams
 from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, normalize_cams
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cosa_hf.assignment.affinity import spread_cams
 from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
 from cosa_hf.inference import MultiScaleOutput, forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.objective.affinity import spread_cams
 from cosa_hf.objective.guidance import seg2cam_target
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.precision import at_least_float32

@@ -16,10 +16,10 @@ from datasets import Dataset
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from cosa_hf.assignment.affinity import affinity_settings
 from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.metrics import SegmentationMetric
 from cosa_hf.inference import Segmenter, has_cams, ignore_index
+from cosa_hf.objective.affinity import affinity_settings
 from cosa_hf.progress import progress as progress_bar
 
 __all__ = ["PROTOCOLS", "evaluate", "format_report", "protocols_of"]

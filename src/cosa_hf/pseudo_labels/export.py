@@ -16,12 +16,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from cosa_hf._version import __version__
-from cosa_hf.assignment.affinity import affinity_settings
 from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
 from cosa_hf.data.tags import list_some
 from cosa_hf.digest import weights_sha256
 from cosa_hf.files import remove_unfinished, whole_file
 from cosa_hf.inference import Segmenter, check_classes, has_cams
+from cosa_hf.objective.affinity import affinity_settings
 from cosa_hf.progress import progress as progress_bar
 from cosa_hf.pseudo_labels.formats import FORMATS, Format, PseudoLabel
 

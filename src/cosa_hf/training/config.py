@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from cosa_hf.assignment.affinity import AffinityConfig
 from cosa_hf.assignment.network import TeacherConfig
 from cosa_hf.assignment.threshold import ThresholdConfig
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data.options import DataConfig
 from cosa_hf.data.views import ViewConfig
+from cosa_hf.objective.affinity import AffinityConfig
 from cosa_hf.objective.overall import ObjectiveConfig
 from cosa_hf.settings import Settings, setting
 

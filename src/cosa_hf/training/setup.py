@@ -15,7 +15,6 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cosa_hf.assignment.affinity import AffinityConfig
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, without_untagged
 from cosa_hf.data.dataset import TrainingDataset
@@ -25,6 +24,7 @@ from cosa_hf.data.streaming import streaming_loader
 from cosa_hf.data.views import Views
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.objective.affinity import AffinityConfig
 from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
 from cosa_hf.training.features import EncodedImages, default_directory
 

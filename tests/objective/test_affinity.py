@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosa_hf import CoSAConfig
-from cosa_hf.assignment import affinity as module
-from cosa_hf.assignment.affinity import (
+from cosa_hf.objective import affinity as module
+from cosa_hf.objective.affinity import (
     AffinityConfig,
     attention_affinity,
     feature_affinity,
