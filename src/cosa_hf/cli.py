@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write a model as ONNX, or as a checkpoint of the authors' code",
     "convert": "read the authors' released weights; write the masks of COCO",
     "app": "open a page to try a model on",
+    "cache": "show or remove the cached features of frozen encoders",
 }
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)

@@ -179,16 +179,24 @@ class FeatureStore:
             self._read_lines[part] = len(complete)
 
 
-def clear(root: Path) -> int:
-    """Remove all caches below `root`; returns how many bytes that freed.
-
-    Nothing is removed that is not a cache.
-    """
-    freed = 0
+def caches(root: Path) -> list[tuple[Path, int, str]]:
+    """The caches below `root`: directory, bytes, and the encoder's name as far as its file says it."""
+    found = []
     for about in sorted(root.glob(f"*/{ABOUT}")):
-        freed += sum(path.stat().st_size for path in about.parent.iterdir())
-        shutil.rmtree(about.parent)
-    return freed
+        try:
+            encoder = json.loads(about.read_text(encoding="utf-8"))["made_by"]["maps"]["backbone"]
+        except (ValueError, KeyError, TypeError):
+            encoder = "damaged"
+        found.append((about.parent, sum(path.stat().st_size for path in about.parent.iterdir()), encoder))
+    return found
+
+
+def clear(root: Path) -> int:
+    """Remove all caches below `root`, and nothing else; returns how many bytes that freed."""
+    found = caches(root)
+    for directory, _, _ in found:
+        shutil.rmtree(directory)
+    return sum(size for _, size, _ in found)
 
 
 MAPS = ("features", "aux_features", "affinity")
@@ -316,4 +324,4 @@ class EncodedImages:
         return {name: torch.stack([view[name] for view in views], dim=1) for name in views[0]}
 
 
-__all__ = ["EncodedImages", "FeatureStore", "clear", "default_directory", "encode"]
+__all__ = ["EncodedImages", "FeatureStore", "caches", "clear", "default_directory", "encode"]
