@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
-from cosa_hf import CoSAConfig, CoSAImageProcessor, CoSAOutput
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, CoSAOutput
 from cosa_hf.data.tags import tag_features
 from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.crf import DenseCRF
@@ -22,6 +22,8 @@ from cosa_hf.inference import Segmenter
 
 NAMES = ["boat", "bird", "train"]
 GRID = (3, 4)
+# Of a model whose config names no affinity
+COLUMNS = {name: text for name, text in PROTOCOLS.items() if name != "cam_spread"}
 
 
 class TableModel(torch.nn.Module):
@@ -62,7 +64,7 @@ def score(model, dataset, cam_threshold=None, **settings):
 
 def masks_of(one, threshold=None):
     """An image's masks by every protocol of a model without affinity."""
-    return {protocol: one.label(protocol, threshold)[0].numpy() for protocol in PROTOCOLS if protocol != "cam_spread"}
+    return {protocol: one.label(protocol, threshold)[0].numpy() for protocol in COLUMNS}
 
 
 def make_dataset(masks, tags):
@@ -149,7 +151,7 @@ def test_scores_equal_the_slow_reference(case, batch_size, threshold):
     model, dataset, (masks, tags, maps) = case
     report = score(model, dataset, threshold, batch_size=batch_size)
     expected = [reference_masks(*(table[n] for table in maps), tags[n], masks[n].shape, threshold) for n in range(5)]
-    for protocol in PROTOCOLS:
+    for protocol in COLUMNS:
         ious = reference_ious([one[protocol] for one in expected], masks)
         assert list(report[protocol]["per_class"].values()) == pytest.approx(ious), protocol
         assert report[protocol]["miou"] == pytest.approx(np.mean(ious))
@@ -170,7 +172,7 @@ def test_predictions_are_the_images_own_size_and_in_order(case):
             reference_masks(*(table[n] for table in maps), tags[n], masks[n].shape, 0.45),
             masks_of(one, 0.45),
         )
-        for protocol in PROTOCOLS:
+        for protocol in COLUMNS:
             np.testing.assert_array_equal(found[protocol], expected[protocol])
         np.testing.assert_array_equal(one.mask.numpy(), expected["seg_tags" if tags[n] else "seg"])
         cam = np.stack([upsample(plane, masks[n].shape) for plane in normalize(maps[1][n], tags[n])])
@@ -258,7 +260,7 @@ def test_the_ignored_id_is_the_models(case):
     renamed = make_dataset([np.where(mask == 255, 100, mask) for mask in masks], tags)
     other = score(model, renamed)
     assert other["protocol"]["ignore_index"] == 100
-    assert all(other[protocol] == report[protocol] for protocol in PROTOCOLS)
+    assert all(other[protocol] == report[protocol] for protocol in COLUMNS)
 
 
 def reference_average_precision(scores, truths):
@@ -299,11 +301,28 @@ def test_a_network_that_only_segments_has_two_protocols_and_no_classification():
     assert "classification" not in format_report(report)
 
 
+def test_a_model_with_an_affinity_has_spread_cams_in_its_report(case):
+    _, dataset, (masks, tags, _) = case
+    torch.manual_seed(0)
+    config = CoSAConfig(
+        backbone="test_vit", id2label=dict(enumerate(["background", *NAMES])), decoder_channels=8, affinity="features"
+    )
+    network = CoSAForWeaklySupervisedSegmentation(config)
+    whole = Segmenter(network, CoSAImageProcessor(size={"height": 48, "width": 64}))
+    report = evaluate(whole, dataset, cam_threshold=0.6, progress=False)
+    assert [protocol for protocol in PROTOCOLS if protocol in report] == list(PROTOCOLS)
+    assert report["protocol"]["affinity"] == whole.settings["affinity"]
+    assert "cam_spread" in format_report(report).splitlines()[0]
+    predictions = [one.label("cam_spread", 0.6)[0].numpy() for one in whole.predict(dataset)]
+    expected = reference_ious(predictions, masks)
+    assert list(report["cam_spread"]["per_class"].values()) == pytest.approx(expected)
+
+
 def test_crf_refines_the_segmentations_within_their_classes_and_is_named(case):
     model, dataset, (_, tags, _) = case
     crf = DenseCRF(backend="torch")
     plain, refined = ([masks_of(one) for one in segmenter(model, crf=each).predict(dataset)] for each in (None, crf))
-    for protocol in PROTOCOLS:
+    for protocol in COLUMNS:
         changed = any((a[protocol] != b[protocol]).any() for a, b in zip(plain, refined, strict=True))
         assert changed is (protocol in ("seg", "seg_tags")), protocol
     for masks, allowed in zip(refined, tags, strict=True):
@@ -314,7 +333,7 @@ def test_crf_refines_the_segmentations_within_their_classes_and_is_named(case):
     assert report["protocol"]["crf"]["backend"] == "torch"
     assert report["protocol"]["crf"]["bilateral_sigma_xy"] == 67
     assert report["protocol"]["seg_tags"].startswith("tags given, CRF: ")
-    assert report["protocol"]["cam"] == PROTOCOLS["cam"]
+    assert report["protocol"]["cam"] == COLUMNS["cam"]
     assert "seg, seg_tags: after a CRF (torch)" in format_report(report)
 
 
@@ -337,12 +356,12 @@ def test_table_shows_every_class_under_every_protocol(case):
     model, dataset, _ = case
     report = score(model, dataset)
     lines = format_report(report).splitlines()
-    assert lines[0].split()[-5:] == list(PROTOCOLS)
+    assert lines[0].split()[-5:] == list(COLUMNS)
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:7]}
     assert list(rows) == ["background", *NAMES, "mIoU", "C-mIoU"]
     for name in ("background", *NAMES):
-        assert rows[name] == [f"{report[protocol]['per_class'][name]:.1f}" for protocol in PROTOCOLS]
-    assert rows["mIoU"] == [f"{report[protocol]['miou']:.1f}" for protocol in PROTOCOLS]
+        assert rows[name] == [f"{report[protocol]['per_class'][name]:.1f}" for protocol in COLUMNS]
+    assert rows["mIoU"] == [f"{report[protocol]['miou']:.1f}" for protocol in COLUMNS]
     assert lines[-2] == f"classification: mean average precision {report['cls_map']:.1f}"
     assert "image-2" in lines[-1]
     assert len({len(line) for line in lines[:7]}) == 1

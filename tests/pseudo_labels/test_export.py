@@ -379,7 +379,7 @@ def test_a_broken_record_is_named(record, segmenter, dataset, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "crf"}, "unknown source 'crf'; known: cam, cam_aux, cam_mean, seg"),
+        ({"source": "crf"}, "unknown source 'crf'; known: cam, cam_aux, cam_mean, cam_spread, seg"),
         ({"format": "gif"}, "unknown format 'gif'; known: png, parquet, coco-json"),
         ({"threshold": 1.0}, "threshold must lie strictly between 0 and 1, got 1.0"),
         ({"class_threshold": 0.0}, "class_threshold must lie strictly between 0 and 1"),
