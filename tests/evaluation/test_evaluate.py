@@ -302,7 +302,7 @@ def test_a_network_that_only_segments_has_two_protocols_and_no_classification():
 
 
 def test_a_model_with_an_affinity_has_spread_cams_in_its_report(case):
-    _, dataset, (masks, tags, _) = case
+    _, dataset, (masks, _, _) = case
     torch.manual_seed(0)
     config = CoSAConfig(
         backbone="test_vit", id2label=dict(enumerate(["background", *NAMES])), decoder_channels=8, affinity="features"

@@ -12,7 +12,7 @@ def test_the_students_config_has_every_choice_of_the_recipe():
         "decoder_dropout": 0.1, "affinity": "attention", "affinity_layer": -2, "affinity_blocks": [-3, -2],
         "affinity_temperature": 0.2, "affinity_power": 1.5, "affinity_steps": 2,
     }  # fmt: skip
-    student = build_student(TrainingConfig(**chosen, dataset="shapes", pretrained=False), ["cat", "dog"])
+    student = build_student(TrainingConfig(**chosen, dataset="folder", pretrained=False), ["cat", "dog"])
     assert {name: getattr(student.config, name) for name in chosen} == chosen
     assert student.config.id2label == {0: "background", 1: "cat", 2: "dog"}
     assert student.decoder.hidden.weight.shape == (8, 128, 1, 1)
