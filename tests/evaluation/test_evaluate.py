@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
-from cosa_hf import CoSAConfig, CoSAImageProcessor, CoSAOutput
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, CoSAOutput
 from cosa_hf.data.tags import tag_features
 from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.crf import DenseCRF
@@ -298,6 +298,23 @@ def test_a_network_that_only_segments_has_two_protocols_and_no_classification():
     assert [protocol for protocol in PROTOCOLS if protocol in report] == ["seg", "seg_tags"]
     assert report["cls_map"] is report["cls_ap"] is report["protocol"]["cam_threshold"] is None
     assert "classification" not in format_report(report)
+
+
+def test_a_model_with_an_affinity_has_spread_cams_in_its_report(case):
+    _, dataset, (masks, _, _) = case
+    torch.manual_seed(0)
+    config = CoSAConfig(
+        backbone="test_vit", id2label=dict(enumerate(["background", *NAMES])), decoder_channels=8, affinity="features"
+    )
+    network = CoSAForWeaklySupervisedSegmentation(config)
+    whole = Segmenter(network, CoSAImageProcessor(size={"height": 48, "width": 64}))
+    report = evaluate(whole, dataset, cam_threshold=0.6, progress=False)
+    assert [protocol for protocol in PROTOCOLS if protocol in report] == list(PROTOCOLS)
+    assert report["protocol"]["affinity"] == whole.settings["affinity"]
+    assert "cam_spread" in format_report(report).splitlines()[0]
+    predictions = [one.label("cam_spread", 0.6)[0].numpy() for one in whole.predict(dataset)]
+    expected = reference_ious(predictions, masks)
+    assert list(report["cam_spread"]["per_class"].values()) == pytest.approx(expected)
 
 
 def test_crf_refines_the_segmentations_within_their_classes_and_is_named(case):
