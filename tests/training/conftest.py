@@ -3,7 +3,7 @@ import functools
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from runs import load_few_shapes, tiny_config
+from runs_of import load_few_shapes, tiny_config
 
 from cosa_hf.training import setup
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from algorithm1 import algorithm_1
-from runs import weights_of
+from runs_of import weights_of
 from torch.utils.data import DataLoader
 
 from cosa_hf.training import trainer

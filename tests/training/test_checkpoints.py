@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_equal
+from runs_of import assert_equal
 from safetensors.torch import load_file
 
 from cosa_hf._version import __version__

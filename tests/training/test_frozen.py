@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
-from runs import assert_equal, left
+from runs_of import assert_equal, left
 from safetensors.torch import load_file
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import train_on
+from runs_of import train_on
 
 from cosa_hf.data import load_shapes
 from cosa_hf.training import setup

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import assert_equal, checkpoints_of, left, load_few_shapes, log_of, on_call, tiny_config
+from runs_of import assert_equal, checkpoints_of, left, load_few_shapes, log_of, on_call, tiny_config
 
 from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data.dataset import TrainingDataset

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from runs import assert_equal, summary_of, weights_of
+from runs_of import assert_equal, summary_of, weights_of
 from transformers import AutoConfig
 
 from cosa_hf.data import load_shapes, undecoded

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
-from runs import assert_equal, checkpoints_of, left, train_on
+from runs_of import assert_equal, checkpoints_of, left, train_on
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Sequence
-from runs import assert_equal, checkpoints_of, left, log_of, on_call
+from runs_of import assert_equal, checkpoints_of, left, log_of, on_call
 from safetensors.torch import save_file
 
 from cosa_hf.assignment.network import AssignmentNetwork

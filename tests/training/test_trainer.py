@@ -10,7 +10,7 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from fp16_on_cpu import HalfAccelerator
 from PIL import Image
-from runs import assert_equal, left, load_few_shapes, log_of, summary_of, weights_of
+from runs_of import assert_equal, left, load_few_shapes, log_of, summary_of, weights_of
 from transformers import AutoModelForSemanticSegmentation
 
 from cosa_hf.assignment.network import AssignmentNetwork
