@@ -207,8 +207,8 @@ def test_an_earlier_stage_of_a_pyramid_is_on_its_own_grid(name):
         ({"backbone": "eva02_tiny_patch14_224", "aux_layer": -1, "aux_attention": "value"}, "aux_attention='value'"),
         ({"backbone": "test_resnet", "affinity": "attention"}, "affinity='attention' needs"),
         ({"affinity": "attention", "affinity_blocks": [-6, -1]}, r"affinity_blocks=\[-6, -1\].* blocks -5 to -1"),
-        ({"affinity": "features", "affinity_layer": -9}, "affinity_layer=-9 is no layer of 'test_vit'"),
-        ({"feature_layer": -7}, "feature_layer=-7 is no layer of 'test_vit'"),
+        ({"affinity": "features", "affinity_layer": -9}, "affinity_layer=-9 is not a layer of 'test_vit'"),
+        ({"feature_layer": -7}, "feature_layer=-7 is not a layer of 'test_vit'"),
     ],
 )
 def test_what_a_backbone_lacks_is_named(settings, named):
