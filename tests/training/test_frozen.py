@@ -231,6 +231,7 @@ def test_a_changed_photo_is_encoded_anew_and_a_broken_one_named(encoder, tmp_pat
     assert [a == b for a, b in zip(encoded.keys, changed.keys, strict=True)] == [True, False, False, True]
     changed.fill(2, 0)
     assert not torch.equal(changed.read(changed.keys[1])["features"], before)
+    assert len(list(changed.first(4))) == 3
     items = EncodedDataset(dataset, changed.read, changed.keys, 48, length=8, seed=0)
     problems = [item["unreadable"] for item in (items[position] for position in range(8))]
     assert sum("2.png" in problem for problem in problems) == 2

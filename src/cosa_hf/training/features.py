@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
@@ -258,7 +260,9 @@ class EncodedImages:
 
     def fill(self, batch_size: int, num_workers: int) -> None:
         """Encode what is not there yet; a run that was killed goes on here."""
-        missing = set(self.store.missing(self.keys))
+        # The main process decides: another would already miss what the first has written, and share out other rows.
+        (missing,) = broadcast_object_list([self.store.missing(self.keys)])
+        missing = set(missing)
         rows = [index for index, key in enumerate(self.keys) if key in missing]
         if not rows:
             return
@@ -301,6 +305,12 @@ class EncodedImages:
             return self.store.read(key)
         except KeyError:
             raise UnreadableImageError(self.unreadable.get(key, f"image with key {key} was not encoded")) from None
+
+    def first(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """The maps of the first `count` images, without those that cannot be read."""
+        for key in self.keys[:count]:
+            with suppress(UnreadableImageError):
+                yield self.read(key)
 
     def _collate(self, rows: list[dict[str, Any]]) -> tuple[Tensor | None, list[str]]:
         """Pixel values of the readable images, and for each row what is wrong with it."""

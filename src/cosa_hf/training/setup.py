@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import os
 import platform
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from datasets import Dataset, IterableDataset
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -19,7 +22,7 @@ from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, without_untagged
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.encoded import EncodedDataset
-from cosa_hf.data.images import read_image, undecoded
+from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
 from cosa_hf.data.streaming import streaming_loader
 from cosa_hf.data.views import Views
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
@@ -202,17 +205,23 @@ def standardize(
     if not model.config.standardize_features:
         return
     if encoded is not None:
-        found = (encoded.read(key) for key in encoded.keys[:STANDARDIZED_OVER])
+        found = encoded.first(STANDARDIZED_OVER)
         model.set_feature_statistics((maps["features"].float(), maps["aux_features"].float()) for maps in found)
         return
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    images = (read_image(row) for row in itertools.islice(undecoded(dataset), STANDARDIZED_OVER))
     with torch.no_grad():
         model.set_feature_statistics(
-            model.backbone(processor(image, return_tensors="pt")["pixel_values"].to(device)) for image in images
+            model.backbone(processor(image, return_tensors="pt")["pixel_values"].to(device))
+            for image in _readable(itertools.islice(undecoded(dataset), STANDARDIZED_OVER))
         )
     model.train(training)
+
+
+def _readable(rows: Iterable[dict[str, Any]]) -> Iterator[Image.Image]:
+    for row in rows:
+        with suppress(UnreadableImageError):
+            yield read_image(row)
 
 
 def build_processor(config: RunConfig, model: CoSAForWeaklySupervisedSegmentation) -> CoSAImageProcessor:
