@@ -59,4 +59,5 @@ def test_sixty_steps_of_the_demo_are_what_they_were(float64, told, monkeypatch, 
     entries = told()
     assert entries.keys() == GOLDEN.keys()
     for step, values in GOLDEN.items():
-        assert entries[step] == pytest.approx(values, rel=1e-9), step
+        # Without vector instructions (ATEN_CPU_CAPABILITY=default) other sums move one of the values by 1.1e-9.
+        assert entries[step] == pytest.approx(values, rel=1e-8), step
