@@ -37,20 +37,9 @@ class WeightsConfig(Settings):
         None, "safetensors or pth file of the backbone, in place of timm's download (upernet-swin-b: a directory)"
     )
     pretrained: bool = setting(True, "start from pretrained backbone weights")
-    frozen_blocks: str = setting(
-        "0", "CoSA: how many of the encoder's first blocks (of a ViT; stages of others) are frozen: 0, N or all"
-    )
-    cache_features: str = setting(
-        "auto",
-        "CoSA, frozen_blocks all: encode each image once, plain and mirrored, to disk; auto: on a machine without GPU, "
-        "below the Hub's cache; never; or a directory",
-    )
 
     def __post_init__(self) -> None:
-        self.frozen_blocks = str(self.frozen_blocks)  # YAML reads a number
         super().__post_init__()
-        if not (self.frozen_blocks == "all" or self.frozen_blocks.isdecimal()):
-            raise ValueError(f"frozen_blocks must be 0, a number of blocks, or all, got {self.frozen_blocks!r}")
         if self.backbone_weights and not self.pretrained:
             raise ValueError(f"backbone_weights {self.backbone_weights} need pretrained: true, or leave them out")
 
@@ -252,8 +241,30 @@ class ModelConfig(Settings):
 
 
 @dataclass(kw_only=True)
+class FrozenConfig(Settings):
+    """How much of the encoder is frozen, and where its features are kept."""
+
+    _argument_group_name = "Frozen encoder"
+
+    frozen_blocks: str = setting(
+        "0", "how many of the encoder's first blocks (of a ViT; stages of others) are frozen: 0, N or all"
+    )
+    cache_features: str = setting(
+        "auto",
+        "frozen_blocks all: encode each image once, plain and mirrored, to disk; auto: on a machine without GPU, "
+        "below the Hub's cache; never; or a directory",
+    )
+
+    def __post_init__(self) -> None:
+        self.frozen_blocks = str(self.frozen_blocks)  # YAML reads a number
+        super().__post_init__()
+        if not (self.frozen_blocks == "all" or self.frozen_blocks.isdecimal()):
+            raise ValueError(f"frozen_blocks must be 0, a number of blocks, or all, got {self.frozen_blocks!r}")
+
+
+@dataclass(kw_only=True)
 class TrainingConfig(
-    RunConfig, TagsConfig, ModelConfig, TeacherConfig, AffinityConfig, ThresholdConfig, ObjectiveConfig
+    RunConfig, TagsConfig, ModelConfig, FrozenConfig, TeacherConfig, AffinityConfig, ThresholdConfig, ObjectiveConfig
 ):
     """One run of CoSA. The defaults are the paper's for VOC (Sec. 4.1, Tab. 5, 8-10).
 
@@ -266,9 +277,10 @@ class TrainingConfig(
     """
 
     parts: ClassVar[tuple[Any, ...]] = (
-        DataConfig, TagsConfig, ViewConfig, ModelConfig, WeightsConfig, ScheduleConfig, TeacherConfig, AffinityConfig,
-        ThresholdConfig, ObjectiveConfig, OutputConfig,
+        DataConfig, TagsConfig, ViewConfig, ModelConfig, WeightsConfig, FrozenConfig, ScheduleConfig, TeacherConfig,
+        AffinityConfig, ThresholdConfig, ObjectiveConfig, OutputConfig,
     )  # fmt: skip
+    places: ClassVar[tuple[str, ...]] = (*RunConfig.places, "cache_features")
     in_checkpoint: ClassVar[tuple[str, ...]] = (
         *RunConfig.in_checkpoint, "backbone", "feature_layer", "attention", "aux_layer", "aux_attention",
         "classifier_bias", "standardize_features", "decoder", "decoder_inputs", "decoder_channels", "threshold",
