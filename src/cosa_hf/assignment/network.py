@@ -1,6 +1,8 @@
 """The assignment network (AN): the online network's moving average, and the pseudo-labels it gives to a batch."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -140,16 +142,22 @@ class AssignmentNetwork(nn.Module):
         spl = seg2cam_target(self.config.guidance, fused.seg_logits, labels, self.config.spl_temperature, masks)
         return PseudoLabels(cams, aux_cams, spl, xi, aux_xi)
 
-    def _forward(self, weak: Tensor, batch_size: int) -> MultiScaleOutput:
-        """All maps of the network that labels, in eval mode and left as it was found."""
+    @contextmanager
+    def _labelling_network(self) -> Iterator[CoSAForWeaklySupervisedSegmentation]:
+        """The network that labels, in eval mode and left as it was found."""
         (network,) = self._labels
         was_training = network.training
         network.eval()
-        fused = [
-            forward_multiscale(network, images, self.config.label_scales, cam_fusion=self.config.cam_fusion)
-            for images in weak.split(batch_size)
-        ]
+        yield network
         network.train(was_training)
+
+    def _forward(self, weak: Tensor, batch_size: int) -> MultiScaleOutput:
+        """All maps of the network that labels."""
+        with self._labelling_network() as network:
+            fused = [
+                forward_multiscale(network, images, self.config.label_scales, cam_fusion=self.config.cam_fusion)
+                for images in weak.split(batch_size)
+            ]
         parts: Any = zip(*(vars(each).values() for each in fused), strict=True)
         joined: Any = [None if maps[0] is None else torch.cat(maps) for maps in parts]
         return MultiScaleOutput(*joined)
@@ -158,11 +166,8 @@ class AssignmentNetwork(nn.Module):
         self, features: Tensor, aux_features: Tensor, affinity: Tensor | None = None
     ) -> MultiScaleOutput:
         """The same of features that are known: one view, as they are."""
-        (network,) = self._labels
-        was_training = network.training
-        network.eval()
-        outputs = network.forward_heads(features, aux_features)
-        network.train(was_training)
+        with self._labelling_network() as network:
+            outputs = network.forward_heads(features, aux_features)
         maps = {name: at_least_float32(outputs[name]) for name in ("cls_logits", "cam_logits", "aux_cam_logits")}
         return MultiScaleOutput(at_least_float32(cast(Tensor, outputs.logits)), **maps, affinity=affinity)
 

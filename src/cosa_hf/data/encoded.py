@@ -69,10 +69,11 @@ class EncodedDataset(TrainingDataset):
     ) -> None:
         super().__init__(dataset, views=None, length=length, seed=seed, masks=masks)  # type: ignore[arg-type]
         self.read, self.keys, self.size = read, keys, size
+        self._tags = self._dataset.select_columns(["labels", "image_id"])  # an item needs no image
 
     def _item(self, index: int, position: int) -> Item:
         mirrored = mixed_seed(self.seed, _VIEW, position) % VIEWS
-        row: dict[str, Any] = self._dataset.select_columns(["labels", "image_id"])[index]
+        row: dict[str, Any] = self._tags[index]
         item: Item = {name: maps[mirrored].float() for name, maps in self.read(self.keys[index]).items()}
         item["valid"] = torch.ones(self.size, self.size, dtype=torch.bool)
         item["labels"] = multi_hot(row["labels"], self.num_classes)
