@@ -251,11 +251,7 @@ def _checkpoint(config: MultistageConfig) -> str | None:
         raise FileNotFoundError(f"no checkpoint-N in {output_dir} to resume from (checkpoints/ is of earlier versions)")
     if max(found) > config.max_steps:
         raise ValueError(f"{last} is beyond max_steps = {config.max_steps}: ask for more steps")
-    earlier = MultistageConfig.from_yaml(output_dir / "recipe.yaml")
-    for name in config.in_checkpoint:
-        held, asked = getattr(earlier, name), getattr(config, name)
-        if asked != held:
-            raise ValueError(f"{name} of a resumed run stays {held}, which its checkpoint holds, got {asked}: keep it")
+    config.require_held(MultistageConfig.from_yaml(output_dir / "recipe.yaml"))
     return last
 
 

@@ -174,6 +174,20 @@ class RunConfig(DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputCon
         """Write all fields, so that the run can be repeated from the file alone."""
         Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
 
+    def require_held(self, earlier: "RunConfig") -> None:
+        """Refuse to resume a run of the configuration `earlier` with other values of what a checkpoint brings back.
+
+        Raises:
+            ValueError: names the first such field.
+        """
+        for name in self.in_checkpoint:
+            held, asked = getattr(earlier, name), getattr(self, name)
+            if asked != held:
+                raise ValueError(
+                    f"{name} of a resumed run stays {held}, which its checkpoint holds, got {asked}: keep it, or start "
+                    "anew in another output_dir"
+                )
+
     def portable(self) -> Self:
         """The recipe for somebody else: of a path on this machine the last component is left, of `data_dir` nothing.
 

@@ -31,7 +31,7 @@ def resume(config: RunConfig, checkpoints: Checkpoints, progress: Progress, acce
     """
     file = Path(config.output_dir) / "recipe.yaml"
     earlier = type(config).from_yaml(file) if file.is_file() else config
-    _require_same(config, earlier)
+    config.require_held(earlier)
     checkpoint = checkpoints.load()
     if progress.step > config.max_steps:
         raise ValueError(f"{checkpoint} is beyond max_steps = {config.max_steps}: ask for more steps")
@@ -41,16 +41,6 @@ def resume(config: RunConfig, checkpoints: Checkpoints, progress: Progress, acce
         accelerator.print(f"other settings from here on: {', '.join(changes)}; those so far are in {kept}")
         if accelerator.is_main_process:
             earlier.to_yaml(kept)
-
-
-def _require_same(config: RunConfig, earlier: RunConfig) -> None:
-    for name in config.in_checkpoint:
-        held, asked = getattr(earlier, name), getattr(config, name)
-        if asked != held:
-            raise ValueError(
-                f"{name} of a resumed run stays {held}, which its checkpoint holds, got {asked}: keep it, or start "
-                "anew in another output_dir"
-            )
 
 
 def _changes(config: RunConfig, earlier: RunConfig) -> list[str]:
