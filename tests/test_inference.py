@@ -14,7 +14,7 @@ from cosa_hf.data.images import UnreadableImageError
 from cosa_hf.inference import Segmenter, forward_multiscale, has_cams, load_model, segmentation_logits
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
-from cosa_hf.objective.affinity import spread_cams
+from cosa_hf.objective.affinity import spread_cams, spread_segmentation
 from cosa_hf.objective.pseudo_labels import restrict_to_labels
 
 # Name of a fused field, and of what it is made from in one output of the model.
@@ -451,8 +451,10 @@ def spreading(request):
     )  # fmt: skip
     network = CoSAForWeaklySupervisedSegmentation(config).eval()
     with torch.no_grad():
-        for head in (network.classifier, network.aux_classifier):
+        # What hardly varies would be stretched, rounding and all.
+        for head in (network.classifier, network.aux_classifier, network.decoder.conv8):
             head.weight.mul_(50)
+        network.classifier.weight[0].neg_()  # so that one class is recognised, and not all
     return network
 
 
@@ -482,10 +484,29 @@ def test_a_segmenter_spreads_the_mean_of_both_cams(spreading):
     assert set(mask.unique().tolist()) <= {0, 1, 3}
 
 
+def test_a_segmenter_spreads_the_segmentation_of_tags_and_of_recognised_classes(spreading):
+    segmenter = Segmenter(spreading, CoSAImageProcessor(size={"height": 48, "width": 64}))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    one = segmenter(noise, tags=["LABEL_1", "LABEL_3"])
+    pixel_values = segmenter.processor(noise, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        source = spreading.backbone(pixel_values, affinity=True)[2]
+    recognised = (one.cls_logits >= 0).float()
+    assert recognised.tolist() == [1, 0, 0]
+    for maps, labels in ((one.spread_seg_tags, one.labels), (one.spread_seg, recognised)):
+        expected = spread_segmentation(one.seg_logits[None], labels[None], source, spreading.config)[0]
+        torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-4)
+    mask, confidence = one.label("seg_tags_spread", threshold=0.4)
+    torch.testing.assert_close(confidence, one.upsample(one.spread_seg_tags).amax(0))
+    assert torch.equal(mask > 0, confidence >= 0.4)
+    assert set(mask.unique().tolist()) <= {0, 1, 3}
+    assert torch.equal(one.label("seg_spread")[1], one.upsample(one.spread_seg).amax(0))
+
+
 def test_without_an_affinity_nothing_is_spread(model):
     segmenter = Segmenter(model, CoSAImageProcessor(size={"height": 48, "width": 64}))
     assert "affinity" not in segmenter.settings
     one = segmenter(Image.new("RGB", (20, 30)), tags=["LABEL_1"])
     assert one.spread_cam is None
-    with pytest.raises(ValueError, match="cam_spread where its config names an affinity"):
+    with pytest.raises(ValueError, match="cam_spread, seg_spread, seg_tags_spread where its config names an affinity"):
         one.label("cam_spread")

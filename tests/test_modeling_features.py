@@ -160,7 +160,7 @@ def test_a_middle_layer_is_its_blocks_output_and_later_blocks_are_left_out():
     for layer, found in ((-3, features), (-5, aux_features), (-4, affinity)):
         expected = seen[layer + 1][:, 1:].transpose(1, 2).unflatten(2, (4, 6))
         assert torch.equal(found, expected), layer
-    with pytest.raises(ValueError, match=r"the attention of blocks -5 to -3 can be taken"):
+    with pytest.raises(ValueError, match=r"the attention of blocks -6 to -3 can be taken"):
         backbone.mean_attention(images, [-1])
 
 
@@ -206,7 +206,7 @@ def test_an_earlier_stage_of_a_pyramid_is_on_its_own_grid(name):
         ({"backbone": "swin_tiny_patch4_window7_224", "attention": "value-value"}, "'swin_tiny_patch4_window7_224'"),
         ({"backbone": "eva02_tiny_patch14_224", "aux_layer": -1, "aux_attention": "value"}, "aux_attention='value'"),
         ({"backbone": "test_resnet", "affinity": "attention"}, "affinity='attention' needs"),
-        ({"affinity": "attention", "affinity_blocks": [-6, -1]}, r"affinity_blocks=\[-6, -1\].* blocks -5 to -1"),
+        ({"affinity": "attention", "affinity_blocks": [-7, -1]}, r"affinity_blocks=\[-7, -1\].* blocks -6 to -1"),
         ({"affinity": "features", "affinity_layer": -9}, "affinity_layer=-9 is not a layer of 'test_vit'"),
         ({"feature_layer": -7}, "feature_layer=-7 is not a layer of 'test_vit'"),
     ],

@@ -28,7 +28,7 @@ from cosa_hf.data.images import UnreadableImageError, read_image, read_mask, und
 from cosa_hf.data.tags import class_names, multi_hot, parse_tags, tag_ids
 from cosa_hf.image_processing_cosa import to_rgb, upsampled_argmax
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.objective.affinity import affinity_settings, spread_cams
+from cosa_hf.objective.affinity import affinity_settings, spread_cams, spread_segmentation
 from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, normalize_cams
 
@@ -276,6 +276,8 @@ class Segmentation:
         cam: (C, h, w) normalised CAM of the last layer in [0, 1]; classes without a tag are zero.
         aux_cam: the same of the auxiliary layer.
         spread_cam: the mean of both, spread by the model's affinity; None without one.
+        spread_seg: (C, h, w) class probabilities spread likewise, of the classes that Z recognises (sigmoid(Z) >= 0.5).
+        spread_seg_tags: the same of the tags.
         ground_truth: (H, W) int64 ids; None where there is none.
         cam_threshold: xi of the model, from where on a CAM is foreground.
         crf: refines the segmentation, not the CAMs.
@@ -297,6 +299,8 @@ class Segmentation:
     cam: Any = None
     aux_cam: Any = None
     spread_cam: Any = None
+    spread_seg: Any = None
+    spread_seg_tags: Any = None
     ground_truth: Tensor | None = None
     cam_threshold: float = 0.5
     crf: CRF | None = None
@@ -311,7 +315,8 @@ class Segmentation:
 
         Args:
             source: "cam", "cam_aux", "cam_mean" or "cam_spread" for CAM pseudo-labels (Eq. 3); "seg_tags" or "seg" for
-                the argmax of S over background and tags, or over all classes.
+                the argmax of S over background and tags, or over all classes; "seg_tags_spread" or "seg_spread" for its
+                probabilities, spread and thresholded like a CAM.
             threshold: xi, default: `cam_threshold`; a segmentation does not use it.
 
         Returns:
@@ -330,19 +335,27 @@ class Segmentation:
                 total += (self.upsample(plane[None])[0] - highest).exp()
             return ids, total.reciprocal()
         sources = {"cam": [self.cam], "cam_aux": [self.aux_cam], "cam_mean": [self.cam, self.aux_cam]}
-        cams = (sources | {"cam_spread": [self.spread_cam]}).get(source, [None])
-        if cams[0] is None:
+        sources |= {name: [maps] for name, maps in self._spread.items()}
+        maps = sources.get(source, [None])
+        if maps[0] is None:
             raise ValueError(
                 f"no {source!r}: sources are seg, seg_tags and, of a network with CAMs, cam, cam_aux, cam_mean, and "
-                "cam_spread where its config names an affinity"
+                f"{', '.join(self._spread)} where its config names an affinity"
             )
-        ids = self._possible(source)
-        if len(ids) == 1:
-            nothing = torch.zeros(self.image.height, self.image.width, device=ids.device)
+        classes = sum(maps).flatten(1).any(dim=1).nonzero().flatten()
+        if not len(classes):
+            nothing = torch.zeros(self.image.height, self.image.width, device=classes.device)
             return nothing.long(), nothing
-        mean = torch.stack([self.upsample(each[ids[1:] - 1]) for each in cams]).mean(0)
+        mean = torch.stack([self.upsample(each[classes]) for each in maps]).mean(0)
         winner = cam_pseudo_labels(mean[None], self.cam_threshold if threshold is None else threshold)[0]
-        return ids[winner], mean.amax(0)
+        return F.pad(classes + 1, (1, 0))[winner], mean.amax(0)
+
+    @property
+    def _spread(self) -> dict[str, Any]:
+        """The maps spread by an affinity, by source."""
+        return {
+            "cam_spread": self.spread_cam, "seg_spread": self.spread_seg, "seg_tags_spread": self.spread_seg_tags,
+        }  # fmt: skip
 
     def upsample(self, maps: Tensor) -> Tensor:
         """Maps (N, h, w) at the size of the image, (N, H, W)."""
@@ -535,12 +548,17 @@ class Segmenter:
             nothing if maps is None else normalize_cams(maps, labels)
             for maps in (fused.cam_logits, fused.aux_cam_logits)
         )
-        spread = nothing
+        spread = spread_seg = spread_seg_tags = nothing
         if fused.affinity is not None:
-            spread = spread_cams((cams + aux_cams) / 2, fused.affinity, self.model.config)
+            affinity: Any = (fused.affinity, self.model.config)
+            spread = spread_cams((cams + aux_cams) / 2, *affinity)
+            recognised = (fused.cls_logits >= 0).to(labels.dtype)
+            spread_seg = spread_segmentation(fused.seg_logits, recognised, *affinity)
+            spread_seg_tags = spread_segmentation(fused.seg_logits, labels, *affinity)
         scores = nothing if fused.cls_logits is None else fused.cls_logits
         maps: dict[str, Any] = {"labels": labels, "seg_logits": fused.seg_logits, "cls_logits": scores}
         maps |= {"cam": cams, "aux_cam": aux_cams, "spread_cam": spread}
+        maps |= {"spread_seg": spread_seg, "spread_seg_tags": spread_seg_tags}
         threshold = getattr(self.model.config, "cam_threshold", 0.5)
         return [
             Segmentation(

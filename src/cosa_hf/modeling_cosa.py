@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from .configuration_cosa import CoSAConfig
 
 LEAST_STD = 1e-6  # of a channel that is the same everywhere
+PRIOR_LOGIT = -2.0  # of a class: most are absent, and from 0 the first steps would only learn that
 
 
 @dataclass
@@ -136,9 +138,9 @@ class CoSABackbone(nn.Module):
             self._check_blocks(config.affinity_blocks)
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:
-        """Of the first block timm does not return the input, and blocks behind the last that is used are gone."""
+        """Blocks behind the last that is used are gone."""
         layers = self.model.blocks
-        known = [index for index in range(1 - len(layers), 0) if not isinstance(layers[index], nn.Identity)]
+        known = [index for index in range(-len(layers), 0) if not isinstance(layers[index], nn.Identity)]
         if not set(blocks) <= set(known):
             raise ValueError(
                 f"affinity_blocks={list(blocks)}: of {self.config.backbone!r} the attention of blocks {known[0]} to "
@@ -207,18 +209,19 @@ class CoSABackbone(nn.Module):
     ) -> list[torch.Tensor]:
         """Maps of a ViT, each by layer and attention, and the mean attention of `blocks`, if any.
 
-        Whatever is more than the output of a block comes from its input, which is the output of the one before it.
+        What the last block makes of values alone comes from its input, which is the output of the one before it.
         """
-        inputs = {-2 for _, attention in wanted if attention != "standard"} | {block - 1 for block in blocks}
-        indices = sorted(inputs | {layer for layer, attention in wanted if attention == "standard"})
+        alone = {-2 for _, attention in wanted if attention != "standard"}
+        indices = sorted(alone | set(blocks) | {layer for layer, attention in wanted if attention == "standard"})
         options: dict[str, Any] = self._intermediates | {"indices": indices}
-        if inputs:
+        if alone:
             options["return_prefix_tokens"] = True
         prefix = getattr(model, "num_prefix_tokens", 0)
-        if -1 in indices:
-            normed, outputs = model.forward_intermediates(pixel_values, **options)
-        else:
-            outputs = model.forward_intermediates(pixel_values, intermediates_only=True, stop_early=True, **options)
+        with _attention_of([model.blocks[block] for block in blocks]) as attentions:
+            if -1 in indices:
+                normed, outputs = model.forward_intermediates(pixel_values, **options)
+            else:
+                outputs = model.forward_intermediates(pixel_values, intermediates_only=True, stop_early=True, **options)
         height, width = (side // self.stride for side in pixel_values.shape[-2:])
 
         def on_grid(tokens: torch.Tensor) -> torch.Tensor:
@@ -239,8 +242,7 @@ class CoSABackbone(nn.Module):
             else:
                 maps.append(on_grid(normed) if layer == -1 else output(layer))
         if blocks:
-            total: Any = sum(_attention(model.blocks[block], with_prefix(block - 1)) for block in blocks)
-            maps.append(total[:, prefix:, prefix:] / len(blocks))
+            maps.append(sum(attentions)[:, prefix:, prefix:] / len(blocks))
         return maps
 
     def _resized(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -265,11 +267,11 @@ class CoSABackbone(nn.Module):
         """
         How much each token attends to each other one, softmax(q kᵀ / √d), on average over heads and blocks.
 
-        Computed from the blocks' inputs, one head at a time: timm's fused attention does not return its weights.
+        Computed from the blocks' queries and keys, one head at a time: timm's fused attention keeps its weights.
 
         Args:
             pixel_values: `(B, 3, H, W)`.
-            blocks: Counted from the end; any but the first.
+            blocks: Counted from the end.
 
         Returns:
             `(B, N, N)` with N = h w, in float32 at least. Class and register tokens are left out, so rows sum to less
@@ -531,6 +533,9 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         super().initialize_weights()
+        if self.config.classifier_bias:
+            for head in (self.classifier, self.aux_classifier):
+                init.constant_(head.bias, PRIOR_LOGIT)
         if self.config.standardize_features:  # a checkpoint without them leaves whatever was in memory
             for name in ("feature", "aux_feature"):
                 init.zeros_(getattr(self, f"{name}_mean"))
@@ -854,30 +859,43 @@ def _has_plain_blocks(model: nn.Module) -> bool:
     )
 
 
-def _query_key_value(block: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a plain ViT block from its input (B, N, D): (B, heads, N, d) each."""
-    attention = block.attn
-    together = attention.qkv(block.norm1(tokens)).unflatten(2, (3, attention.num_heads, -1))
-    query, key, value = together.permute(2, 0, 3, 1, 4).unbind(0)
-    return attention.q_norm(query), attention.k_norm(key), value
+def _query_key_value(attention: Any, together: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Of a plain ViT block from what its `qkv` makes of its tokens, (B, N, 3 D): (B, heads, N, d) each."""
+    query, key, value = together.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    yield from (attention.q_norm(query), attention.k_norm(key), value)
 
 
 def _dense_tokens(model: Any, tokens: torch.Tensor, attention: str) -> torch.Tensor:
     """The last block's values, plain or mixed by their own attention, without residual and MLP: (B, N, D)."""
     block = model.blocks[-1]
-    *_, value = _query_key_value(block, tokens)
+    *_, value = _query_key_value(block.attn, block.attn.qkv(block.norm1(tokens)))
     if attention == "value-value":
         value = F.scaled_dot_product_attention(value, value, value)
     return model.norm(block.ls1(block.attn.proj(value.transpose(1, 2).flatten(2))))
 
 
-def _attention(block: Any, tokens: torch.Tensor) -> torch.Tensor:
+@contextmanager
+def _attention_of(blocks: Sequence[Any]) -> Iterator[Any]:
+    """The attention of each of the blocks, (B, N, N), as it comes by in a forward pass: timm's own keeps it inside."""
+    found: list[torch.Tensor] = []
+
+    def keep(block: Any) -> Any:
+        return lambda _, __, together: found.append(_attention(block.attn, together))
+
+    handles = [block.attn.qkv.register_forward_hook(keep(block)) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attention(attention: Any, together: torch.Tensor) -> torch.Tensor:
     """softmax(q kᵀ / √d), the mean over heads, (B, N, N), of which no more than two are in memory at a time."""
-    query, key, _ = _query_key_value(block, tokens)
+    query, key, _ = _query_key_value(attention, together)
     total: Any = 0
-    for q, k in zip(query.unbind(1), key.unbind(1), strict=True):
-        weights = (q * block.attn.scale) @ k.mT
-        total = total + weights.to(torch.promote_types(weights.dtype, torch.float32)).softmax(dim=2)
+    for q, k in zip((query * attention.scale).unbind(1), key.unbind(1), strict=True):
+        total = total + (q @ k.mT).softmax(dim=2, dtype=torch.promote_types(q.dtype, torch.float32))
     return total / query.shape[1]
 
 

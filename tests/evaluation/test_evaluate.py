@@ -21,7 +21,7 @@ from cosa_hf.evaluation.evaluate import PROTOCOLS, evaluate, format_report
 from cosa_hf.inference import Segmenter
 
 NAMES = ["boat", "bird", "train"]
-PLAIN = [name for name in PROTOCOLS if name != "cam_spread"]  # of a model without affinity
+PLAIN = [name for name in PROTOCOLS if not name.endswith("_spread")]  # of a model without affinity
 GRID = (3, 4)
 
 
@@ -300,7 +300,7 @@ def test_a_network_that_only_segments_has_two_protocols_and_no_classification():
     assert "classification" not in format_report(report)
 
 
-def test_a_model_with_an_affinity_has_spread_cams_in_its_report(case):
+def test_a_model_with_an_affinity_has_spread_maps_in_its_report(case):
     _, dataset, (masks, _, _) = case
     torch.manual_seed(0)
     config = CoSAConfig(
@@ -312,9 +312,10 @@ def test_a_model_with_an_affinity_has_spread_cams_in_its_report(case):
     assert [protocol for protocol in PROTOCOLS if protocol in report] == list(PROTOCOLS)
     assert report["protocol"]["affinity"] == whole.settings["affinity"]
     assert "cam_spread" in format_report(report).splitlines()[0]
-    predictions = [one.label("cam_spread", 0.6)[0].numpy() for one in whole.predict(dataset)]
-    expected = reference_ious(predictions, masks)
-    assert list(report["cam_spread"]["per_class"].values()) == pytest.approx(expected)
+    for source in ("cam_spread", "seg_spread", "seg_tags_spread"):
+        predictions = [one.label(source, 0.6)[0].numpy() for one in whole.predict(dataset)]
+        expected = reference_ious(predictions, masks)
+        assert list(report[source]["per_class"].values()) == pytest.approx(expected), source
 
 
 def test_crf_refines_the_segmentations_within_their_classes_and_is_named(case):

@@ -48,7 +48,7 @@ def test_tags_to_cosa_to_pseudo_labels_to_network_to_mask(tmp_path, cosa_hf, sub
         *("evaluate", tmp_path / "second/model", "--dataset", "shapes", "--num_images", 3, *ONE_PASS),
         *("--report", tmp_path / "report.json", "--panels", tmp_path / "panels"),
     )
-    assert "seg: tags unknown; seg_tags: tags given" in table
+    assert "tags unknown: seg; tags given: all others" in table
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"seg", "seg_tags"} == set(report) & {"seg", "seg_tags", "cam", "cam_aux", "cam_mean"}
     assert len(list((tmp_path / "panels").iterdir())) == 3

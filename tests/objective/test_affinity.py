@@ -18,6 +18,7 @@ from cosa_hf.objective.affinity import (
     normalize_rows,
     spread,
     spread_cams,
+    spread_segmentation,
 )
 
 
@@ -168,3 +169,19 @@ def test_the_settings_are_those_of_a_models_config():
     model, own = CoSAConfig(), AffinityConfig()
     assert {name: getattr(model, name) for name in vars(own)} == vars(own)
     assert own.affinity == "none"
+
+
+def test_a_segmentation_is_spread_like_cams():
+    torch.manual_seed(0)
+    logits, features = 3 * torch.randn(2, 4, 3, 5), torch.randn(2, 8, 3, 5)
+    labels = torch.tensor([[1, 0, 1], [0, 1, 0]])
+    valid = torch.ones(2, 3, 5, dtype=torch.bool)
+    valid[1, :, 3:] = False
+    config = AffinityConfig(affinity="features", affinity_steps=2)
+    result = spread_segmentation(logits, labels, features, config, valid)
+    probabilities = reference.segmentation_pseudo_labels(logits.double().numpy(), labels.numpy(), 1.0)[:, 1:]
+    rows = reference.feature_affinity(features.double().numpy(), valid=valid.numpy())
+    expected = reference.spread(probabilities, rows, 2, valid.numpy())
+    np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
+    assert (result[0, 1] == 0).all()
+    assert (result[1, [0, 2]] == 0).all()

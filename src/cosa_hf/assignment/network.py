@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
 from cosa_hf.inference import MultiScaleOutput, forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.objective.affinity import spread_cams
+from cosa_hf.objective.affinity import spread_cams, spread_segmentation
 from cosa_hf.objective.guidance import seg2cam_target
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.precision import at_least_float32
@@ -113,7 +114,8 @@ class AssignmentNetwork(nn.Module):
     ) -> PseudoLabels:
         """Pseudo-labels of a batch (Alg. 1 lines 7-10 and 13): maps filtered by the tags, thresholds moved on.
 
-        Where the network's config names an affinity, CAMs are spread by it, and the thresholds see them spread.
+        Where the network's config names an affinity, CAMs and segmentation are spread by it, and the thresholds see the
+        CAMs so.
 
         Args:
             weak: normalised images, (B, 3, H, W); None with `encoded`.
@@ -139,7 +141,11 @@ class AssignmentNetwork(nn.Module):
             for threshold, maps in zip(self.thresholds, (cams, aux_cams), strict=True):
                 threshold.update(maps.amax(dim=1)[tokens], reduce)
         xi, aux_xi = (threshold.value for threshold in self.thresholds)
-        spl = seg2cam_target(self.config.guidance, fused.seg_logits, labels, self.config.spl_temperature, masks)
+        seg_logits = fused.seg_logits
+        if fused.affinity is not None:
+            maps = spread_segmentation(seg_logits, labels, fused.affinity, self.network.config, tokens)
+            seg_logits = F.pad(maps, (0, 0, 0, 0, 1, 0), value=xi)  # background wins where no class reaches xi
+        spl = seg2cam_target(self.config.guidance, seg_logits, labels, self.config.spl_temperature, masks)
         return PseudoLabels(cams, aux_cams, spl, xi, aux_xi)
 
     @contextmanager

@@ -28,6 +28,8 @@ __all__ = ["PROTOCOLS", "evaluate", "format_report", "protocols_of"]
 PROTOCOLS = {
     "seg": "tags unknown: argmax of the segmentation logits over all classes",
     "seg_tags": "tags given: argmax of the segmentation logits over background and the image's tags",
+    "seg_spread": "tags unknown: probabilities of the recognised classes, spread by the encoder's affinity, thresholded",
+    "seg_tags_spread": "tags given: probabilities of the tags, spread by the encoder's affinity, thresholded",
     "cam": "tags given: normalised CAM of the last layer, thresholded",
     "cam_aux": "tags given: normalised CAM of the auxiliary layer, thresholded",
     "cam_mean": "tags given: mean of the two normalised CAMs, thresholded",
@@ -36,10 +38,13 @@ PROTOCOLS = {
 
 
 def protocols_of(model: Any) -> dict[str, str]:
-    """The `PROTOCOLS` of a model: `seg` and `seg_tags`, with CAMs theirs, with an affinity `cam_spread` too."""
-    spreads = has_cams(model) and affinity_settings(model.config) is not None
-    possible = {"cam_spread": spreads, "seg": True, "seg_tags": True}
-    return {name: text for name, text in PROTOCOLS.items() if possible.get(name, has_cams(model))}
+    """The `PROTOCOLS` of a model: `seg` and `seg_tags`, with CAMs theirs, with an affinity all that it spreads."""
+    cams, spreads = has_cams(model), has_cams(model) and affinity_settings(model.config) is not None
+    return {
+        name: text
+        for name, text in PROTOCOLS.items()
+        if name in ("seg", "seg_tags") or (spreads if name.endswith("_spread") else cams)
+    }
 
 
 def evaluate(
@@ -52,8 +57,8 @@ def evaluate(
     split: str | None = None,
     accelerator: Accelerator | None = None,
 ) -> dict[str, Any]:
-    """Score segmentation (tags unknown, tags given), CAM, auxiliary CAM, their mean, plain and, if the model's config
-    names an affinity, spread by it; and the classification.
+    """Score segmentation (tags unknown, tags given), CAM, auxiliary CAM and their mean; if the model's config names an
+    affinity, what it spreads of them too; and the classification.
 
     Masks are compared at each image's own resolution, pixels with the ignored id are left out, and every image counts
     exactly once towards one confusion matrix per protocol, whatever the batch size and the number of processes.
@@ -167,12 +172,12 @@ def format_report(report: dict[str, Any]) -> str:
         >>> report = dict.fromkeys(PROTOCOLS, column) | {"images": 1, "untagged": [], "protocol": {"crf": None}}
         >>> report["cls_map"] = 87.5
         >>> print(format_report(report))  # doctest: +NORMALIZE_WHITESPACE
-        IoU (%), 1 images    seg  seg_tags   cam  cam_aux  cam_mean  cam_spread
-        background          75.0      75.0  75.0     75.0      75.0        75.0
-        cat                    -         -     -        -         -           -
-        mIoU                75.0      75.0  75.0     75.0      75.0        75.0
-        C-mIoU                 -         -     -        -         -           -
-        seg: tags unknown; seg_tags, cam, cam_aux, cam_mean, cam_spread: tags given; -: nothing to count
+        IoU (%), 1 images    seg  seg_tags  seg_spread  seg_tags_spread   cam  cam_aux  cam_mean  cam_spread
+        background          75.0      75.0        75.0             75.0  75.0     75.0      75.0        75.0
+        cat                    -         -           -                -     -        -         -           -
+        mIoU                75.0      75.0        75.0             75.0  75.0     75.0      75.0        75.0
+        C-mIoU                 -         -           -                -     -        -         -           -
+        tags unknown: seg, seg_spread; tags given: all others; -: nothing to count
         classification: mean average precision 87.5
     """
     columns = [protocol for protocol in PROTOCOLS if protocol in report]
@@ -189,7 +194,8 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [line(head, columns)]
     for name, *values in rows:
         lines.append(line(name, ["-" if value is None else f"{value:.1f}" for value in values]))
-    lines.append(f"seg: tags unknown; {', '.join(columns[1:])}: tags given; -: nothing to count")
+    unknown = ", ".join(column for column in columns if PROTOCOLS[column].startswith("tags unknown"))
+    lines.append(f"tags unknown: {unknown}; tags given: all others; -: nothing to count")
     if report["cls_map"] is not None:
         lines.append(f"classification: mean average precision {report['cls_map']:.1f}")
     if report["untagged"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.objective.precision import at_least_float32
-from cosa_hf.objective.pseudo_labels import normalize_cams
+from cosa_hf.objective.pseudo_labels import normalize_cams, restrict_to_labels
 from cosa_hf.settings import Settings, setting
 
 CHUNK = 4  # images whose affinities, N x N numbers each, are in memory at a time
@@ -178,6 +178,33 @@ def spread_cams(cams: Tensor, source: Tensor, config: Any, valid: Tensor | None 
         return torch.cat([_spread(cams[p], source[p], config, None if valid is None else valid[p]) for p in parts])
 
 
+def spread_segmentation(
+    seg_logits: Tensor, labels: Tensor, source: Tensor, config: Any, valid: Tensor | None = None
+) -> Tensor:
+    """A segmentation read like CAMs: each tagged class's probabilities, spread as its CAM is.
+
+    The decoder of a frozen encoder decides on each token by itself; the affinity says which belong together.
+
+    Args:
+        seg_logits: S, (B, K, h, w), background first.
+        labels: multi-hot tags, (B, C).
+        source: as for `spread_cams`.
+        config: as there.
+        valid: V, (B, h, w).
+
+    Returns:
+        (B, C, h, w) in [0, 1], on the scale of CAMs: what reaches the threshold xi is foreground.
+
+    Example:
+        >>> logits, features = torch.rand(2, 4, 4, 6), torch.rand(2, 8, 4, 6)
+        >>> tags, config = torch.tensor([[1, 0, 0], [0, 1, 1]]), AffinityConfig(affinity="features")
+        >>> spread_segmentation(logits, tags, features, config).flatten(2).any(dim=2).int().tolist()
+        [[1, 0, 0], [0, 1, 1]]
+    """
+    probabilities = restrict_to_labels(at_least_float32(seg_logits), labels).softmax(dim=1)[:, 1:]
+    return spread_cams(probabilities, source, config, valid)
+
+
 def _spread(cams: Tensor, source: Tensor, config: Any, valid: Tensor | None) -> Tensor:
     power = config.affinity_power
     if config.affinity == "attention":
@@ -189,5 +216,5 @@ def _spread(cams: Tensor, source: Tensor, config: Any, valid: Tensor | None) -> 
 
 __all__ = [
     "AffinityConfig", "affinity_settings", "attention_affinity", "feature_affinity", "normalize_rows", "spread",
-    "spread_cams",
+    "spread_cams", "spread_segmentation",
 ]  # fmt: skip

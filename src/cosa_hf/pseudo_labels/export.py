@@ -28,7 +28,8 @@ from cosa_hf.pseudo_labels.formats import FORMATS, Format, PseudoLabel
 __all__ = ["RECORD", "SOURCES", "export_pseudo_labels"]
 
 #: What masks can be made from, and the protocol of evaluation that scores the same masks.
-SOURCES = {"cam": "cam", "cam_aux": "cam_aux", "cam_mean": "cam_mean", "cam_spread": "cam_spread", "seg": "seg_tags"}
+SOURCES = {name: name for name in ("cam", "cam_aux", "cam_mean", "cam_spread")}
+SOURCES |= {"seg": "seg_tags", "seg_spread": "seg_tags_spread"}
 
 #: The file in an export's directory that says how it was made and whether it is complete.
 RECORD = "export.json"
@@ -99,8 +100,8 @@ def export_pseudo_labels(
             f"a {type(model).__name__} only segments: its masks come from source seg and given tags, "
             f"got source {source}" + (" and predicted tags" if class_threshold is not None else "")
         )
-    if source == "cam_spread" and affinity_settings(model.config) is None:
-        raise ValueError("source cam_spread needs a model whose config names an affinity; this one spreads nothing")
+    if source.endswith("_spread") and affinity_settings(model.config) is None:
+        raise ValueError(f"source {source} needs a model whose config names an affinity; this one spreads nothing")
     check_classes(dataset, model.config)
     dataset = undecoded(dataset.select_columns(["image", "labels", "image_id"]))
     classes = segmenter.names[1:]

@@ -251,6 +251,12 @@ class ModelConfig(Settings):
     decoder_dropout: float = setting(
         CoSAConfig.decoder_dropout, "share of the decoder's input channels left out in training", least=0, below=1
     )
+    cam_threshold: float = setting(
+        CoSAConfig.cam_threshold,
+        "xi of the saved model, for reports and labels; training has its own",
+        above=0,
+        below=1,
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
 
 
