@@ -28,7 +28,7 @@ __all__ = ["PROTOCOLS", "evaluate", "format_report", "protocols_of"]
 PROTOCOLS = {
     "seg": "tags unknown: argmax of the segmentation logits over all classes",
     "seg_tags": "tags given: argmax of the segmentation logits over background and the image's tags",
-    "seg_spread": "tags unknown: probabilities of the recognised classes, spread by the encoder's affinity, thresholded",
+    "seg_spread": "tags unknown: probabilities of recognised classes, spread by the encoder's affinity, thresholded",
     "seg_tags_spread": "tags given: probabilities of the tags, spread by the encoder's affinity, thresholded",
     "cam": "tags given: normalised CAM of the last layer, thresholded",
     "cam_aux": "tags given: normalised CAM of the auxiliary layer, thresholded",
