@@ -216,6 +216,11 @@ def test_what_a_backbone_lacks_is_named(settings, named):
         CoSABackbone(config(**{"aux_layer": -2} | settings))
 
 
+def test_biases_start_where_most_classes_are_absent():
+    model = build(pooling="lse", classifier_bias=True)
+    assert torch.cat([model.classifier.bias, model.aux_classifier.bias]).eq(-2).all()
+
+
 def test_attention_of_another_backbone_is_refused():
     with pytest.raises(ValueError, match="'test_resnet' lacks"):
         CoSABackbone(config("test_resnet", aux_layer=-2)).mean_attention(photos(1, 3, 32, 32), [-1])

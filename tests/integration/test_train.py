@@ -129,6 +129,11 @@ def test_flags_win_over_the_recipe_wherever_it_is_called_from(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     config = parse(["--crop_size", "96", "--recipe", "folder-lite0", "--data_dir", "photos"])
     assert (config.dataset, config.backbone, config.crop_size) == ("folder", "tf_efficientnet_lite0.in1k", 96)
+
+
+def test_without_a_recipe_own_photos_take_the_frozen_one():
+    assert parse(["--data_dir", "photos"]) == parse(["--recipe", "folder-clip", "--data_dir=photos"])
+    assert parse(["--data_dir=photos"]).frozen_blocks == "all"
     assert parse([]).dataset == "shapes"
 
 

@@ -335,6 +335,23 @@ def test_the_release_differs_from_the_paper_in_what_its_logs_say(paper, release,
     assert config.dense_energy_weight == 0.05
 
 
+SCHEDULE = {"max_steps", "warmup_steps", "lr_warmup_steps", "ema_momentum"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("coco-clip", SCHEDULE),
+        ("folder-clip", set()),
+        ("folder-dinov2", {"backbone", "attention", "crop_size", "input_size", "supervision_stride", "cam_threshold"}),
+    ],
+)
+def test_the_frozen_recipes_are_voc_clip_but_for_their_images(name, changed):
+    assert set(differences("voc-clip", name)) - RUN == changed | {"dataset", "train_split", "eval_split"} - (
+        {"eval_split"} if name.startswith("folder") else set()
+    )
+
+
 def test_the_papers_recipes_are_its_defaults_but_for_the_schedule():
     for name in ("voc-vit-b", "coco-vit-b"):
         changed = {
