@@ -162,12 +162,12 @@ def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch
     ```
     """
     best = torch.full(size, -torch.inf, device=logits.device)
-    ids = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    for label, plane in enumerate(logits.float()):
+    ids = torch.zeros(size, dtype=torch.int32, device=logits.device)
+    for label, plane in enumerate(logits.detach().float()):
         scores = F.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
         ids[scores > best] = label
-        best = torch.maximum(best, scores)
-    return ids, best
+        torch.maximum(best, scores, out=best)
+    return ids.long(), best
 
 
 __all__ = ["CoSAImageProcessor"]

@@ -24,7 +24,7 @@ from cosa_hf.files import check_output
 def main(arguments: Sequence[str]) -> int:
     args, options = parse(arguments)
     if args.report is not None:
-        check_output(args.report)
+        check_output(args.report, instead="choose another --report")
     splits = {}
     for split in args.split:
         splits[split] = load(args, split, options)

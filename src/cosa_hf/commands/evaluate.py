@@ -31,9 +31,9 @@ from cosa_hf.files import check_output
 
 def main(arguments: Sequence[str]) -> None:
     args, options = parse(arguments)
-    check_output(args.report)
+    check_output(args.report, instead="choose another --report")
     if args.panels is not None:
-        check_output(args.panels, directory=True)
+        check_output(args.panels, directory=True, instead="choose another --panels")
     accelerator = Accelerator()
     segmenter = segmenter_of(args, accelerator.device, size=args.input_size, crf=crf_of(args))
     dataset = dataset_of(args, options, segmenter, masks=True)
@@ -68,5 +68,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]
     parser.add_argument(
         "--input_size", type=positive, help="side in pixels that images are resized to (default: the processor's)"
     )
-    parser.add_argument("--crf", action="store_true", help="refine the segmentations, not the CAMs, with a dense CRF")
+    parser.add_argument(
+        "--crf",
+        action="store_true",
+        help="refine the segmentations, not the CAMs, with a dense CRF, at half a megapixel at most",
+    )
     return parse_dataset_args(parser, arguments)
