@@ -362,7 +362,7 @@ def test_a_crf_gets_logits_and_image_and_its_probabilities_are_taken(cosa, photo
     assert asked[0][1].size == (77, 130)
     torch.testing.assert_close(one.label("seg_tags")[1], (-logits).softmax(0).amax(0))
     assert torch.equal(one.label("cam")[0], plain.label("cam")[0])
-    assert segmenter.settings["crf"] == {"backend": "least_likely"}
+    assert segmenter.settings["crf"] == {"backend": "least_likely", "max_pixels": 500_000, "max_values": 32_000_000}
 
 
 def test_scales_and_flips_are_fused(cosa, photos):

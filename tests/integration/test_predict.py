@@ -131,7 +131,7 @@ def test_an_unreadable_image_does_not_stop_the_others(model_dir, photos, tmp_pat
         (["a/cat_overlay.jpg", "b/cat.png"], r"would both be written to cat_overlay\.png"),
         (["a"], "a is a directory"),
         (["masks/cat.png"], r"masks/cat\.png would be overwritten"),
-        (["b/cat.png"], r"masks/cat\.png exists"),
+        (["b/cat.png"], r"masks/cat\.png is there already"),
     ],
 )
 def test_inputs_that_would_cost_a_file_are_refused_first(inputs, message, tmp_path, complaint):
@@ -150,7 +150,7 @@ def test_what_is_there_is_replaced_only_when_told(model_dir, photos, tmp_path, c
     mine = tmp_path / "wide.png"
     mine.write_bytes(photos[1].read_bytes())
     said = complaint("predict", "no-model-is-needed-to-see-that", photos[0], "--output_dir", tmp_path)
-    assert said == f"error: {mine} exists: choose another directory, or pass --overwrite\n"
+    assert said == f"error: {mine} is there already: choose another --output_dir, pass --overwrite, or remove {mine}\n"
     assert mine.read_bytes() == photos[1].read_bytes()
     for _ in range(2):
         cosa_hf("predict", model_dir, photos[0], "--output_dir", tmp_path, "--overwrite")

@@ -7,7 +7,6 @@ from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from PIL import Image, UnidentifiedImageError
 
-from cosa_hf.data.tags import list_some
 from cosa_hf.image_processing_cosa import to_rgb
 
 T = TypeVar("T", Dataset, IterableDataset)
@@ -120,7 +119,7 @@ def mask_ids(example: dict[str, Any], num_classes: int, ignore_index: int | None
     unknown = [int(i) for i in present if not 0 <= i <= num_classes and i != ignored]
     if unknown:
         raise UnreadableImageError(
-            f"mask of image {example['image_id']!r} holds the ids {list_some([str(i) for i in unknown])}: "
+            f"mask of image {example['image_id']!r} holds the ids {unknown[:8]}: "
             f"expected 0 (background), 1..{num_classes} (classes) or {ignored} (ignore). If they stand for classes, "
             f"say which: --mask_values 0=background {unknown[0]}=CLASS"
         )
