@@ -46,6 +46,8 @@ def load(args: argparse.Namespace, split: str, options: DatasetOptions) -> Datas
     try:
         return load_dataset_by_name(args.dataset, args.data_dir, split, masks=True, options=options)
     except (ValueError, FileNotFoundError) as error:
+        if options.mask_values:
+            raise
         dataset = load_dataset_by_name(args.dataset, args.data_dir, split, options=options)
         print(f"masks of split {split!r} are not checked (training from tags needs none): {error}")
         return dataset
