@@ -12,9 +12,7 @@ def test_what_is_there_is_not_written_over(tmp_path):
     check_output(panels, directory=True)
     report.touch()
     (panels / "1.png").touch()
-    with pytest.raises(
-        FileExistsError, match=r"report\.json is there already: choose another --report, or remove .*json"
-    ):
+    with pytest.raises(FileExistsError, match=r"report\.json is there already: choose another --report, or"):
         check_output(report, instead="choose another --report")
     with pytest.raises(FileExistsError, match=r"1\.png is there already: choose another name, or remove \S*panels$"):
         check_output(panels, directory=True)

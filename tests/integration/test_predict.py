@@ -10,7 +10,8 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import pipeline
 
-from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, demo_model
+from cosa_hf.app import EXAMPLES
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.data.palette import voc_palette
 from cosa_hf.evaluation.crf import DenseCRF
@@ -97,6 +98,28 @@ def test_crf_refines_the_mask(model_dir, photos, tmp_path, cosa_hf):
     ids = read_ids(tmp_path / "crf" / "tall.png")
     np.testing.assert_array_equal(ids, expected)
     assert (ids != read_ids(tmp_path / "plain" / "tall.png")).any()
+
+
+PEAK = """
+import resource, sys
+from cosa_hf.cli import main
+status = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(4000, 3000), (8000, 6000)])
+def test_a_crf_of_a_large_photo_is_taken_at_a_bounded_size_and_in_bounded_memory(size, tmp_path, subprocess_of):
+    Image.open(EXAMPLES / "cat.jpg").resize(size).save(tmp_path / "photo.jpg")
+    words = ("predict", demo_model(), tmp_path / "photo.jpg", "--crf", "--output_dir", tmp_path / "masks")
+    done = subprocess_of(*words, launch=("-c", PEAK), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    *printed, kilobytes = done.stdout.splitlines()
+    assert f"  CRF at 816 x 612, its result upsampled to {size[0]} x {size[1]}" in printed
+    assert int(kilobytes) < 2e6
+    assert read_ids(tmp_path / "masks" / "photo.png").shape == size[::-1]
 
 
 def test_a_network_that_answers_with_a_set_of_masks(mask2former, photos, tmp_path, cosa_hf):

@@ -1,5 +1,6 @@
 """Whether masks are there to be scored against: a score over nothing looks like a good one."""
 
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -68,7 +69,8 @@ def nothing_to_score(
             told += f", and {ignored} does not count"
         advice = f"give them the ids 1..{len(names)} of the classes"
         if ids <= {0, IGNORE_INDEX} and ignored in ids and len(names) == 1:
-            advice = f"if {IGNORE_INDEX} is {names[0]!r}, say so: --mask_values 0=background {IGNORE_INDEX}={names[0]}"
+            named = shlex.quote(names[0])  # to be typed as it stands
+            advice = f"if {IGNORE_INDEX} is {names[0]!r}, say so: --mask_values 0=background {IGNORE_INDEX}={named}"
         return [f"{told}: there is no object to score. {advice[0].upper()}{advice[1:]}"]
     return [
         f"{names[label]!r} is a tag of {name_some(images, 'image')} and in no mask: correct the masks or the tags, or "
