@@ -38,8 +38,8 @@ SCALES = (1.0, 0.5, 1.5, 0.75, 1.25)
 #: Refines a segmentation: logits (K, H, W) at the size of an RGB image, and that image, to probabilities (K, H, W).
 CRF = Callable[[Tensor, Image.Image], Tensor]
 #: At most so many pixels, and so many values of all classes, go through a CRF: its memory grows with both, and 12
-#: megapixels of a phone and 21 classes would take 12 GB. VOC's and COCO's images are smaller.
-CRF_PIXELS, CRF_VALUES = 500_000, 32_000_000
+#: megapixels of a phone and 21 classes would take 12 GB. VOC's and COCO's images have less.
+CRF_PIXELS, CRF_VALUES = 320_000, 32_000_000
 
 #: Networks whose answer is a set of masks with classes. Others of their auto class want more than images, or images of
 #: one size alone.
@@ -311,7 +311,7 @@ class Segmentation:
     @property
     def mask(self) -> Tensor:
         """(H, W) int64 ids: those of `seg_tags` where there are tags, those of `seg` where there are none."""
-        return self._segment(self._source)[0]
+        return self._segment(self._source)[0].long()
 
     @property
     def crf_size(self) -> tuple[int, int]:
@@ -337,11 +337,11 @@ class Segmentation:
         if source in ("seg", "seg_tags"):
             ids, highest = self._segment(source)
             if self.crf is not None:
-                return ids, highest
+                return ids.long(), highest
             total = torch.zeros_like(highest)
             for plane in self.seg_logits[self._possible(source)]:
                 total += (self.upsample(plane[None])[0] - highest).exp()
-            return ids, total.reciprocal()
+            return ids.long(), total.reciprocal()
         sources = {"cam": [self.cam], "cam_aux": [self.aux_cam], "cam_mean": [self.cam, self.aux_cam]}
         sources |= {name: [maps] for name, maps in self._spread.items()}
         maps = sources.get(source, [None])
@@ -379,14 +379,14 @@ class Segmentation:
         return ids if source == "seg" else ids[F.pad(self.labels.bool(), (1, 0), value=True)]
 
     def _segment(self, source: str) -> tuple[Tensor, Tensor]:
-        """Ids, and their probabilities after a CRF or their logits without one."""
+        """Ids, int32, and their probabilities after a CRF or their logits without one."""
         ids = self._possible(source)
         logits = self.seg_logits[ids]  # dropping classes, rather than setting -inf, keeps nan out of the interpolation
         if self.crf is not None:
             smaller = self.image.resize(crf_size(self.image.size, len(ids)), Image.Resampling.BOX)
             logits = self.crf(_resized(logits, smaller), smaller)
         winner, highest = upsampled_argmax(logits, (self.image.height, self.image.width))
-        return winner if source == "seg" else ids[winner], highest
+        return ids.int().index_select(0, winner.flatten()).view_as(winner), highest
 
 
 def crf_size(size: tuple[int, int], num_labels: int) -> tuple[int, int]:
@@ -394,7 +394,7 @@ def crf_size(size: tuple[int, int], num_labels: int) -> tuple[int, int]:
 
     Example:
         >>> crf_size((640, 480), 81), crf_size((4000, 3000), 21)
-        ((640, 480), (816, 612))
+        ((640, 480), (653, 490))
     """
     scale = min(1.0, math.sqrt(min(CRF_PIXELS, CRF_VALUES / num_labels) / math.prod(size)))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

@@ -110,7 +110,7 @@ def test_masks_of_sixteen_bits_are_read_whatever_the_number_of_classes(tmp_path,
 
 def test_255_in_eight_bits_is_not_taken_for_one_of_many_classes(tmp_path, one_image, jpeg):
     example = undecoded(one_image(jpeg, _mask_of(tmp_path, [[0, 254, 255]])))[0]
-    with pytest.raises(ValueError, match="255 in 8 bits, .*: save it in 16 bits, where 65535 means ignore"):
+    with pytest.raises(ValueError, match=r"255 in 8 bits, .*: save it in 16 bits, where 65535 means ignore"):
         read_mask(example, (3, 1), num_classes=1000)
     Image.fromarray(np.array([[0, 254, 65535]], dtype=np.uint16)).save(tmp_path / "mask.png")  # as it says
     assert np.asarray(read_mask(example, (3, 1), num_classes=1000)).tolist() == [[0, 254, 65535]]

@@ -77,7 +77,6 @@ def binary(tmp_path):
     for number, row in enumerate(load_shapes("val", num_images=2, masks=True)):
         row["image"].save(photos / f"{number}.png")
         Image.fromarray(np.uint8(255 * (np.asarray(row["mask"]) > 0))).save(photos / f"{number}_mask.png")
-        )
         lines.append(f"{number}.png,fat cat,{number}_mask.png,val")
     (photos / "metadata.csv").write_text("\n".join(lines))
     return tmp_path

@@ -117,7 +117,7 @@ def test_a_crf_of_a_large_photo_is_taken_at_a_bounded_size_and_in_bounded_memory
     done = subprocess_of(*words, launch=("-c", PEAK), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     *printed, kilobytes = done.stdout.splitlines()
-    assert f"  CRF at 816 x 612, its result upsampled to {size[0]} x {size[1]}" in printed
+    assert f"  CRF at 653 x 490, its result upsampled to {size[0]} x {size[1]}" in printed
     assert int(kilobytes) < 2e6
     assert read_ids(tmp_path / "masks" / "photo.png").shape == size[::-1]
 

@@ -85,6 +85,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--tags", help="comma-separated classes known to be in the images, e.g. cat,dog (default: unknown)"
     )
     parser.add_argument(
-        "--crf", action="store_true", help="refine the masks with a dense CRF, at half a megapixel at most"
+        "--crf", action="store_true", help="refine the masks with a dense CRF, at 0.32 megapixels at most"
     )
     return parser.parse_args(arguments)

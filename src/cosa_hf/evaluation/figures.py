@@ -177,8 +177,9 @@ def overlay(image: Image.Image, mask: Any, names: Sequence[str]) -> Image.Image:
     mask = _mask(mask, image, names)
     # Photographs come with thousands of pixels: the text grows with them.
     legend = _legend(np.unique(mask), names, image.width, max(FONT_SIZE, image.width // 45))
+    painted = _paint(image, mask)
     result = Image.new("RGB", (image.width, image.height + legend.height), PAPER)
-    result.paste(_paint(image, mask), (0, 0))
+    result.paste(painted, (0, 0))
     result.paste(legend, (0, image.height))
     return result
 
@@ -212,7 +213,7 @@ def _mask(mask: Any, image: Image.Image, names: Sequence[str]) -> np.ndarray:
     unnamed = [int(index) for index in np.unique(mask) if index != ignored and not 0 <= index < len(names)]
     if unnamed:
         raise ValueError(f"the mask holds the ids {unnamed}, but there are names for 0..{len(names) - 1} only")
-    return mask.astype(np.uint16)  # of a phone's photo int64 would take half a gigabyte
+    return mask.astype(np.uint16, copy=False)  # of a phone's photo int64 would take half a gigabyte
 
 
 def _fit(image: Image.Image, box: tuple[int, int]) -> tuple[int, int]:
