@@ -30,9 +30,7 @@ __all__ = ["narrow_decoder", "save_half"]
 @one_line_errors()
 def main(arguments: list[str] | None = None) -> None:
     args, options = parse(arguments)
-    check_output(args.target, directory=True)
-    if args.target.is_dir() and any(args.target.iterdir()):  # perhaps MODEL itself
-        raise ValueError(f"{args.target} is not empty: name a new directory for the copy")
+    check_output(args.target, directory=True, instead="name a new directory for the copy")  # perhaps it is MODEL itself
     segmenter = Segmenter.from_pretrained(args.model, device="cpu")
     processor = segmenter.processor
     dataset = undecoded(dataset_of(args, options, segmenter))

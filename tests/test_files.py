@@ -1,6 +1,32 @@
 import pytest
 
-from cosa_hf.files import remove_unfinished, whole_file
+from cosa_hf.files import check_output, file_name, remove_unfinished, whole_file
+
+
+def test_what_is_there_is_not_written_over(tmp_path):
+    """A file, or a directory that holds something; a hidden file, such as a file manager's, is nothing."""
+    report, panels = tmp_path / "report.json", tmp_path / "panels"
+    panels.mkdir()
+    (panels / ".DS_Store").touch()
+    check_output(report, instead="choose another --report")
+    check_output(panels, directory=True)
+    report.touch()
+    (panels / "1.png").touch()
+    with pytest.raises(FileExistsError, match=r"report\.json is there already: choose another --report, or"):
+        check_output(report, instead="choose another --report")
+    with pytest.raises(FileExistsError, match=r"1\.png is there already: choose another name, or remove \S*panels$"):
+        check_output(panels, directory=True)
+    check_output(report, replace=True)
+
+
+@pytest.mark.parametrize("end", ["", "ü" * 200])
+def test_every_id_has_a_file_name_of_its_own(end, tmp_path):
+    ids = [f"{start}{end}" for start in ("cats/1", "cats_1", "cats 1", "cats%2F1", "cats\\1", "CATS")]
+    names = [file_name(each, ".png") for each in ids]
+    assert len(set(names)) == len(ids)
+    for name in names:
+        (tmp_path / name).touch()
+        assert name.endswith(".png")
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):

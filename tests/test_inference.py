@@ -11,7 +11,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerForU
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data.images import UnreadableImageError
-from cosa_hf.inference import Segmenter, forward_multiscale, has_cams, load_model, segmentation_logits
+from cosa_hf.inference import Segmenter, crf_size, forward_multiscale, has_cams, load_model, segmentation_logits
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.objective.affinity import spread_cams, spread_segmentation
@@ -362,7 +362,41 @@ def test_a_crf_gets_logits_and_image_and_its_probabilities_are_taken(cosa, photo
     assert asked[0][1].size == (77, 130)
     torch.testing.assert_close(one.label("seg_tags")[1], (-logits).softmax(0).amax(0))
     assert torch.equal(one.label("cam")[0], plain.label("cam")[0])
-    assert segmenter.settings["crf"] == {"backend": "least_likely"}
+    assert segmenter.settings["crf"] == {"backend": "least_likely", "max_pixels": 320_000, "max_values": 32_000_000}
+
+
+@pytest.mark.parametrize(
+    ("size", "labels", "expected"),
+    [
+        ((500, 375), 21, (500, 375)),  # VOC
+        ((640, 480), 81, (640, 480)),  # COCO
+        ((4000, 3000), 21, (653, 490)),
+        ((8000, 6000), 2, (653, 490)),
+        ((640, 480), 1001, (206, 155)),
+    ],
+)
+def test_the_size_of_a_crf_is_bounded_and_keeps_the_shape(size, labels, expected):
+    assert crf_size(size, labels) == expected
+
+
+def test_a_large_image_goes_through_a_crf_smaller_and_its_result_is_upsampled(cosa):
+    """As if the probabilities had been those of a network with that grid."""
+    asked = []
+
+    def crf(logits, image):
+        asked.append((tuple(logits.shape), image.size))
+        return logits.softmax(0)
+
+    photo = Image.effect_noise((1280, 1000), 64).convert("RGB")
+    one = Segmenter(cosa.model, cosa.processor, crf=crf)(photo)
+    assert one.crf_size == (640, 500)
+    mask, confidence = one.label("seg")
+    assert asked == [((len(cosa.names), 500, 640), (640, 500))]
+    small = torch.nn.functional.interpolate(one.seg_logits[None], size=(500, 640), mode="bilinear").softmax(1)
+    full = torch.nn.functional.interpolate(small, size=(1000, 1280), mode="bilinear")[0]
+    assert torch.equal(mask, full.argmax(0))
+    assert torch.equal(one.mask, mask)
+    torch.testing.assert_close(confidence, full.amax(0))
 
 
 def test_scales_and_flips_are_fused(cosa, photos):

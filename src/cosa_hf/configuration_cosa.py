@@ -18,7 +18,8 @@ class SegmentationConfig(PreTrainedConfig):
     Args:
         coexistence_classes: Names of the classes averaged into C-mIoU, those that rarely appear without some
             other object (train and rail, boat and water).
-        semantic_loss_ignore_index: Id of the pixels a mask leaves out.
+        semantic_loss_ignore_index: Id of the pixels a mask leaves out: 255, which becomes 65535 where that is the
+            id of a label.
         output_stride: What a convolutional encoder is dilated to, in pixels: 8, 16 or 32.
 
     Attributes:
@@ -42,6 +43,8 @@ class SegmentationConfig(PreTrainedConfig):
             self.label2id = {name: int(index) for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
         self._check_labels()
+        if self.semantic_loss_ignore_index == 255 < self.num_labels:
+            self.semantic_loss_ignore_index = 65535
         if self.output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride={self.output_stride} must be 8, 16 or 32.")
 

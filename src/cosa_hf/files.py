@@ -1,12 +1,17 @@
-"""Files that are there completely or not at all, and whether they can be written."""
+"""Files that are there completely or not at all, what they are called, and whether they can be written."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+from urllib.parse import quote
 from uuid import uuid4
 
-__all__ = ["check_output", "remove_unfinished", "whole_file"]
+__all__ = ["check_output", "file_name", "remove_unfinished", "require_absent", "visible", "whole_file"]
+
+LONGEST_NAME = 200  # bytes; common file systems take 255
 
 _UNFINISHED = ".*.unfinished"
 
@@ -41,11 +46,21 @@ def remove_unfinished(directory: Path) -> None:
         path.unlink()
 
 
-def check_output(path: Path, directory: bool = False) -> None:
-    """Refuse a file, or a directory, that could not be written after the work. Makes nothing.
+def check_output(
+    path: Path, directory: bool = False, instead: str = "choose another name", replace: bool = False
+) -> None:
+    """Refuse a file, or a directory, that could not be written after the work, or would replace what is there.
+
+    Makes nothing.
+
+    Args:
+        path: to be written; a directory may be there, but empty.
+        directory: whether it is one.
+        instead: how else to go on, for the message.
+        replace: what is there was meant to be replaced.
 
     Raises:
-        OSError: something else is in its place, or it may not be written.
+        OSError: something is in its place, or it may not be written.
 
     Example:
         >>> check_output(Path("new/report.json"))
@@ -57,5 +72,51 @@ def check_output(path: Path, directory: bool = False) -> None:
     if there.is_dir() != (directory or there != path):
         kind = "directory" if there.is_dir() else "file"
         raise FileExistsError(f"cannot write {path}: {there} is a {kind}; choose another name")
+    if not replace:
+        require_absent(visible(path) if directory else [path], f"{instead}, or remove {path}")
     if not os.access(there, os.W_OK):
         raise PermissionError(f"cannot write {path}: no permission to write {there}; choose another place")
+
+
+def require_absent(results: Iterable[Path], instead: str) -> None:
+    """Refuse to write over what an earlier command left.
+
+    Args:
+        results: what is going to be written.
+        instead: how to go on, for the message.
+
+    Raises:
+        FileExistsError: one of them is there; names it.
+
+    Example:
+        >>> _ = Path("report.json").write_text("{}")
+        >>> require_absent([Path("report.json")], "choose another --report")
+        Traceback (most recent call last):
+        FileExistsError: report.json is there already: choose another --report
+    """
+    for path in results:
+        if path.exists():
+            raise FileExistsError(f"{path} is there already: {instead}")
+
+
+def visible(directory: Path) -> list[Path]:
+    """What a directory holds, sorted, without hidden files; nothing where there is none."""
+    paths = sorted(directory.iterdir()) if directory.is_dir() else []
+    return [path for path in paths if not path.name.startswith(".")]
+
+
+def file_name(identity: str, ending: str) -> str:
+    """A file's name for an image's id: any id gets one of its own, which every file system takes.
+
+    A slash, backslash, percent sign or blank becomes %2F, %5C, %25 or %20; of an over-long id the end makes room for a
+    digest.
+
+    Example:
+        >>> file_name("cats/1", ".png"), len(file_name("x" * 300, ".png"))
+        ('cats%2F1.png', 200)
+    """
+    name = re.sub(r"[%/\\\s]", lambda match: quote(match[0], safe=""), identity) + ending
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = f"-{sha256(identity.encode()).hexdigest()[:16]}{ending}"
+    return name.encode()[: LONGEST_NAME - len(digest)].decode(errors="ignore") + digest

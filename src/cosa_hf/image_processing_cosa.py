@@ -138,14 +138,14 @@ class CoSAImageProcessor(PilBackend):
                 f"{len(target_sizes)} target sizes for {len(logits)} images: give one (height, width) each."
             )
         return [
-            upsampled_argmax(image_logits, (int(height), int(width)))[0]
+            upsampled_argmax(image_logits, (int(height), int(width)))[0].long()
             for image_logits, (height, width) in zip(logits, target_sizes, strict=True)
         ]
 
 
 def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The largest upsampled logit at every pixel: its label id and its value, `(height, width)` each.
+    The largest upsampled logit at every pixel: its label id, `torch.int32`, and its value, `(height, width)` each.
 
     One label at a time: all of them at once would take 4 GB for a phone's photo and COCO's 81 labels.
 
@@ -162,11 +162,11 @@ def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch
     ```
     """
     best = torch.full(size, -torch.inf, device=logits.device)
-    ids = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    for label, plane in enumerate(logits.float()):
+    ids = torch.zeros(size, dtype=torch.int32, device=logits.device)
+    for label, plane in enumerate(logits.detach().float()):
         scores = F.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
         ids[scores > best] = label
-        best = torch.maximum(best, scores)
+        torch.maximum(best, scores, out=best)
     return ids, best
 
 

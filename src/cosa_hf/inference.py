@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from cosa_hf.data.images import UnreadableImageError, read_image, read_mask, undecoded
+from cosa_hf.data.images import UnreadableImageError, ignored_id, read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names, multi_hot, parse_tags, tag_ids
 from cosa_hf.image_processing_cosa import to_rgb, upsampled_argmax
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
@@ -37,6 +37,9 @@ SCALES = (1.0, 0.5, 1.5, 0.75, 1.25)
 
 #: Refines a segmentation: logits (K, H, W) at the size of an RGB image, and that image, to probabilities (K, H, W).
 CRF = Callable[[Tensor, Image.Image], Tensor]
+#: At most so many pixels, and so many values of all classes, go through a CRF: its memory grows with both, and 12
+#: megapixels of a phone and 21 classes would take 12 GB. VOC's and COCO's images have less.
+CRF_PIXELS, CRF_VALUES = 320_000, 32_000_000
 
 #: Networks whose answer is a set of masks with classes. Others of their auto class want more than images, or images of
 #: one size alone.
@@ -308,7 +311,12 @@ class Segmentation:
     @property
     def mask(self) -> Tensor:
         """(H, W) int64 ids: those of `seg_tags` where there are tags, those of `seg` where there are none."""
-        return self._segment("seg_tags" if self.labels.any() else "seg")[0]
+        return self._segment(self._source)[0].long()
+
+    @property
+    def crf_size(self) -> tuple[int, int]:
+        """Width and height at which a CRF refines `mask`: the image's, or less (`CRF_PIXELS`), upsampled afterwards."""
+        return crf_size(self.image.size, len(self._possible(self._source)))
 
     def label(self, source: str, threshold: float | None = None) -> tuple[Tensor, Tensor]:
         """Every pixel's class, at the size of the image: maps are upsampled bilinearly, then decided on.
@@ -329,11 +337,11 @@ class Segmentation:
         if source in ("seg", "seg_tags"):
             ids, highest = self._segment(source)
             if self.crf is not None:
-                return ids, highest
+                return ids.long(), highest
             total = torch.zeros_like(highest)
             for plane in self.seg_logits[self._possible(source)]:
                 total += (self.upsample(plane[None])[0] - highest).exp()
-            return ids, total.reciprocal()
+            return ids.long(), total.reciprocal()
         sources = {"cam": [self.cam], "cam_aux": [self.aux_cam], "cam_mean": [self.cam, self.aux_cam]}
         sources |= {name: [maps] for name, maps in self._spread.items()}
         maps = sources.get(source, [None])
@@ -359,8 +367,11 @@ class Segmentation:
 
     def upsample(self, maps: Tensor) -> Tensor:
         """Maps (N, h, w) at the size of the image, (N, H, W)."""
-        size = (self.image.height, self.image.width)
-        return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+        return _resized(maps, self.image)
+
+    @property
+    def _source(self) -> str:
+        return "seg_tags" if self.labels.any() else "seg"
 
     def _possible(self, source: str) -> Tensor:
         """The ids that pixels may get."""
@@ -368,14 +379,30 @@ class Segmentation:
         return ids if source == "seg" else ids[F.pad(self.labels.bool(), (1, 0), value=True)]
 
     def _segment(self, source: str) -> tuple[Tensor, Tensor]:
-        """Ids, and their probabilities after a CRF or their logits without one."""
+        """Ids, int32, and their probabilities after a CRF or their logits without one."""
         ids = self._possible(source)
         logits = self.seg_logits[ids]  # dropping classes, rather than setting -inf, keeps nan out of the interpolation
-        if self.crf is None:
-            winner, highest = upsampled_argmax(logits, (self.image.height, self.image.width))
-        else:
-            highest, winner = self.crf(self.upsample(logits), self.image).max(0)
-        return ids[winner], highest
+        if self.crf is not None:
+            smaller = self.image.resize(crf_size(self.image.size, len(ids)), Image.Resampling.BOX)
+            logits = self.crf(_resized(logits, smaller), smaller)
+        winner, highest = upsampled_argmax(logits, (self.image.height, self.image.width))
+        return ids.int().index_select(0, winner.flatten()).view_as(winner), highest
+
+
+def crf_size(size: tuple[int, int], num_labels: int) -> tuple[int, int]:
+    """The size, (width, height), at which an image goes through a CRF.
+
+    Example:
+        >>> crf_size((640, 480), 81), crf_size((4000, 3000), 21)
+        ((640, 480), (653, 490))
+    """
+    scale = min(1.0, math.sqrt(min(CRF_PIXELS, CRF_VALUES / num_labels) / math.prod(size)))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _resized(maps: Tensor, image: Image.Image) -> Tensor:
+    """Maps (N, h, w) at the size of an image."""
+    return F.interpolate(maps[None], size=(image.height, image.width), mode="bilinear", align_corners=False)[0]
 
 
 class _Input(NamedTuple):
@@ -395,7 +422,7 @@ class Segmenter:
         scales: relative input sizes whose outputs are fused (Sec. 3.3). `SCALES` and `flip` are the paper's evaluation.
         flip: also fuse the outputs for the mirrored images.
         batch_size: images per forward pass; changes speed and memory only.
-        crf: refines segmentations, such as `evaluation.crf.DenseCRF()`.
+        crf: refines segmentations, such as `evaluation.crf.DenseCRF()`, of large images at a bounded size (`crf_size`).
 
     Raises:
         ValueError: no scale, or one that is not positive; a batch size below 1.
@@ -454,6 +481,7 @@ class Segmenter:
         if crf is not None:
             named = {"backend": getattr(crf, "__name__", type(crf).__name__)}
             crf = asdict(crf) if hasattr(crf, "__dataclass_fields__") else named
+            crf |= {"max_pixels": CRF_PIXELS, "max_values": CRF_VALUES}
         affinity = affinity_settings(self.model.config)
         return ({} if affinity is None else {"affinity": affinity}) | {
             "scales": list(self.scales),
@@ -606,14 +634,16 @@ def label_names(config: Any) -> list[str]:
 
 
 def ignore_index(config: Any) -> int:
-    """The id that a model's config leaves out of masks; 255, as is usual, where it names none.
+    """The id that a model's config leaves out of masks; that of `ignored_id` where it names none, or one of a label.
 
     Example:
         >>> from cosa_hf import CoSAConfig
         >>> ignore_index(CoSAConfig())
         255
     """
-    return getattr(config, "semantic_loss_ignore_index", 255)
+    usual = ignored_id(config.num_labels - 1)
+    named = getattr(config, "semantic_loss_ignore_index", usual)
+    return usual if 0 <= named < config.num_labels else named
 
 
 def check_classes(dataset: Dataset, config: Any) -> None:

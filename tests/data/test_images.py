@@ -100,6 +100,22 @@ def test_mask_with_unknown_ids(tmp_path, one_image, jpeg):
         read_mask(example, (6, 1), num_classes=2, ignore_index=77)
 
 
+@pytest.mark.parametrize("num_classes", [2, 254, 255, 1000])
+def test_masks_of_sixteen_bits_are_read_whatever_the_number_of_classes(tmp_path, one_image, jpeg, num_classes):
+    ids = np.array([[0, 1, num_classes, 65535]])
+    Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "mask.png")
+    read = read_mask(undecoded(one_image(jpeg, tmp_path / "mask.png"))[0], (4, 1), num_classes)
+    assert np.asarray(read).tolist() == [[0, 1, num_classes, 255 if num_classes < 255 else 65535]]
+
+
+def test_255_in_eight_bits_is_not_taken_for_one_of_many_classes(tmp_path, one_image, jpeg):
+    example = undecoded(one_image(jpeg, _mask_of(tmp_path, [[0, 254, 255]])))[0]
+    with pytest.raises(ValueError, match=r"255 in 8 bits, .*: save it in 16 bits, where 65535 means ignore"):
+        read_mask(example, (3, 1), num_classes=1000)
+    Image.fromarray(np.array([[0, 254, 65535]], dtype=np.uint16)).save(tmp_path / "mask.png")  # as it says
+    assert np.asarray(read_mask(example, (3, 1), num_classes=1000)).tolist() == [[0, 254, 65535]]
+
+
 def test_mask_in_colour_is_refused(tmp_path, one_image, jpeg):
     image_of(64, 48).save(tmp_path / "mask.png")
     example = undecoded(one_image(jpeg, tmp_path / "mask.png"))[0]

@@ -14,6 +14,8 @@ def test_caches_are_shown_and_removed(tmp_path, capsys):
     run_command("cache", "--cache_dir", tmp_path)
     assert f"{store.directory}  test_vit" in capsys.readouterr().out
     assert store.directory.exists()
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/about.json").write_text("{}")  # somebody else's
     run_command("cache", "--cache_dir", tmp_path, "--clear")
     assert "removed 1 caches" in capsys.readouterr().out
-    assert not store.directory.exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["project", "about.json"]

@@ -63,6 +63,15 @@ def test_a_training_ends_with_all_its_processes(tmp_path, monkeypatch):
         time.sleep(0.05)
 
 
+def test_a_directory_with_something_in_it_is_left_alone(tmp_path, complaint):
+    (tmp_path / "thesis.tex").touch()
+    said = complaint("demo", "--output_dir", tmp_path)
+    assert said == (
+        f"error: {tmp_path}/thesis.tex is there already: choose another --output_dir, or remove {tmp_path}\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_a_command_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(demo, "COMMAND", ("-c", "raise SystemExit(1)"))
     with pytest.raises(ChildProcessError, match="cosa-hf evaluate failed; the message above says why"):

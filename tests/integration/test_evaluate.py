@@ -2,12 +2,15 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
+from in_process import run_command
 from PIL import Image
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, Segmenter, evaluate
@@ -46,6 +49,54 @@ def test_report_table_and_visualizations(model_dir, tmp_path, subprocess_of):
     assert [path.name for path in drawn] == ["val-00000.png", "val-00001.png"]
     with Image.open(drawn[0]) as image:
         assert image.width > 5 * 96
+
+
+def test_a_report_or_visualizations_are_not_replaced(model_dir, tmp_path, cosa_hf, complaint):
+    words = ("evaluate", model_dir, "--dataset", "shapes", "--num_images", 4, "--scales", 1, "--num_panels", 1)
+    outputs = ("--report", tmp_path / "report.json", "--panels", tmp_path / "panels")
+    cosa_hf(*words, *outputs)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert "report.json is there already: choose another --report, or remove" in complaint(*words, *outputs)
+    other = ("--report", tmp_path / "other.json")
+    said = complaint(*words, *other, *outputs[2:])
+    assert "val-00000.png is there already: choose another --panels, or remove" in said
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    cosa_hf(*words, *other, "--panels", tmp_path / "others")
+
+
+@pytest.fixture
+def binary(tmp_path):
+    """A model of one class, and two photos of it with masks of 0 and 255."""
+    torch.manual_seed(0)
+    config = CoSAConfig(backbone="test_vit", decoder_channels=16, id2label={0: "background", 1: "fat cat"})
+    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(tmp_path / "model")
+    CoSAImageProcessor(size={"height": 48, "width": 48}).save_pretrained(tmp_path / "model")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    lines = ["file_name,labels,mask_file_name,split"]
+    for number, row in enumerate(load_shapes("val", num_images=2, masks=True)):
+        row["image"].save(photos / f"{number}.png")
+        Image.fromarray(np.uint8(255 * (np.asarray(row["mask"]) > 0))).save(photos / f"{number}_mask.png")
+        lines.append(f"{number}.png,fat cat,{number}_mask.png,val")
+    (photos / "metadata.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_binary_masks_are_not_scored_as_nothing_and_the_advice_scores_them(binary, cosa_hf, complaint):
+    report = binary / "report.json"
+    words = ("--dataset", "folder", "--data_dir", binary / "photos", "--split", "val")
+    scored = ("evaluate", binary / "model", *words, "--scales", 1, "--report", report)
+    said = complaint(*scored)
+    assert not report.exists()
+    assert said.startswith("error: the masks hold nothing but 0 and 255, and 255 does not count: there is no object")
+    assert said.count("\n") == 1
+    flags = re.search(r"--mask_values 0=background 255=(.*)\n", said)
+    assert flags[1] == "'fat cat'"  # to be typed as it stands
+    cosa_hf(*scored, *shlex.split(flags[0]))
+    per_class = json.loads(report.read_text())["cam"]["per_class"]
+    assert 0 < per_class["fat cat"] < 100
+    assert run_command("check", *words, "--num_workers", 0) == 1
+    assert run_command("check", *words, "--num_workers", 0, *shlex.split(flags[0])) == 0
 
 
 @pytest.mark.slow

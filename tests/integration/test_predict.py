@@ -10,7 +10,8 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import pipeline
 
-from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, demo_model
+from cosa_hf.app import EXAMPLES
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.data.palette import voc_palette
 from cosa_hf.evaluation.crf import DenseCRF
@@ -99,6 +100,28 @@ def test_crf_refines_the_mask(model_dir, photos, tmp_path, cosa_hf):
     assert (ids != read_ids(tmp_path / "plain" / "tall.png")).any()
 
 
+PEAK = """
+import resource, sys
+from cosa_hf.cli import main
+status = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(4000, 3000), (8000, 6000)])
+def test_a_crf_of_a_large_photo_is_taken_at_a_bounded_size_and_in_bounded_memory(size, tmp_path, subprocess_of):
+    Image.open(EXAMPLES / "cat.jpg").resize(size).save(tmp_path / "photo.jpg")
+    words = ("predict", demo_model(), tmp_path / "photo.jpg", "--crf", "--output_dir", tmp_path / "masks")
+    done = subprocess_of(*words, launch=("-c", PEAK), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    *printed, kilobytes = done.stdout.splitlines()
+    assert f"  CRF at 653 x 490, its result upsampled to {size[0]} x {size[1]}" in printed
+    assert int(kilobytes) < 2e6
+    assert read_ids(tmp_path / "masks" / "photo.png").shape == size[::-1]
+
+
 def test_a_network_that_answers_with_a_set_of_masks(mask2former, photos, tmp_path, cosa_hf):
     cosa_hf("predict", mask2former, photos[1], "--tags", "LABEL_7", "--output_dir", tmp_path)
     assert set(np.unique(read_ids(tmp_path / "tall.png"))) <= {0, 7}
@@ -131,7 +154,7 @@ def test_an_unreadable_image_does_not_stop_the_others(model_dir, photos, tmp_pat
         (["a/cat_overlay.jpg", "b/cat.png"], r"would both be written to cat_overlay\.png"),
         (["a"], "a is a directory"),
         (["masks/cat.png"], r"masks/cat\.png would be overwritten"),
-        (["b/cat.png"], r"masks/cat\.png exists"),
+        (["b/cat.png"], r"masks/cat\.png is there already"),
     ],
 )
 def test_inputs_that_would_cost_a_file_are_refused_first(inputs, message, tmp_path, complaint):
@@ -150,7 +173,7 @@ def test_what_is_there_is_replaced_only_when_told(model_dir, photos, tmp_path, c
     mine = tmp_path / "wide.png"
     mine.write_bytes(photos[1].read_bytes())
     said = complaint("predict", "no-model-is-needed-to-see-that", photos[0], "--output_dir", tmp_path)
-    assert said == f"error: {mine} exists: choose another directory, or pass --overwrite\n"
+    assert said == f"error: {mine} is there already: choose another --output_dir, pass --overwrite, or remove {mine}\n"
     assert mine.read_bytes() == photos[1].read_bytes()
     for _ in range(2):
         cosa_hf("predict", model_dir, photos[0], "--output_dir", tmp_path, "--overwrite")

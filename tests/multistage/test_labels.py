@@ -32,7 +32,7 @@ def test_micro_batches_share_one_weighted_mean_over_the_step(weighted, threshold
     generator = torch.Generator().manual_seed(0)
     images = items(3, generator, confidence=weighted)
     logits = torch.randn(3, 3, 8, 8, generator=generator)
-    batches = [collate(images[:1], threshold), collate(images[1:], threshold)]
+    batches = [collate(images[:1], threshold, 255), collate(images[1:], threshold, 255)]
     total = sum(batch["labels"]["weights"].sum() for batch in batches)
     micro_batches = [
         weighted_loss(SimpleNamespace(logits=maps), batch["labels"], total)
@@ -53,7 +53,7 @@ def test_micro_batches_share_one_weighted_mean_over_the_step(weighted, threshold
 def test_a_step_without_a_labelled_pixel_costs_nothing():
     (item,) = items(1, torch.Generator().manual_seed(0))
     item["mask"][:] = 255
-    labels = collate([item], None)["labels"]
+    labels = collate([item], None, 255)["labels"]
     logits = torch.randn(1, 3, 8, 8, requires_grad=True)
     loss = weighted_loss(SimpleNamespace(logits=logits), labels, labels["weights"].sum())
     loss.backward()
@@ -62,8 +62,8 @@ def test_a_step_without_a_labelled_pixel_costs_nothing():
 
 
 def test_a_cam_is_trusted_away_from_its_threshold_on_both_sides():
-    mask = torch.tensor([[[0, 0, 1, 1, 255]]])
-    weights = confidence_weights(torch.tensor([[[0.0, 0.45, 0.55, 1.0, 1.0]]]), mask, 0.5)[0, 0]
+    labelled = torch.tensor([[[True, True, True, True, False]]])
+    weights = confidence_weights(torch.tensor([[[0.0, 0.45, 0.55, 1.0, 1.0]]]), labelled, 0.5)[0, 0]
     assert weights[4] == 0
     assert weights[0] == weights[3] > 5 * weights[1]
     torch.testing.assert_close(weights[1], weights[2])

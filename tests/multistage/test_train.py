@@ -142,11 +142,20 @@ def test_sigterm_ends_a_run_with_a_checkpoint(tiny, monkeypatch, capsys):
     assert list(history_of(config, "loss")) == [1, 2, 3, 4]
 
 
+def test_a_finished_run_without_checkpoints_is_not_replaced(tiny, tmp_path):
+    train_multistage(tiny(max_steps=2))
+    weights = tmp_path / "run/model/model.safetensors"
+    before = weights.stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match=r"run\.json is there already: no checkpoint of that run was kept"):
+        train_multistage(tiny(max_steps=2))
+    assert weights.stat().st_mtime_ns == before
+
+
 def test_what_cannot_be_resumed_is_named(tiny):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint-N in .*run to resume from"):
         train_multistage(tiny(resume=True))
     train_multistage(tiny(checkpoint_every=4))
-    with pytest.raises(ValueError, match="checkpoint-4 is of an earlier run: --resume it"):
+    with pytest.raises(FileExistsError, match="checkpoint-4 is there already: --resume that run"):
         train_multistage(tiny())
     with pytest.raises(ValueError, match="checkpoint-4 is beyond max_steps = 3"):
         train_multistage(tiny(resume=True, max_steps=3))

@@ -26,6 +26,7 @@ from cosa_hf.inference import Segmenter
 from cosa_hf.pseudo_labels import formats
 from cosa_hf.pseudo_labels.export import SOURCES, export_pseudo_labels
 from cosa_hf.pseudo_labels.formats import FORMATS
+from cosa_hf.pseudo_labels.load import check_masks, load_pseudo_labels
 
 
 def export(segmenter, dataset, output_dir, **settings):
@@ -417,13 +418,34 @@ def test_a_network_that_only_segments_labels_from_given_tags_alone(segmentation_
         np.testing.assert_array_equal(masks_in_png(tmp_path / "out")[image_id], mask)
 
 
-def test_more_classes_than_a_mask_holds_are_refused(columns, tmp_path):
-    classes = [f"class {number}" for number in range(255)]
+@pytest.mark.parametrize("number", [254, 255, 300])
+def test_masks_have_the_bits_that_the_classes_need(columns, tmp_path, number):
+    torch.manual_seed(0)
+    classes = [f"class {index}" for index in range(number)]
     config = CoSAConfig(backbone="test_vit", decoder_channels=8, id2label=dict(enumerate(["background", *classes])))
-    segmenter = Segmenter(CoSAForWeaklySupervisedSegmentation(config), CoSAImageProcessor())
-    with pytest.raises(ValueError, match="masks of 8 bits hold 254 classes, the model has 255"):
-        export(segmenter, Dataset.from_dict(columns, features=tag_features(classes)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    processor = CoSAImageProcessor(size={"height": 48, "width": 48})
+    segmenter = Segmenter(CoSAForWeaklySupervisedSegmentation(config), processor)
+    columns["labels"] = [[number - 1]] * 5
+    dataset = Dataset.from_dict(columns, features=tag_features(classes))
+    for format in ("png", "parquet"):
+        assert export(segmenter, dataset, tmp_path / format, format=format) == 5
+    expected = expected_masks(segmenter, dataset, "cam", 0.5)
+    png, parquet = (load_pseudo_labels(str(tmp_path / format)).dataset for format in ("png", "parquet"))
+    for written in (png, parquet):
+        check_masks(written)
+        for row, mask in zip(written, expected.values(), strict=True):
+            assert row["mask"].mode == ("P" if number == 254 else "I;16")
+            np.testing.assert_array_equal(np.asarray(row["mask"]), mask)
+    assert {index for mask in expected.values() for index in np.unique(mask)} == {0, number}
+
+
+def test_over_long_ids_have_names_of_their_own(segmenter, columns, tmp_path):
+    columns["image_id"] = ["x" * 300 + end for end in "abcde"]
+    dataset = Dataset.from_dict(columns, features=tag_features(CLASSES))
+    assert export(segmenter, dataset, tmp_path / "out") == 5
+    written = load_voc(tmp_path / "out", "train", masks=True)
+    assert len(set(written["image_id"])) == 5
+    assert written["labels"][:] == columns["labels"]
 
 
 def test_masks_in_the_dataset_are_not_opened(segmenter, columns, tmp_path):

@@ -302,7 +302,7 @@ def test_weights_in_many_files_are_asked_for_in_one(model, tmp_path):
 def test_nothing_is_mixed_into_a_directory(model, tmp_path):
     (tmp_path / "staged").mkdir()
     (tmp_path / "staged" / "note.txt").touch()
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(FileExistsError, match=r"note\.txt is there already: choose another directory, or remove"):
         stage(model, tmp_path / "staged", "org/cats")
 
 

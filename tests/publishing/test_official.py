@@ -180,6 +180,18 @@ def test_command_both_ways(tmp_path, cosa_hf):
     assert torch.equal(back["encoder.pos_embed"], weights["encoder.pos_embed"])
 
 
+def test_commands_replace_nothing(tmp_path, complaint):
+    (tmp_path / "model").mkdir()
+    for name in ("model/model.safetensors", "back.pth", "model.onnx"):
+        (tmp_path / name).write_text("mine")
+    said = complaint("convert", "checkpoint", "nowhere.pth", tmp_path / "model", "--dataset", "voc")
+    assert re.match(r"error: \S*model/model\.safetensors is there already: choose another name, or remove", said)
+    for name, format in (("back.pth", "official"), ("model.onnx", "onnx")):
+        said = complaint("export", "nowhere", tmp_path / name, "--format", format)
+        assert re.match(rf"error: \S*{name} is there already: choose another name, or remove", said)
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"mine"}
+
+
 @pytest.mark.parametrize("format", ["official", "onnx"])
 def test_command_takes_no_network_without_cams(format, segmentation_only, tmp_path, complaint):
     said = complaint("export", segmentation_only, tmp_path / "back.pth", "--format", format)

@@ -81,7 +81,7 @@ def test_command(redundant, tmp_path, capsys):
     with pytest.raises(SystemExit, match="error: no model at"):
         main([str(tmp_path / "none"), str(tmp_path / "other"), *options])
     before = (tmp_path / "model/model.safetensors").read_bytes()
-    for target, message in (("model", "is not empty: name a new directory"), ("model/config.json/x", "is a file")):
+    for target, message in (("model", "is there already: name a new directory"), ("model/config.json/x", "is a file")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             main([str(tmp_path / "model"), str(tmp_path / target), *options])
     assert (tmp_path / "model/model.safetensors").read_bytes() == before

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from PIL import Image
 from runs_of import assert_equal, summary_of, weights_of
 from transformers import AutoConfig
 
-from cosa_hf.data import load_shapes, undecoded
+from cosa_hf.data import SHAPES_CLASSES, load_shapes, undecoded
 from cosa_hf.training.checkpoints import Checkpoints
 from cosa_hf.training.trainer import train
 
@@ -48,12 +49,32 @@ def test_a_folder_trains_and_is_evaluated_with_its_own_classes(folder, tiny, cap
     config = tiny(
         dataset="folder", data_dir=str(folder), train_split="train", eval_split="val", eval_every=2,
         max_steps=2, warmup_steps=1, classes=["train", "boat", "disc", "square", "triangle", "star", "ring", "cross"],
+        mask_values=[f"{value}={name}" for value, name in enumerate(["background", *SHAPES_CLASSES])],
     )  # fmt: skip
     model = train(config)
     assert "5 images, 8 classes (train, boat, disc," in capsys.readouterr().out
     labels = AutoConfig.from_pretrained(model).id2label
     assert [labels[index] for index in range(9)] == ["background", *config.classes]
     assert (summary_of(config)["images"], summary_of(config)["unreadable_replaced"]) == (5, [])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (("mask_file_name", "somewhere"), "names no mask for 1 image"),
+        ((",val", ",train"), "has no images of split 'val'"),
+        (("masks/5.png", "empty.png"), "the masks hold nothing but 0: there is no object to score"),
+    ],
+)
+def test_what_a_run_cannot_be_scored_on_is_said_first_and_it_trains_without(folder, tiny, tmp_path, spoil, reason):
+    Image.new("L", (48, 48)).save(folder / "empty.png")
+    table = folder / "metadata.csv"
+    table.write_text(table.read_text().replace(*spoil))
+    settings = {"dataset": "folder", "data_dir": str(folder), "train_split": "train", "max_steps": 2, "warmup_steps": 1}
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{reason}.*: to train without, pass --eval_every 0"):
+        train(tiny(**settings, eval_every=1))
+    assert not (tmp_path / "run").exists()
+    train(tiny(**settings, eval_every=0))
 
 
 def test_a_broken_image_does_not_end_the_run_but_is_listed(folder, tiny, capsys):

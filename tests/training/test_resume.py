@@ -157,26 +157,43 @@ def test_the_newest_are_kept(tiny, tmp_path):
 def test_a_run_does_not_mix_with_the_checkpoints_of_an_earlier_one(tiny, tmp_path):
     train(tiny(checkpoint_every=3))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    with pytest.raises(ValueError, match=r"step-0000006\.safetensors is of an earlier run"):
+    with pytest.raises(FileExistsError, match=r"step-0000006\.safetensors is there already: --resume that run"):
         train(tiny(checkpoint_every=3, tracker="tensorboard"))
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    shutil.rmtree(tmp_path / "run/checkpoints")
+    shutil.rmtree(tmp_path / "run")
     train(tiny(max_steps=2, warmup_steps=2))
     assert [entry["step"] for entry in log_of(tiny())] == [1, 2]
 
 
 def test_a_run_does_not_mix_with_the_snapshots_of_an_earlier_one(tiny):
     train(tiny(snapshot_every=3))
-    with pytest.raises(ValueError, match=r"snapshots/step-0000006 is of an earlier run: --resume it, remove it"):
+    with pytest.raises(FileExistsError, match=r"snapshots/step-0000003 is there already: no checkpoint of that run"):
         train(tiny())
 
 
+@pytest.mark.parametrize("left", ["run.json", "online", "assignment"])
+def test_a_finished_run_without_checkpoints_is_not_replaced(tiny, tmp_path, left):
+    """And each of the two ways out that the message names is one."""
+    run = tmp_path / "run"
+    train(tiny(max_steps=2, warmup_steps=2))
+    for name in {"run.json", "online", "assignment"} - {left}:
+        (run / name).rename(tmp_path / name)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    said = rf"run/{left} is there already: no checkpoint of that run was kept: choose another --output_dir, or remove"
+    with pytest.raises(FileExistsError, match=said):
+        train(tiny(max_steps=2, warmup_steps=2))
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    train(tiny(max_steps=2, warmup_steps=2, output_dir=str(tmp_path / "another")))
+    shutil.rmtree(run)
+    train(tiny(max_steps=2, warmup_steps=2))
+
+
 def test_a_run_that_has_begun_is_not_done(tiny, monkeypatch):
-    config = tiny()
+    config = tiny(checkpoint_every=3)
     train(config)
     monkeypatch.setattr(Trainer, "losses", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train(config)
+        train(tiny(checkpoint_every=3, resume=True, max_steps=8))
     with pytest.raises(FileNotFoundError, match=r"is not a finished run"):
         moments(Path(config.output_dir))
 

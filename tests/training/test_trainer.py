@@ -59,14 +59,14 @@ def test_warmup_is_classification_only_and_the_rest_is_everything(tiny):
     assert terms == [{"loss", "cls", "aux_cls"}] * 3 + [everything] * 3
 
 
-def test_warmup_never_runs_the_assignment_network(tiny, monkeypatch):
+def test_warmup_never_runs_the_assignment_network(tiny, monkeypatch, tmp_path):
     def forbidden(*args, **kwargs):
         raise AssertionError("the assignment network ran during warm-up")
 
     monkeypatch.setattr(AssignmentNetwork, "label", forbidden)
     train(tiny(warmup_steps=6))
     with pytest.raises(AssertionError, match="ran during warm-up"):
-        train(tiny(warmup_steps=5))
+        train(tiny(warmup_steps=5, output_dir=str(tmp_path / "other")))
 
 
 @pytest.fixture
@@ -270,10 +270,10 @@ def test_the_recommendation_follows_from_the_schedule(steps, name):
     assert "1667" in reason
 
 
-def test_another_number_of_images_than_the_schedule_is_made_for_is_announced(tiny, capsys):
+def test_another_number_of_images_than_the_schedule_is_made_for_is_announced(tiny, tmp_path, capsys):
     train(tiny(max_steps=2, warmup_steps=2))
     assert "the schedule is made for" not in capsys.readouterr().out
-    train(tiny(max_steps=2, warmup_steps=2, images_per_step=4))
+    train(tiny(max_steps=2, warmup_steps=2, images_per_step=4, output_dir=str(tmp_path / "other")))
     assert "made for 4 images a step, this run takes 2: 2 (batch_size) x 1 (grad" in capsys.readouterr().out
 
 

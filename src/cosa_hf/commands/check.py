@@ -24,7 +24,7 @@ from cosa_hf.files import check_output
 def main(arguments: Sequence[str]) -> int:
     args, options = parse(arguments)
     if args.report is not None:
-        check_output(args.report)
+        check_output(args.report, instead="choose another --report")
     splits = {}
     for split in args.split:
         splits[split] = load(args, split, options)
@@ -46,6 +46,8 @@ def load(args: argparse.Namespace, split: str, options: DatasetOptions) -> Datas
     try:
         return load_dataset_by_name(args.dataset, args.data_dir, split, masks=True, options=options)
     except (ValueError, FileNotFoundError) as error:
+        if options.mask_values:
+            raise
         dataset = load_dataset_by_name(args.dataset, args.data_dir, split, options=options)
         print(f"masks of split {split!r} are not checked (training from tags needs none): {error}")
         return dataset

@@ -21,6 +21,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("demo", __doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="emptied first")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="a new or empty directory")
     parser.add_argument("--recipe", default="shapes-tiny", help="a YAML file, or the name of one of the package")
     return parser.parse_args(arguments)

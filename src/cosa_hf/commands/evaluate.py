@@ -26,14 +26,15 @@ from cosa_hf.commands.inputs import (
 from cosa_hf.data import DatasetOptions
 from cosa_hf.evaluation.evaluate import evaluate, format_report
 from cosa_hf.evaluation.figures import save_visualizations
-from cosa_hf.files import check_output
+from cosa_hf.files import check_output, require_absent
 
 
 def main(arguments: Sequence[str]) -> None:
     args, options = parse(arguments)
-    check_output(args.report)
+    check_output(args.report, instead="choose another --report")
     if args.panels is not None:
-        check_output(args.panels, directory=True)
+        check_output(args.panels, directory=True, replace=True)  # a run may have left its own in directories below
+        require_absent(sorted(args.panels.glob("*.png")), f"choose another --panels, or remove {args.panels}")
     accelerator = Accelerator()
     segmenter = segmenter_of(args, accelerator.device, size=args.input_size, crf=crf_of(args))
     dataset = dataset_of(args, options, segmenter, masks=True)
@@ -68,5 +69,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]
     parser.add_argument(
         "--input_size", type=positive, help="side in pixels that images are resized to (default: the processor's)"
     )
-    parser.add_argument("--crf", action="store_true", help="refine the segmentations, not the CAMs, with a dense CRF")
+    parser.add_argument(
+        "--crf",
+        action="store_true",
+        help="refine the segmentations, not the CAMs, with a dense CRF, at 0.32 megapixels at most",
+    )
     return parse_dataset_args(parser, arguments)

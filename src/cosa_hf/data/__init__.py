@@ -11,6 +11,7 @@ from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.folder import load_folder
 from cosa_hf.data.hub import load_hub, stream_hub
 from cosa_hf.data.images import read_image, read_mask, undecoded
+from cosa_hf.data.mask_values import with_mask_values
 from cosa_hf.data.options import DatasetOptions
 from cosa_hf.data.shapes import SHAPES_CLASSES, SHAPES_COEXISTENCE, load_shapes
 from cosa_hf.data.streaming import streaming_loader
@@ -84,7 +85,7 @@ def load_dataset_by_name(
         split: a split of that dataset, e.g. "train_aug" or "train".
         masks: add the column `mask`; without it no mask is opened.
         options: what "folder" and "hub" need to be told. A dataset with classes of its own ignores them, but for
-            `classes`, which must then be these.
+            `classes`, which must then be these, and `mask_values`.
 
     Raises:
         ValueError: unknown name, a `data_dir` or `classes` that do not fit; otherwise what the reader raises.
@@ -97,6 +98,8 @@ def load_dataset_by_name(
         raise ValueError(f"unknown dataset {name!r}; known: {', '.join(_REGISTRY)}")
     options = options or DatasetOptions()
     dataset = _REGISTRY[name].load(data_dir, split, masks, options)
+    if masks and options.mask_values:
+        dataset = with_mask_values(dataset, options.mask_values)
     if options.classes and class_names(dataset) != list(options.classes):
         raise ValueError(
             f"dataset {name!r} has classes of its own, {class_names(dataset)}; got {list(options.classes)}"

@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from cosa_hf.data.images import IGNORE_INDEX, UnreadableImageError, read_image, read_mask, undecoded
+from cosa_hf.data.ground_truth import nothing_to_score
+from cosa_hf.data.images import UnreadableImageError, ignored_id, read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names
 from cosa_hf.progress import progress as progress_bar
 
@@ -28,7 +29,7 @@ class _Seen(NamedTuple):
     labels: list[int]
     problem: str  # why it, or its mask, cannot be read
     kind: str  # "unreadable" or "mask"
-    in_mask: list[int] | None  # the tags that its mask has pixels of; None without a mask
+    in_mask: list[int] | None  # the ids in its mask; None without a mask
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Findings:
 ADVICE = {
     "unreadable": "replace these files, or remove them and their tags",
     "mask": "correct these masks: evaluation stops at them",
+    "nothing to score": "evaluation refuses these masks",
     "contradiction": "give equal images equal tags, or keep one; an image with several tags needs a metadata table",
     "leak": "take these images out of one of the splits: scores on images seen in training mean nothing",
     "unnamed": "no table names these images: they are not used",
@@ -94,10 +96,18 @@ def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: 
                 f"split {split!r} has the classes {class_names(dataset)}, another one {names}: fix --classes"
             )
         counts: Counter = Counter()
+        in_masks: set[int] = set()
+        tagged: dict[int, list[str]] = defaultdict(list)  # of images with a mask
         reading = _read(dataset, num_workers)
         for seen in progress_bar(reading, f"check {split}", len(dataset), unit="image", disable=not progress):
             counts.update(seen.labels)
             _judge(found, split, seen, names, places)
+            if seen.in_mask is not None:
+                in_masks.update(seen.in_mask)
+                for label in seen.labels:
+                    tagged[label].append(seen.image_id)
+        if in_masks and (reasons := nothing_to_score(in_masks, tagged, names)):
+            found.errors["nothing to score"] += [f"{split}: {reason}" for reason in reasons]
         found.images[split] = len(dataset)
         found.class_counts[split] = {name: counts[index] for index, name in enumerate(names)}
     _compare(found, places, names)
@@ -153,9 +163,10 @@ def _judge(
         found.warnings["untagged"].append(where)
     if seen.in_mask is None:
         return
-    for index in sorted(set(seen.in_mask) - set(seen.labels)):
+    shown = {index - 1 for index in seen.in_mask if index not in (0, ignored_id(len(names)))}
+    for index in sorted(shown - set(seen.labels)):
         found.warnings["missing tag"].append(f"{where}: {names[index]}")
-    for index in sorted(set(seen.labels) - set(seen.in_mask)):
+    for index in sorted(set(seen.labels) - shown):
         found.warnings["missing pixels"].append(f"{where}: {names[index]}")
 
 
@@ -195,7 +206,7 @@ class _Reading(torch.utils.data.Dataset):
             kind = "mask"
             if "mask" in row:
                 ids = np.asarray(read_mask(row, image.size, self.num_classes))
-                in_mask = [int(i) - 1 for i in np.unique(ids) if i not in (0, IGNORE_INDEX)]
+                in_mask = [int(i) for i in np.unique(ids)]
         except UnreadableImageError as error:
             problem = str(error)
         return _Seen(row["image_id"], digest, row["labels"], problem, kind, in_mask)

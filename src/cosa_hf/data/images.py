@@ -12,7 +12,9 @@ from cosa_hf.image_processing_cosa import to_rgb
 T = TypeVar("T", Dataset, IterableDataset)
 
 IGNORE_INDEX = 255
-"""The id of mask pixels that no loss and no metric counts."""
+"""The id of mask pixels that no loss and no metric counts, where masks have 8 bits."""
+WIDE_IGNORE_INDEX = 65535
+"""The same where they have 16."""
 
 
 class UnreadableImageError(ValueError):
@@ -58,10 +60,20 @@ def read_image(example: dict[str, Any]) -> Image.Image:
         raise _unreadable(example, "image", error) from error
 
 
+def ignored_id(num_classes: int) -> int:
+    """The id of mask pixels that no loss and no metric counts: 255, and 65535 where 8 bits do not hold all classes.
+
+    Example:
+        >>> ignored_id(254), ignored_id(255)
+        (255, 65535)
+    """
+    return IGNORE_INDEX if num_classes < IGNORE_INDEX else WIDE_IGNORE_INDEX
+
+
 def read_mask(
-    example: dict[str, Any], image_size: tuple[int, int], num_classes: int, ignore_index: int = IGNORE_INDEX
+    example: dict[str, Any], image_size: tuple[int, int], num_classes: int, ignore_index: int | None = None
 ) -> Image.Image:
-    """The mask of an example as class ids in a mode "L" image.
+    """The mask of an example as class ids, in a mode "L" image up to 254 classes and a mode "I" image beyond.
 
     Ids: 0 background, 1..C classes, `ignore_index` ignore. Palette files give their indices; the
     palette's colours mean nothing.
@@ -70,10 +82,10 @@ def read_mask(
         example: a row of an `undecoded` dataset with a `mask` column.
         image_size: (width, height) of the image as `read_image` returns it, after any EXIF rotation.
         num_classes: C, foreground classes.
+        ignore_index: default: `ignored_id` of the classes.
 
     Raises:
-        UnreadableImageError: the file cannot be read, is not a single-channel 8-bit image, has another size than the
-            image, or holds ids outside 0..C and `ignore_index`; names the image.
+        UnreadableImageError: as `mask_ids`, or the mask has another size than the image; names the image.
 
     Example:
         >>> from cosa_hf.data import load_shapes
@@ -82,26 +94,57 @@ def read_mask(
         >>> mask.mode, mask.size
         ('L', (96, 96))
     """
-    mask = _decode(example, "mask")
-    if mask.mode not in ("L", "P"):
+    ids = mask_ids(example, num_classes, ignore_index)
+    if ids.shape != image_size[::-1]:
         raise UnreadableImageError(
-            f"mask of image {example['image_id']!r} has mode {mask.mode!r}: "
-            "expected class ids in a grayscale or palette PNG (mode 'L' or 'P')"
-        )
-    if mask.size != image_size:
-        raise UnreadableImageError(
-            f"mask of image {example['image_id']!r} is {mask.width}x{mask.height} (width x height), "
+            f"mask of image {example['image_id']!r} is {ids.shape[1]}x{ids.shape[0]} (width x height), "
             f"its image is {image_size[0]}x{image_size[1]}"
         )
-    ids = np.asarray(mask)
-    present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
-    unknown = [int(i) for i in present if i > num_classes and i != ignore_index]
+    return Image.fromarray(ids)
+
+
+def mask_ids(example: dict[str, Any], num_classes: int, ignore_index: int | None = None) -> np.ndarray:
+    """The class ids of `read_mask` without a look at the image, (H, W), uint8 or int32.
+
+    Raises:
+        UnreadableImageError: the file cannot be read, is not a single-channel image of integers, or holds ids outside
+            0..C and `ignore_index`; names the image.
+    """
+    ids = raw_mask(example)
+    ignored = ignored_id(num_classes) if ignore_index is None else ignore_index
+    eight_bits = ids.dtype == np.uint8
+    if not eight_bits:
+        ids = np.where(ids == WIDE_IGNORE_INDEX, ignored, ids)
+    present = np.unique(ids)
+    unknown = [int(i) for i in present if not 0 <= i <= num_classes and i != ignored]
     if unknown:
         raise UnreadableImageError(
-            f"mask of image {example['image_id']!r} holds the ids {unknown}: "
-            f"expected 0 (background), 1..{num_classes} (classes) or {ignore_index} (ignore)"
+            f"mask of image {example['image_id']!r} holds the ids {unknown[:8]}: "
+            f"expected 0 (background), 1..{num_classes} (classes) or {ignored} (ignore). If they stand for classes, "
+            f"say which: --mask_values 0=background {unknown[0]}=CLASS"
         )
-    return Image.fromarray(ids)
+    if eight_bits and num_classes >= IGNORE_INDEX and IGNORE_INDEX in present:
+        raise UnreadableImageError(
+            f"mask of image {example['image_id']!r} holds {IGNORE_INDEX} in 8 bits, which of {num_classes} classes is "
+            f"one, and elsewhere means ignore: save it in 16 bits, where {WIDE_IGNORE_INDEX} means ignore"
+        )
+    return ids.astype(np.uint8 if max(num_classes, ignored) <= IGNORE_INDEX else np.int32)
+
+
+def raw_mask(example: dict[str, Any]) -> np.ndarray:
+    """The values of a mask as its file has them, (H, W), uint8 or, of a file with more bits, int32.
+
+    Raises:
+        UnreadableImageError: the file cannot be read, or is not a single-channel image of integers; names the image.
+    """
+    mask = _decode(example, "mask")
+    eight_bits = mask.mode in ("L", "P")
+    if not eight_bits and mask.mode != "I" and not mask.mode.startswith("I;16"):
+        raise UnreadableImageError(
+            f"mask of image {example['image_id']!r} has mode {mask.mode!r}: "
+            "expected class ids in a grayscale or palette PNG of 8 bits, or a grayscale one of 16"
+        )
+    return np.asarray(mask, dtype=np.uint8 if eight_bits else np.int32)
 
 
 def read_confidence(example: dict[str, Any], image_size: tuple[int, int]) -> Image.Image:

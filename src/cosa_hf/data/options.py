@@ -7,7 +7,7 @@ from cosa_hf.settings import Settings, setting
 
 @dataclass(kw_only=True)
 class DatasetOptions(Settings):
-    """Options of the readers "folder" and "hub"; recipes and commands have them as flags of the same names.
+    """Options of the readers, most of "folder" and "hub"; recipes and commands have them as flags of the same names.
 
     Example:
         >>> DatasetOptions(dataset_name="org/pets", label_column="label").image_column
@@ -23,6 +23,11 @@ class DatasetOptions(Settings):
     mask_column: str = setting("mask", "hub: column of the masks, for evaluation")
     classes: list[str] | None = setting(
         None, "folder, hub: the classes in the order of their ids; default: all tags found, sorted"
+    )
+    mask_values: list[str] | None = setting(
+        None,
+        "what values in masks mean where they are not ids of classes, VALUE=NAME each, such as 0=background 255=cat; "
+        "NAME is a class, background or ignore",
     )
 
 

@@ -1,9 +1,11 @@
-"""The colours of class ids: the PASCAL VOC colour map and masks saved as palette PNGs."""
+"""The colours of class ids: the PASCAL VOC colour map, and masks as images to save and to look at."""
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["to_palette_image", "voc_palette"]
+from cosa_hf.data.images import IGNORE_INDEX
+
+__all__ = ["mask_image", "painted", "to_palette_image", "voc_palette"]
 
 
 def voc_palette(num_colors: int = 256) -> list[tuple[int, int, int]]:
@@ -13,14 +15,14 @@ def voc_palette(num_colors: int = 256) -> list[tuple[int, int, int]]:
     black, 255 (ignore) is cream, and neighbouring ids differ strongly.
 
     Raises:
-        ValueError: `num_colors` is not in 1..256.
+        ValueError: `num_colors` is not in 1..65536.
 
     Example:
         >>> voc_palette(3)
         [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
     """
-    if not 1 <= num_colors <= 256:
-        raise ValueError(f"a palette has 1 to 256 colours, got {num_colors}")
+    if not 1 <= num_colors <= 65536:
+        raise ValueError(f"there are colours for 1 to 65536 ids, got {num_colors}")
     ids = np.arange(num_colors)
     colors = np.zeros((num_colors, 3), dtype=int)
     for bit in range(8):
@@ -50,3 +52,38 @@ def to_palette_image(ids: np.ndarray) -> Image.Image:
     image = Image.fromarray(ids.astype(np.uint8))  # mode L; the palette turns it into P and keeps the ids
     image.putpalette([value for color in voc_palette() for value in color])
     return image
+
+
+def mask_image(ids: np.ndarray, num_classes: int) -> Image.Image:
+    """A mask to be saved as PNG: a palette image up to 254 classes, beyond that a grey one of 16 bits (`I;16`).
+
+    Args:
+        ids: (H, W) integers.
+        num_classes: C, whatever this mask shows of them: all masks of a set are alike.
+
+    Raises:
+        ValueError: an id does not fit, or `ids` is not two-dimensional.
+
+    Example:
+        >>> mask_image(np.array([[0, 1]]), 20).mode, mask_image(np.array([[0, 1]]), 1000).mode
+        ('P', 'I;16')
+    """
+    if num_classes < IGNORE_INDEX:
+        return to_palette_image(ids)
+    if num_classes >= 65535:
+        raise ValueError(f"masks of 16 bits hold 65534 classes, got {num_classes}")
+    return Image.fromarray(ids.astype(np.uint16))
+
+
+def painted(ids: np.ndarray) -> Image.Image:
+    """A mask in the VOC colours, as RGB.
+
+    Args:
+        ids: (H, W) integers 0..65535.
+
+    Example:
+        >>> painted(np.array([[0, 1]])).getpixel((1, 0))
+        (128, 0, 0)
+    """
+    colors = np.array(voc_palette(int(ids.max()) + 1), dtype=np.uint8)
+    return Image.fromarray(colors[ids])

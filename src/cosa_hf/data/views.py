@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from cosa_hf.data.appearance import apply_appearance, draw_appearance
-from cosa_hf.data.images import IGNORE_INDEX
+from cosa_hf.data.images import IGNORE_INDEX, WIDE_IGNORE_INDEX
 from cosa_hf.settings import Settings, setting
 
 BLUR_PROBABILITY = 0.5
@@ -106,13 +106,14 @@ class Views:
 
         Args:
             image: RGB, any size.
-            mask: class ids, mode "L", the image's size. It takes the same geometry (nearest neighbour).
+            mask: class ids as `read_mask` returns them, the image's size. It takes the same geometry (nearest
+                neighbour).
             confidence: of the mask, mode "L", likewise.
 
         Returns:
             weak (3, H, W) float32, strong (3, H, W) float32, valid (H, W) bool and, given a mask, mask (H, W)
-            int64 with 255 outside the image, given its confidence, confidence (H, W) float32 in [0, 1] with 0
-            there; H = W = crop_size.
+            int64 with the ignored id outside the image, given its confidence, confidence (H, W) float32 in [0, 1]
+            with 0 there; H = W = crop_size.
         """
         if image.mode != "RGB":
             raise ValueError(f"expected an RGB image, got mode {image.mode!r}: convert it with to_rgb first")
@@ -139,7 +140,8 @@ class Views:
         views["strong"][inside] = self._normalize(strong)
         views["valid"][inside] = True
         if mask is not None:
-            views["mask"] = torch.full((side, side), IGNORE_INDEX, dtype=torch.int64)
+            ignored = IGNORE_INDEX if mask.mode == "L" else WIDE_IGNORE_INDEX
+            views["mask"] = torch.full((side, side), ignored, dtype=torch.int64)
             views["mask"][inside] = torch.from_numpy(
                 np.array(geometry.apply(mask, Image.Resampling.NEAREST), dtype=np.int64)
             )

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import pipeline
 
 from cosa_hf.data.shapes import load_shapes
+from cosa_hf.files import check_output
 from cosa_hf.training.config import TrainingConfig
 
 COMMAND = ("-m", "cosa_hf.cli")
@@ -25,6 +26,7 @@ def run(output_dir: Path, recipe: str) -> None:
     """Train, evaluate and segment as `cosa-hf demo --help` says.
 
     Raises:
+        FileExistsError: the directory holds something already.
         ChildProcessError: one of the commands failed; its own message is above.
     """
     # The trainings have sessions of their own, which no signal to this one reaches: leave through the `with` block.
@@ -32,8 +34,8 @@ def run(output_dir: Path, recipe: str) -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     started = time.perf_counter()
     steps = TrainingConfig.named(recipe).max_steps
-    shutil.rmtree(output_dir, ignore_errors=True)
-    output_dir.mkdir(parents=True)
+    check_output(output_dir, directory=True, instead="choose another --output_dir")
+    output_dir.mkdir(parents=True, exist_ok=True)
     trained, baseline = train_both(output_dir, recipe, steps)
 
     model, report_path, panels = output_dir / "model", output_dir / "report.json", output_dir / "panels"

@@ -16,6 +16,7 @@ from datasets import Dataset
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from cosa_hf.data.ground_truth import require_ground_truth
 from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.metrics import SegmentationMetric
 from cosa_hf.inference import Segmenter, has_cams, ignore_index
@@ -81,7 +82,8 @@ def evaluate(
         background), `weights_sha256` and `protocol` (how all of it was measured).
 
     Raises:
-        ValueError: the dataset is empty, has no masks or other classes than the model, or a file cannot be read.
+        ValueError: the dataset is empty, has no masks or other classes than the model, no mask shows an object or none
+            one of the tagged classes, or a file cannot be read.
 
     Source: paper Tab. 1-2 (CAM and segmentation), Tab. 4b (C-mIoU), Fig. 1a (classification), Sec. 4.1 (threshold).
 
@@ -105,6 +107,7 @@ def evaluate(
     if accelerator is not None:
         # Not through DistributedDataParallel: its forward synchronises buffers and hangs on uneven counts.
         segmenter = dataclasses.replace(segmenter, model=accelerator.unwrap_model(segmenter.model))
+    require_ground_truth(dataset, ignore_index(segmenter.model.config), rank, processes)
     share = dataset.select(range(rank, len(dataset), processes))
     config, names, protocols = segmenter.model.config, segmenter.names, protocols_of(segmenter.model)
     coexistence_classes = list(getattr(config, "coexistence_classes", ()))
@@ -201,5 +204,6 @@ def format_report(report: dict[str, Any]) -> str:
     if report["untagged"]:
         lines.append(f"{len(report['untagged'])} images without tags: {', '.join(report['untagged'][:10])}")
     if report["protocol"]["crf"]:
-        lines.append(f"seg, seg_tags: after a CRF ({report['protocol']['crf']['backend']})")
+        crf = report["protocol"]["crf"]
+        lines.append(f"seg, seg_tags: after a CRF ({crf['backend']}), at {crf['max_pixels'] / 1e6} megapixels at most")
     return "\n".join(lines)

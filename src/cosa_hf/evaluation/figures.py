@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from cosa_hf.data.images import IGNORE_INDEX
-from cosa_hf.data.palette import to_palette_image, voc_palette
+from cosa_hf.data.images import ignored_id
+from cosa_hf.data.palette import painted, voc_palette
+from cosa_hf.files import file_name
 from cosa_hf.inference import Segmenter
 
 __all__ = ["comparison", "heat", "overlay", "save_visualizations", "visualization"]
@@ -41,7 +42,7 @@ def visualization(
         cam: (C, h, w) normalised CAM in [0, 1], drawn as heat by its maximum over the classes; None: without this tile.
         aux_cam: (C, h, w) of the auxiliary layer.
         prediction: (H, W) ids (tags unknown).
-        ground_truth: (H, W) ids, 255 = ignore.
+        ground_truth: (H, W) ids, `ignored_id` = ignore.
         names: the K class names, background first.
         title: a line above the row, for instance the image id and its tags.
 
@@ -107,15 +108,15 @@ def save_visualizations(segmenter: Segmenter, dataset: Dataset, directory: Path)
             one.ground_truth,
             names,
             title=f"{one.image_id}   tags: {tags}",
-        ).save(directory / f"{one.image_id}.png")
+        ).save(directory / file_name(one.image_id, ".png"))
 
 
 def comparison(lines: Sequence[tuple[Image.Image, dict[str, Any]]], names: Sequence[str]) -> Image.Image:
     """Masks of the same images beside each other: a line for each image, a column for each of its masks.
 
     Args:
-        lines: an RGB image, H x W, and by their captions its masks, (H, W) ids, 255 = ignore; the same captions in
-            every line.
+        lines: an RGB image, H x W, and by their captions its masks, (H, W) ids, `ignored_id` = ignore; the same
+            captions in every line.
         names: the K class names, background first.
 
     Returns:
@@ -158,7 +159,7 @@ def overlay(image: Image.Image, mask: Any, names: Sequence[str]) -> Image.Image:
 
     Args:
         image: RGB, H x W.
-        mask: (H, W) ids, 0 = background (left clear), 255 = ignore.
+        mask: (H, W) ids, 0 = background (left clear), `ignored_id` = ignore.
         names: the K class names, background first.
 
     Returns:
@@ -176,8 +177,9 @@ def overlay(image: Image.Image, mask: Any, names: Sequence[str]) -> Image.Image:
     mask = _mask(mask, image, names)
     # Photographs come with thousands of pixels: the text grows with them.
     legend = _legend(np.unique(mask), names, image.width, max(FONT_SIZE, image.width // 45))
+    painted = _paint(image, mask)
     result = Image.new("RGB", (image.width, image.height + legend.height), PAPER)
-    result.paste(_paint(image, mask), (0, 0))
+    result.paste(painted, (0, 0))
     result.paste(legend, (0, image.height))
     return result
 
@@ -207,10 +209,11 @@ def _mask(mask: Any, image: Image.Image, names: Sequence[str]) -> np.ndarray:
     mask = _numpy(mask)
     if mask.shape != (image.height, image.width):
         raise ValueError(f"mask of shape {mask.shape} for an image of {image.height} x {image.width}")
-    unnamed = [int(index) for index in np.unique(mask) if index != IGNORE_INDEX and not 0 <= index < len(names)]
+    ignored = ignored_id(len(names) - 1)
+    unnamed = [int(index) for index in np.unique(mask) if index != ignored and not 0 <= index < len(names)]
     if unnamed:
         raise ValueError(f"the mask holds the ids {unnamed}, but there are names for 0..{len(names) - 1} only")
-    return mask
+    return mask.astype(np.uint16, copy=False)  # of a phone's photo int64 would take half a gigabyte
 
 
 def _fit(image: Image.Image, box: tuple[int, int]) -> tuple[int, int]:
@@ -220,12 +223,15 @@ def _fit(image: Image.Image, box: tuple[int, int]) -> tuple[int, int]:
 
 
 def _numpy(values: Any) -> np.ndarray:
-    return values.detach().float().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    return np.asarray(values)
 
 
 def _paint(image: Image.Image, mask: np.ndarray, opacity: float = 0.65) -> Image.Image:
-    painted = Image.blend(image, to_palette_image(mask).convert("RGB"), opacity)
-    return Image.composite(painted, image, Image.fromarray(np.uint8(mask != 0) * 255))
+    blended = Image.blend(image, painted(mask), opacity)
+    return Image.composite(blended, image, Image.fromarray(np.uint8(mask != 0) * 255))
 
 
 def _font(size: int = FONT_SIZE) -> Any:
@@ -234,14 +240,14 @@ def _font(size: int = FONT_SIZE) -> Any:
 
 def _legend(ids: np.ndarray, names: Sequence[str], width: int, font_size: int = FONT_SIZE) -> Image.Image:
     """Swatch and name of each class, wrapped to the width; background is left clear, so it has none."""
-    font, colors = _font(font_size), voc_palette()
+    font, colors = _font(font_size), voc_palette(int(ids.max()) + 1)
     space = font_size // 2
     places: list[tuple[int, int, int, str]] = []  # left, line, id, name
     left, line = space, 0
     for index in ids:
         if index == 0:
             continue
-        name = "ignored" if index == IGNORE_INDEX else names[int(index)]
+        name = names[int(index)] if index < len(names) else "ignored"
         length = font_size + space + int(font.getlength(name)) + 2 * space
         if left > space and left + length > width:
             left, line = space, line + 1

@@ -8,7 +8,6 @@ from datasets import Dataset
 from torch import Tensor
 
 from cosa_hf.data.dataset import Item
-from cosa_hf.data.images import IGNORE_INDEX
 from cosa_hf.inference import Segmenter, segmentation_logits
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.objective.precision import at_least_float32
@@ -54,7 +53,7 @@ def _relabelled(config: MultistageConfig, network: str, dataset: Dataset, device
     return load_pseudo_labels(str(directory))
 
 
-def confidence_weights(confidence: Tensor, mask: Tensor, threshold: float | None) -> Tensor:
+def confidence_weights(confidence: Tensor, labelled: Tensor, threshold: float | None) -> Tensor:
     """What an export's confidence makes of its pixels: relative weights, 0 where they are not labelled.
 
     A CAM is sure far from xi, on either side: its weight is the reliability of Eq. 4-5. A segmentation's confidence
@@ -62,24 +61,26 @@ def confidence_weights(confidence: Tensor, mask: Tensor, threshold: float | None
 
     Args:
         confidence: (B, H, W) in [0, 1].
-        mask: (B, H, W) ids, 255 = ignore.
+        labelled: (B, H, W), bool.
         threshold: xi of a CAM export; None for a segmentation's.
 
     Example:
-        >>> mask = torch.tensor([[[1, 0, 255]]])
-        >>> confidence_weights(torch.tensor([[[0.9, 0.3, 0.9]]]), mask, None)
+        >>> labelled = torch.tensor([[[True, True, False]]])
+        >>> confidence_weights(torch.tensor([[[0.9, 0.3, 0.9]]]), labelled, None)
         tensor([[[0.9000, 0.3000, 0.0000]]])
     """
     weights = confidence.clamp_min(1e-3) if threshold is None else perplexity(confidence, threshold).reciprocal()
-    return weights * (mask != IGNORE_INDEX)
+    return weights * labelled
 
 
-def collate(items: list[Item], threshold: float | None) -> dict[str, Any]:
+def collate(items: list[Item], threshold: float | None, ignore_index: int) -> dict[str, Any]:
     """A micro-batch for the Trainer: weak views, and masks with the weight of each pixel, all 1 without confidence."""
     batch: dict[str, Any] = torch.utils.data.default_collate(items)
     mask = batch["mask"]
-    labelled = mask != IGNORE_INDEX
-    weights = confidence_weights(batch["confidence"], mask, threshold) if "confidence" in batch else labelled.float()
+    labelled = mask != ignore_index
+    weights = labelled.float()
+    if "confidence" in batch:
+        weights = confidence_weights(batch["confidence"], labelled, threshold)
     labels = {"ids": mask.masked_fill(~labelled, 0), "weights": weights}
     return {"pixel_values": batch["weak"], "labels": labels | {k: batch[k] for k in ("image_id", "unreadable")}}
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from cosa_hf.data import COEXISTENCE_CLASSES, class_names
 from cosa_hf.data.dataset import TrainingDataset
+from cosa_hf.data.images import ignored_id
 from cosa_hf.data.views import Views
 from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.evaluation.figures import save_visualizations
@@ -27,6 +28,7 @@ from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.labels import collate, labels_to_learn, weighted_loss
 from cosa_hf.multistage.networks import build_network, encoder_of
 from cosa_hf.pseudo_labels.load import Exported
+from cosa_hf.training.resume import require_unused
 from cosa_hf.training.setup import evaluation_data, hardware
 
 MODEL = "model"
@@ -93,7 +95,7 @@ class MultistageTrainer(Trainer):
         super().__init__(
             self.network,
             arguments,
-            data_collator=partial(collate, threshold=exported.threshold),
+            data_collator=partial(collate, threshold=exported.threshold, ignore_index=ignored_id(len(names) - 1)),
             train_dataset=TrainingDataset(
                 exported.dataset,
                 Views(config.crop_size, self.processor.image_mean, self.processor.image_std, scale_range=scales),
@@ -244,8 +246,8 @@ def _checkpoint(config: MultistageConfig) -> str | None:
     found = _checkpoints(output_dir)
     last = str(found[max(found)]) if found else None
     if not config.resume:
-        if last:
-            raise ValueError(f"{last} is of an earlier run: --resume it, remove it, or choose another output_dir")
+        results = [output_dir / name for name in ("run.json", MODEL)]
+        require_unused(output_dir, [found[step] for step in sorted(found)], results)
         return None
     if last is None:
         raise FileNotFoundError(f"no checkpoint-N in {output_dir} to resume from (checkpoints/ is of earlier versions)")

@@ -175,7 +175,7 @@ def _pseudo_labels(segmenter: Segmenter, images: Dataset, settings: dict[str, An
             one.image_id,
             row["image"],
             one.labels.nonzero().flatten().tolist(),
-            mask.cpu().numpy().astype(np.uint8),
+            mask.cpu().numpy().astype(np.uint16),
             (255 * confidence).round().cpu().numpy().astype(np.uint8),
         )
 
@@ -210,8 +210,6 @@ def _check(settings: dict[str, Any]) -> None:
         raise ValueError(f"shard_size must be 1 or more, got {settings['shard_size']}")
     if not settings["images"]:
         raise ValueError("the dataset is empty: nothing to label")
-    if len(settings["classes"]) > 254:
-        raise ValueError(f"masks of 8 bits hold 254 classes, the model has {len(settings['classes'])}")
 
 
 def _check_images(dataset: Dataset, class_threshold: float | None) -> str:

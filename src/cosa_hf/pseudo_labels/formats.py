@@ -14,15 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
-from cosa_hf.data.palette import to_palette_image
+from cosa_hf.data.palette import mask_image
 from cosa_hf.data.tags import list_some, tag_features
-from cosa_hf.files import whole_file
+from cosa_hf.files import file_name, whole_file
 
 __all__ = ["FORMATS", "CocoFormat", "Format", "ParquetFormat", "PngFormat", "PseudoLabel"]
 
@@ -35,7 +34,7 @@ class PseudoLabel:
         image_id: the dataset's id of the image.
         file: the image's file as `datasets` stores it: "path", and "bytes" where they are in the dataset.
         labels: ids of the tags that the mask was made with, 0..C-1.
-        mask: (H, W) uint8 ids, background 0, the image upright and at its own size.
+        mask: (H, W) uint16 ids, background 0, the image upright and at its own size.
         confidence: (H, W) uint8, 255 for full confidence.
     """
 
@@ -107,12 +106,12 @@ class Format:
 
 
 class PngFormat(Format):
-    """Palette PNGs in VOC layout, which `load_voc` reads.
+    """PNGs of `mask_image` in VOC layout, which `load_voc` reads.
 
     `SegmentationClassAug/ID.png`, `ImageSets/Segmentation/SPLIT.txt`, the tags in `image_labels.json`, the
     class names in `classes.txt`. `JPEGImages/ID.jpg` is a link to the image where that is a file, so that no
     image is on the disk twice, and else the image's own bytes, whatever their format. A slash, backslash,
-    percent sign or blank in an id becomes %2F, %5C, %25 or %20.
+    percent sign or blank in an id becomes %2F, %5C, %25 or %20, and an over-long one is cut (`file_name`).
     """
 
     def prepare(self) -> None:
@@ -121,7 +120,7 @@ class PngFormat(Format):
             (self.output_dir / name).mkdir(parents=True, exist_ok=True)
 
     def encode(self, label: PseudoLabel) -> Any:
-        name = re.sub(r"[%/\\\s]", lambda match: quote(match[0], safe=""), label.image_id)
+        name = file_name(label.image_id, ".png").removesuffix(".png")
         image = self.output_dir / "JPEGImages" / f"{name}.jpg"
         if not os.path.lexists(image):
             if label.file["bytes"] is None:
@@ -132,7 +131,7 @@ class PngFormat(Format):
         mask = self.output_dir / "SegmentationClassAug" / f"{name}.png"
         if not mask.exists():
             with whole_file(mask) as path:
-                path.write_bytes(_png(to_palette_image(label.mask)))
+                path.write_bytes(_png(mask_image(label.mask, len(self.class_names))))
         return {"image_id": name, "labels": [self.class_names[index] for index in label.labels]}
 
     def finish(self) -> None:
@@ -149,7 +148,7 @@ class PngFormat(Format):
 class ParquetFormat(Format):
     """A dataset that `datasets.load_dataset(DIRECTORY)` reads and `push_to_hub` takes.
 
-    Columns: those of the package's datasets, the image with its original bytes and `mask` as a palette PNG,
+    Columns: those of the package's datasets, the image with its original bytes and `mask` as a PNG of `mask_image`,
     and `confidence`, a grey PNG.
     """
 
@@ -170,7 +169,7 @@ class ParquetFormat(Format):
             "image": {"bytes": label.file["bytes"] or source.read_bytes(), "path": source.name},
             "labels": label.labels,
             "image_id": label.image_id,
-            "mask": {"bytes": _png(to_palette_image(label.mask)), "path": None},
+            "mask": {"bytes": _png(mask_image(label.mask, len(self.class_names))), "path": None},
             "confidence": {"bytes": _png(PILImage.fromarray(label.confidence)), "path": None},
         }
 

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from cosa_hf.data import class_names, load_voc, undecoded
-from cosa_hf.data.images import IGNORE_INDEX, UnreadableImageError, read_image, read_mask
+from cosa_hf.data.images import UnreadableImageError, ignored_id, read_image, read_mask
 from cosa_hf.data.palette import voc_palette
 from cosa_hf.pseudo_labels.export import RECORD, read_record
 
@@ -134,10 +134,9 @@ def _check_mask(row: dict[str, Any], num_classes: int) -> None:
     # Reading the image too tells its size after any EXIF rotation.
     mask = read_mask(row, read_image(row).size, num_classes)
     present = np.unique(np.asarray(mask))
-    if present.tolist() == [IGNORE_INDEX]:
-        raise UnreadableImageError(
-            f"mask of image {row['image_id']!r} is all {IGNORE_INDEX}: not one pixel is labelled"
-        )
+    ignored = ignored_id(num_classes)
+    if present.tolist() == [ignored]:
+        raise UnreadableImageError(f"mask of image {row['image_id']!r} is all {ignored}: not one pixel is labelled")
     palette = datasets.Image().decode_example(row["mask"]).getpalette()  # None of a grey image
     if palette is not None:
         _check_palette(palette, present.tolist(), row["image_id"])

@@ -16,6 +16,7 @@ from huggingface_hub import (
 from transformers import AutoConfig
 
 from cosa_hf.digest import weights_sha256
+from cosa_hf.files import check_output
 from cosa_hf.inference import load_model
 from cosa_hf.publishing.card import HEADLINES, model_card
 from cosa_hf.publishing.kinds import check_network, read_recipe
@@ -58,8 +59,9 @@ def stage(
 
     Raises:
         FileNotFoundError: a file of the model, or a file or directory that was named, is missing.
-        ValueError: the report is of other weights or broken, the recipe of another network, `folder` is not empty, or
-            transformers does not know the model.
+        FileExistsError: `folder` is not empty.
+        ValueError: the report is of other weights or broken, the recipe of another network, or transformers does not
+            know the model.
     """
     model, folder = Path(model), Path(folder)
     config = AutoConfig.from_pretrained(model) if (model / "config.json").is_file() else None
@@ -70,8 +72,7 @@ def stage(
             f"{model} lacks {', '.join(missing)}: save model and processor there with save_pretrained, the weights in "
             "one file (see its max_shard_size)"
         )
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: name a directory that holds nothing yet")
+    check_output(folder, directory=True, instead="choose another directory")
     digest = weights_sha256(load_model(str(model), "cpu")[0])
     scores = _matching_report(Path(report), digest) if report else None
     recipe_file = Path(recipe) if recipe else model.parent / "recipe.yaml"

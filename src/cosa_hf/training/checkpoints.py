@@ -303,7 +303,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
-        return sorted(self.directory.glob("step-[0-9]*.safetensors"))
+        return checkpoint_files(self.directory.parent)
 
     def _random_state(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
@@ -444,6 +444,11 @@ def save_networks(
     for name, network in (("online", online), ("assignment", assignment)):
         network.save_pretrained(directory / name)
         processor.save_pretrained(directory / name)
+
+
+def checkpoint_files(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((output_dir / "checkpoints").glob("step-[0-9]*.safetensors"))
 
 
 def snapshot_directory(output_dir: Path, step: int) -> Path:

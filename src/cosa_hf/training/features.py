@@ -184,7 +184,7 @@ class FeatureStore:
 def caches(root: Path) -> list[tuple[Path, int, str]]:
     """The caches below `root`: directory, bytes, and the encoder's name as far as its file says it."""
     found = []
-    for about in sorted(root.glob(f"*/{ABOUT}")):
+    for about in sorted(root.glob("[0-9a-f]" * 16 + f"/{ABOUT}")):
         try:
             encoder = json.loads(about.read_text(encoding="utf-8"))["made_by"]["maps"]["backbone"]
         except (ValueError, KeyError, TypeError):

@@ -1,22 +1,29 @@
 """How a run begins in a directory: where an earlier one left off, or where there is none."""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from cosa_hf.training.checkpoints import Checkpoints, Progress, snapshots
+from cosa_hf.files import require_absent
+from cosa_hf.training.checkpoints import Checkpoints, Progress
 from cosa_hf.training.config import RunConfig
 
 
-def require_unused(output_dir: Path, checkpoints: Checkpoints) -> None:
-    """A run that does not resume must not mix what it keeps with what another kept.
+def require_unused(output_dir: Path, checkpoints: Sequence[Path], results: Iterable[Path]) -> None:
+    """A run that does not resume must not replace what another left there, nor mix with it.
+
+    Args:
+        output_dir: of the run.
+        checkpoints: of an earlier run, oldest first.
+        results: what else a run leaves.
 
     Raises:
-        ValueError: there are checkpoints or snapshots; the message names one.
+        FileExistsError: one of them is there; the message says how to go on.
     """
-    if found := [*snapshots(output_dir).values(), *checkpoints.all()]:
-        raise ValueError(f"{found[-1]} is of an earlier run: --resume it, remove it, or choose another output_dir")
+    go_on = "--resume that run, choose" if checkpoints else "no checkpoint of that run was kept: choose"
+    require_absent([*checkpoints[-1:], *results], f"{go_on} another --output_dir, or remove {output_dir}")
 
 
 def resume(config: RunConfig, checkpoints: Checkpoints, progress: Progress, accelerator: Accelerator) -> None:

@@ -22,6 +22,7 @@ from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, without_untagged
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.encoded import EncodedDataset
+from cosa_hf.data.ground_truth import require_ground_truth
 from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
 from cosa_hf.data.streaming import streaming_loader
 from cosa_hf.data.views import Views
@@ -86,12 +87,24 @@ def training_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, li
 
 
 def evaluation_data(config: RunConfig, classes: list[str]) -> Dataset | None:
-    """The first `eval_images` of the evaluation split, with masks; None for a run without evaluation."""
+    """The first `eval_images` of the evaluation split, with masks; None for a run without evaluation.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such split, or no masks to score against.
+    """
     if not config.eval_every:
         return None
     options = dataclasses.replace(config, classes=classes)
-    dataset = load_dataset_by_name(config.dataset, config.data_dir, config.eval_split, masks=True, options=options)
-    return dataset.select(range(min(config.eval_images, len(dataset))))
+    try:
+        dataset = load_dataset_by_name(config.dataset, config.data_dir, config.eval_split, masks=True, options=options)
+        dataset = dataset.select(range(min(config.eval_images, len(dataset))))
+        require_ground_truth(dataset)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(
+            f"{error}. The run would be scored on this every {config.eval_every} steps: to train without, pass "
+            "--eval_every 0"
+        ) from error
+    return dataset
 
 
 def training_loader(

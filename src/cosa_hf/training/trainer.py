@@ -14,7 +14,6 @@ from transformers import get_polynomial_decay_schedule_with_warmup
 
 from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data import class_names
-from cosa_hf.data.images import IGNORE_INDEX
 from cosa_hf.data.tags import list_some
 from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.evaluation.figures import save_visualizations
@@ -27,8 +26,10 @@ from cosa_hf.training.checkpoints import (
     Progress,
     TrainedWeights,
     TrainingData,
+    checkpoint_files,
     save_networks,
     snapshot_directory,
+    snapshots,
 )
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.features import MAPS
@@ -83,9 +84,14 @@ class Trainer:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.accelerator = make_accelerator(config)
+        if not config.resume:
+            output_dir = Path(config.output_dir)
+            results = [output_dir / name for name in ("run.json", "online", "assignment")]
+            require_unused(output_dir, checkpoint_files(output_dir), [*snapshots(output_dir).values(), *results])
         set_seed(config.seed)
         self.dataset, self.untagged = training_data(config)
         names = class_names(self.dataset)
+        self.evaluated = evaluation_data(config, names)
         self.student = build_student(config, names)
         self.processor = build_processor(config, self.student)
         self.student.to(self.accelerator.device)  # so that the teacher can share what is frozen
@@ -166,7 +172,7 @@ class Trainer:
         """The targets of the step, normalised over all its images."""
         micro = self.config.gradient_accumulation_steps
         if self.config.supervision == "masks":
-            return mask_targets(batch["mask"], IGNORE_INDEX, micro, self.mean)
+            return mask_targets(batch["mask"], self.student.config.semantic_loss_ignore_index, micro, self.mean)
         return None if labels is None else self.objective.targets(labels, batch["valid"], micro, self.mean)
 
     def losses(self, outputs: Any, micro: dict[str, Any], targets: Targets | None) -> dict[str, Tensor]:
@@ -181,14 +187,14 @@ class Trainer:
 
     def train(self) -> Path:
         """All steps; what they leave, see `train`."""
-        evaluated = self._begin()
+        self._begin()
         self.model.train()
         with self.guard:
             for batch in self.guard.batches(self.loader):
                 self.training_step(batch)
                 self.telemetry.step(self.progress.step, self.metrics)
                 self.guard.commit()
-                self._after_step(evaluated)
+                self._after_step()
             return self._end()
 
     def label_statistics(self, labels: PseudoLabels | None, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -204,27 +210,23 @@ class Trainer:
         rate = self.schedule.get_last_lr()[0]
         return mixtures | {"an_on_distance": self.teacher.distance(self.student), "lr": rate}
 
-    def _begin(self) -> Dataset | None:
-        """Go on from a checkpoint, or make sure that nothing is overwritten; returns the evaluation data."""
+    def _begin(self) -> None:
+        """Go on from a checkpoint, if need be, and say what begins."""
         config, output_dir = self.config, Path(self.config.output_dir)
         self._announce()
         if config.resume:
             resume(config, self.checkpoints, self.progress, self.accelerator)
             self.loader = self.accelerator.skip_first_batches(self.loader, self.progress.step)
-        else:
-            require_unused(output_dir, self.checkpoints)
-        evaluated = evaluation_data(config, class_names(self.dataset))
         if self.accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
             dataclasses.replace(config, resume=False).to_yaml(output_dir / "recipe.yaml")
             (output_dir / "run.json").unlink(missing_ok=True)  # it says that a run is done
         self.telemetry.begin(self.progress.step)
-        return evaluated
 
-    def _after_step(self, evaluated: Dataset | None) -> None:
+    def _after_step(self) -> None:
         config, step = self.config, self.progress.step
-        if evaluated is not None and step % config.eval_every == 0:
-            self.telemetry.write(step, self._evaluate(evaluated))
+        if self.evaluated is not None and step % config.eval_every == 0:
+            self.telemetry.write(step, self._evaluate(self.evaluated))
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             self.checkpoints.save(step)
         if config.snapshot_every and step % config.snapshot_every == 0:
