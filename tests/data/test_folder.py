@@ -157,7 +157,7 @@ def test_tags_of_other_case_or_with_spaces(photos):
     jsonl(photos, [{"file_name": "a.jpg", "labels": [" cat "]}, {"file_name": "b.png", "labels": "cat ,"}])
     assert rows_of(load_folder(photos)) == {"a": ["cat"], "b": ["cat"]}
     jsonl(photos, [{"file_name": "a.jpg", "labels": ["Cat"]}, {"file_name": "b.png", "labels": "cat"}])
-    with pytest.raises(ValueError, match=r"'Cat' \(images: 1\) and 'cat' \(images: 1\) differ in case alone"):
+    with pytest.raises(ValueError, match=r"'Cat' \(images: 1\) and 'cat' \(images: 1\) differ in case or width alone"):
         load_folder(photos)
     with pytest.raises(ValueError, match=r"'Cat' \(did you mean 'cat'\?\) of 1 image \(a.jpg\)"):
         load_folder(photos, classes=["cat"])
