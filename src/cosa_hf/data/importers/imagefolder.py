@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 
+from cosa_hf.data.hub import refuse_pattern
 from cosa_hf.data.importers.rows import TAG_COLUMNS, ImportOptions, Row, column_of
 
 
@@ -29,6 +30,7 @@ def read(path: Path, options: ImportOptions) -> Iterator[Row]:
         try:
             splits = datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=cache)
         except Exception as error:  # the library has no narrower one
+            refuse_pattern(path)
             raise ValueError(f"{path} is not a folder of images that the library reads: {error}") from error
         for split, dataset in splits.items():
             columns = [name for name in dataset.column_names if name != "image"]

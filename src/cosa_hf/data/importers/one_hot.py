@@ -1,9 +1,10 @@
 """CSV with a column for each class, of ones and zeros: Roboflow's _classes.csv and many tables of Kaggle."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from cosa_hf.data.importers.rows import FILE_COLUMNS, SPLIT_COLUMNS, ImportOptions, Row, column_of
+from cosa_hf.data.importers.rows import FILE_COLUMNS, SPLIT_COLUMNS, TAG_COLUMNS, ImportOptions, Row, column_of
 from cosa_hf.data.tables import csv_rows, delimiter_of
 
 _VALUES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "": None}
@@ -43,9 +44,11 @@ def read(path: Path, options: ImportOptions) -> Iterator[Row]:
 
 
 def recognises(path: Path) -> bool:
-    """Whether all columns of a table but its first ones hold ones and zeros."""
+    """Whether a table has columns of ones and zeros, beside those of files and splits, and none of tags."""
     if path.suffix.lower() not in (".csv", ".tsv"):
         return False
-    _, cells = next(csv_rows(path, delimiter_of(path)), ("", {}))
-    values = [cell.strip().casefold() for cell in cells.values()]
-    return sum(value in _VALUES and value != "" for value in values) >= max(1, len(values) - 2)
+    rows = [cells for _, cells in itertools.islice(csv_rows(path, delimiter_of(path)), 20)]
+    others = (*FILE_COLUMNS, *SPLIT_COLUMNS, "confidence")
+    columns = [name for name in (rows[0] if rows else ()) if name.casefold() not in others]
+    hot = [name for name in columns if all(cells[name].strip().casefold() in _VALUES for cells in rows)]
+    return bool(hot) and not any(name.casefold() in TAG_COLUMNS for name in columns if name not in hot)
