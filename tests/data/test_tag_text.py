@@ -22,7 +22,8 @@ def test_ways_to_write_none(text):
 
 
 @pytest.mark.parametrize(
-    "tag", ["garden  chair", "bird (flying)", "rock 'n' roll", "C++", "T-shirt", "7", "猫", "🐈", "dog's", "3.5 mm jack", "-"]
+    "tag",
+    ["garden  chair", "bird (flying)", "rock 'n' roll", "C++", "T-shirt", "7", "猫", "🐈", "dog's", "3.5 mm jack", "-"],
 )
 def test_what_people_call_classes(tag):
     assert parse_tags(tag) == [" ".join(tag.split())]

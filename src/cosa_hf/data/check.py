@@ -59,8 +59,8 @@ ADVICE = {
     "untagged": "training leaves these images out; for evaluation they are background",
     "missing tag": "the mask shows a class that the tags leave out: add the tag, or correct the mask",
     "missing pixels": "the tags name a class that the mask does not show: correct the mask, or remove the tag",
-    "combined": "these classes are made of the words of others; if blanks separate your tags, rename the table to export.csv, "
-    "and then `cosa-hf import csv export.csv --tag_separator ' ' --output metadata.csv`",
+    "combined": "these classes are made of the words of others; if blanks separate your tags, rename the table to "
+    "export.csv, and then `cosa-hf import csv export.csv --tag_separator ' ' --output metadata.csv`",
     "number": "a class that is called by a number: is it an id? write the name of the class",
     "few images": f"fewer than {FEW_IMAGES} images: find more, or leave the class out",
 }

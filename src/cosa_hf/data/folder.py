@@ -165,9 +165,9 @@ def _read(root: Path, split: str | None = None) -> Iterator[_Entry]:
         return
     visible = _visible(root)
     for name, entry in visible.items():
-        if entry.is_file() and _TABLE_NAME.search(name):
-            if command := import_command(root / name, root / "metadata.csv"):
-                raise ValueError(f"{root} has {name}: `{command}` makes a table of tags of it; or move it away")
+        known = entry.is_file() and _TABLE_NAME.search(name)
+        if known and (command := import_command(root / name, root / "metadata.csv")):
+            raise ValueError(f"{root} has {name}: `{command}` makes a table of tags of it; or move it away")
     directories = {name: entry for name, entry in visible.items() if entry.is_dir()}
     splits = [name for name in directories if _meaning(name)]
     if directories and split is None and len(splits) == len(directories):

@@ -119,8 +119,9 @@ def combined_names(classes: list[str]) -> dict[str, list[str]]:
         {'haze primary': ['haze', 'primary']}
     """
     by_words = {tuple(name.casefold().split()): name for name in classes}
-    # Fewer words than classes: all of them are likely put together, though the words never stand alone.
-    put_together = len({word for words in by_words for word in words}) < len(classes)
+    several = [words for words in by_words if len(words) > 1]
+    # No more words than classes of several: they are likely put together, though the words never stand alone.
+    put_together = len({word for words in several for word in words}) <= len(several)
 
     @functools.cache
     def parts(words: tuple[str, ...], longest: int) -> list[str] | None:
@@ -131,9 +132,7 @@ def combined_names(classes: list[str]) -> dict[str, list[str]]:
         return None if words else []
 
     found = {
-        name: parts(words, len(words) - 1) or (list(words) if put_together else [])
-        for words, name in by_words.items()
-        if len(words) > 1
+        by_words[words]: parts(words, len(words) - 1) or (list(words) if put_together else []) for words in several
     }
     return {name: names for name, names in found.items() if names}
 

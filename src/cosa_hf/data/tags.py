@@ -156,8 +156,8 @@ def check_image_ids(image_ids: Iterable[str]) -> None:
         size = len(re.sub(r"[%/\\\s]", "%20", image_id).encode("utf-8", "surrogatepass"))
         if size > LONGEST_ID:
             raise ValueError(
-                f"the id '{image_id[:40]}...' has {size} bytes, and files are named by it: at most {LONGEST_ID}; shorten "
-                "the name of the file or of the directories that it is in"
+                f"the id '{image_id[:40]}...' has {size} bytes, and files are named by it: at most {LONGEST_ID}; "
+                "shorten the name of the file or of the directories that it is in"
             )
 
 

@@ -137,7 +137,9 @@ def test_a_column_for_each_class(photos, tmp_path):
 
 
 def test_a_row_for_each_tag_and_masks(photos, tmp_path):
-    text = "file_name\tlabels\tsplit\tmask_file_name\n1.jpg\tcat\tval\tm/1.png\n1.jpg\tdog\tval\tm/1.png\n2.jpg\tdog\t\t\n"
+    text = (
+        "file_name\tlabels\tsplit\tmask_file_name\n1.jpg\tcat\tval\tm/1.png\n1.jpg\tdog\tval\tm/1.png\n2.jpg\tdog\t\t\n"
+    )
     rows = [(tmp_path, row) for row in FORMATS["csv"].read(write(tmp_path / "x.tsv", text), ImportOptions())]
     images, _ = gather(rows, photos, ImportOptions())
     write_table(images, tmp_path / "metadata.csv")
@@ -153,7 +155,12 @@ def test_a_row_for_each_tag_and_masks(photos, tmp_path):
     [
         ("csv", "x.csv", "image,label\n1.jpg,/m/01yrx\n", "line 2, column label: /m/01yrx is an id: pass --names"),
         ("csv", "x.csv", "image,label\n1.jpg,3\n2.jpg,4\n", "the tags are numbers: pass --names"),
-        ("csv", "x.csv", "image,label,class\n1.jpg,3,cat\n", "label and class could all be the tags: pass --tag_column"),
+        (
+            "csv",
+            "x.csv",
+            "image,label,class\n1.jpg,3,cat\n",
+            "label and class could all be the tags: pass --tag_column",
+        ),
         ("csv", "x.csv", "image,kind\n1.jpg,cat\n", "no column of a tag: pass --tag_column with one of kind"),
         ("csv", "x.csv", "image,label\n1.jpg,[cat\n", r"line 2, column label: '\[cat' is not a tag"),
         ("csv", "x.csv", "image,label,Confidence\n1.jpg,cat,high\n", "the confidence 'high' is not a number"),

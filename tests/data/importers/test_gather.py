@@ -90,5 +90,7 @@ def test_what_is_written_is_what_is_read(photos):
     for split in ("train", "val"):
         dataset = load_folder(photos, split)
         names = class_names(dataset)
-        read |= {row: [names[i] for i in labels] for row, labels in zip(dataset["image_id"], dataset["labels"], strict=True)}
+        read |= {
+            row: [names[i] for i in labels] for row, labels in zip(dataset["image_id"], dataset["labels"], strict=True)
+        }
     assert read == {"a": ["cat", "red, ripe"], "train_b": ["7"], "val_b": ["Gänse"], "val_c": []}

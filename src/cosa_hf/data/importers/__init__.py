@@ -62,4 +62,14 @@ def import_command(path: Path, target: Path, renamed: Path | None = None) -> str
     return None
 
 
-__all__ = ["FORMATS", "Format", "Gathered", "ImportOptions", "Row", "gather", "import_command", "read_names", "write_table"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Gathered",
+    "ImportOptions",
+    "Row",
+    "gather",
+    "import_command",
+    "read_names",
+    "write_table",
+]

@@ -32,7 +32,9 @@ def read(path: Path, options: ImportOptions) -> Iterator[Row]:
                 raise ValueError(f"annotation {annotation.get('id')} is of an image or category that is not listed")
             found[annotation["image_id"]].append(names[annotation["category_id"]])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not an instances file as COCO has them: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path} is not an instances file as COCO has them: {type(error).__name__}: {error}"
+        ) from error
     for number, file in files.items():
         yield Row(f"{path}, image {number}", [file], options.tags(found[number]))
 

@@ -42,7 +42,11 @@ class Gathered:
 
 
 def gather(
-    rows: Iterable[tuple[Path, Row]], root: Path, options: ImportOptions, verified: bool = False, skip_missing: bool = False
+    rows: Iterable[tuple[Path, Row]],
+    root: Path,
+    options: ImportOptions,
+    verified: bool = False,
+    skip_missing: bool = False,
 ) -> tuple[list[Gathered], list[str]]:
     """Join the rows of each image, and find its file below `root`.
 
@@ -87,7 +91,9 @@ def gather(
             )
         for what, said in (("split", row.split), ("mask", row.mask)):
             if said and getattr(image, what) not in ("", said):
-                raise ValueError(f"{row.where}: {file} has the {what} {said!r} here and {getattr(image, what)!r} before")
+                raise ValueError(
+                    f"{row.where}: {file} has the {what} {said!r} here and {getattr(image, what)!r} before"
+                )
             setattr(image, what, said or getattr(image, what))
         image.seen |= row.seen
     if missing and not (skip_missing and images):

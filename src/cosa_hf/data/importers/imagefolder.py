@@ -35,7 +35,9 @@ def read(path: Path, options: ImportOptions) -> Iterator[Row]:
         for split, dataset in splits.items():
             columns = [name for name in dataset.column_names if name != "image"]
             objects = "objects" in columns and options.tag_column in (None, "objects")
-            tag = "objects" if objects else column_of(columns, options.tag_column, TAG_COLUMNS, "tag", f"{path}, {split}")
+            tag = (
+                "objects" if objects else column_of(columns, options.tag_column, TAG_COLUMNS, "tag", f"{path}, {split}")
+            )
             feature = dataset.features[tag]
             for row in dataset.cast_column("image", datasets.Image(decode=False)):
                 file = os.path.relpath(row["image"]["path"], path.absolute())

@@ -1,4 +1,4 @@
-"""Label Studio's exports as JSON, JSON-MIN or CSV: choices, taxonomies, and the labels of boxes, polygons and brushes."""
+"""Label Studio's JSON, JSON-MIN or CSV: choices, taxonomies, and the labels of boxes, polygons and brushes."""
 
 import json
 import re
@@ -82,7 +82,9 @@ def _results(annotations: list[dict], asked: str | None, controls: set[str]) -> 
 def _tag_column(tasks: list[tuple[str, dict]], asked: str | None, path: Path) -> str:
     """The key of the tags where tasks are flat: one that holds choices or regions, or has a usual name."""
     columns = list(dict.fromkeys(name for _, task in tasks for name in task))
-    held = {name for _, task in tasks for name, value in task.items() if isinstance(value, list | dict) and _names(value)}
+    held = {
+        name for _, task in tasks for name, value in task.items() if isinstance(value, list | dict) and _names(value)
+    }
     return column_of(columns, asked, [name.casefold() for name in held] or TAG_COLUMNS, "tag", str(path))
 
 
@@ -106,7 +108,9 @@ def _is_path(value: Any) -> bool:
 def _files(data: dict[str, Any], asked: str | None, where: str) -> list[str]:
     texts = {name: value for name, value in data.items() if isinstance(value, str)}
     endings = Image.registered_extensions()
-    found = [asked] if asked in texts else [name for name in texts if Path(_place(texts[name])).suffix.lower() in endings]
+    found = (
+        [asked] if asked in texts else [name for name in texts if Path(_place(texts[name])).suffix.lower() in endings]
+    )
     if len(found) != 1:
         raise ValueError(f"{where}: {len(found) or 'no'} images: pass --file_column with one of {', '.join(texts)}")
     file = _place(texts[found[0]])

@@ -11,10 +11,14 @@ from typing import Any, NamedTuple
 from cosa_hf.data.tag_text import SEPARATORS
 from cosa_hf.data.tags import parse_tags, read_text
 
-FILE_COLUMNS = ("file_name", "filename", "file", "image_name", "image", "img", "path", "filepath", "image_path",
-                "image_id", "imageid", "id", "name")  # fmt: skip
-TAG_COLUMNS = ("labels", "label", "tags", "tag", "classes", "class", "class_name", "labelname", "label_name", "keywords",
-               "category", "categories", "choice", "choices")  # fmt: skip
+FILE_COLUMNS = (
+    "file_name", "filename", "file", "image_name", "image", "img", "path", "filepath", "image_path",
+    "image_id", "imageid", "id", "name",
+)  # fmt: skip
+TAG_COLUMNS = (
+    "labels", "label", "tags", "tag", "classes", "class", "class_name", "labelname", "label_name", "keywords",
+    "category", "categories", "choice", "choices",
+)  # fmt: skip
 SPLIT_COLUMNS = ("split", "subset")
 
 
