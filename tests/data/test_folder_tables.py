@@ -187,7 +187,8 @@ def as_csv(table):
         text = end + text + end * 2
     if "open quote" in damage:
         text = text.rstrip() + f'{end}a.jpg,"cat{end}'
-    return text.rstrip()[:-1] if "lost row end" in damage else text
+    cut = "lost row end" in damage and text.rstrip().endswith(('"', "]", "}"))  # a name cut short is a name
+    return text.rstrip()[:-1] if cut else text
 
 
 def outcome_of(table, root):

@@ -25,7 +25,8 @@ def csv_rows(table: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str,
     # Strict: a quote that is never closed would swallow all lines after it.
     reader = csv.DictReader(io.StringIO(read_text(table), newline=""), strict=True, delimiter=delimiter)
     try:
-        header = [name.strip() for name in reader.fieldnames or []]
+        # Blank lines may come before the header, too.
+        header = next(([name.strip() for name in row] for row in reader.reader if any(map(str.strip, row))), [])
         while header and not header[-1]:  # a spreadsheet makes the header as wide as the widest row
             header.pop()
         if repeated := sorted({name for name in header if name and header.count(name) > 1}):
