@@ -380,6 +380,73 @@ def test_a_table_in_another_encoding_says_so(photos, table, content):
     assert class_names(load_folder(photos)) == ["Gänse"]
 
 
+@pytest.mark.parametrize(
+    ("before", "refusal", "after"),
+    [
+        (
+            {"metadata.csv": "file_name,labels\na.jpg,cat,dog\n"},
+            "put tags with commas between them in quotes, or semicolons between them",
+            {"metadata.csv": 'file_name,labels\na.jpg,"cat,dog"\n'},
+        ),
+        (
+            {"metadata.csv": "file_name,labels\na.jpg,cat,dog\n"},
+            "put tags with commas between them in quotes, or semicolons between them",
+            {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n"},
+        ),
+        (
+            {"metadata.csv": "file_name,labels,labels\na.jpg,cat;dog,cat\n"},
+            "more than one column labels: leave one of each",
+            {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n"},
+        ),
+        (
+            {"metadata.csv": "file_name,labels\na.jpg,cat\na.jpg,dog\n"},
+            r"a.jpg is named twice.*: write all of its tags in one row",
+            {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n"},
+        ),
+        (
+            {"tags.json": '{"a.jpg": ["cat"], "a.jpg": ["dog"]}'},
+            "the key 'a.jpg' occurs twice: join what they say under one",
+            {"tags.json": '{"a.jpg": ["cat", "dog"]}'},
+        ),
+        (
+            {"tags.json": '{"a.jpg": ["cat", "dog"]}', "metadata.csv": "file_name,labels\na.jpg,cat\n"},
+            "metadata.csv and tags.json: keep one",
+            {"tags.json": '{"a.jpg": ["cat", "dog"]}'},
+        ),
+        (
+            {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n,\n"},
+            "line 3: the row is empty: remove it",
+            {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n"},
+        ),
+        (
+            {"tags.json": '{"a.jpg": ["cat", "dog"], "b.png": ["Cat"]}'},
+            "differ in case or width alone: write one of them everywhere",
+            {"tags.json": '{"a.jpg": ["cat", "dog"], "b.png": ["cat"]}'},
+        ),
+        (
+            {"tags.json": '{"a.jpg": "[cat, dog]"}'},
+            r"write tags as cat; dog or as \[\"cat\", \"dog\"\]",
+            {"tags.json": '{"a.jpg": "cat; dog"}'},
+        ),
+        (
+            {"metadata.csv": "file_name,labels\ncat;dog,a.jpg\n"},
+            "'a.jpg' is not a tag: it is the name of a file; are two columns swapped",
+            {"metadata.csv": "labels,file_name\ncat;dog,a.jpg\n"},
+        ),
+    ],
+)
+def test_what_an_error_advises_works(before, refusal, after, photos):
+    for name, content in before.items():
+        (photos / name).write_text(content)
+    with pytest.raises(ValueError, match=refusal):
+        load_folder(photos)
+    for name in before:
+        (photos / name).unlink()
+    for name, content in after.items():
+        (photos / name).write_text(content)
+    assert rows_of(load_folder(photos))["a"] == ["cat", "dog"]
+
+
 def test_images_that_no_table_names_are_found(photos):
     (photos / "more").mkdir()
     image_of(4, 4).save(photos / "more/Fluß.png")

@@ -98,6 +98,33 @@ def test_an_export_beside_the_photos(here, cosa_hf):
     assert tags_of(here) == {"1": ["cat", "dog"], "images_2": ["dog"]}
 
 
+def test_annotations_of_voc_among_the_photos(here, cosa_hf):
+    for number, name in enumerate(("cat", "dog")):
+        photo(here / f"{number}.jpg")
+        (here / f"{number}.xml").write_text(f"<annotation><object><name>{name}</name></object></annotation>")
+    _, command = refused(here)
+    cosa_hf(*command)
+    assert tags_of(here) == {"0": ["cat"], "1": ["dog"]}
+
+
+def test_photos_with_keywords(here, cosa_hf):
+    write_exports(here)
+    said, command = refused(here / "lightroom")
+    assert "keywords inside the photos go through" in said
+    cosa_hf(*command)
+    assert tags_of(here / "lightroom") == {"1": ["Gänse", "garden chair"], "2": ["cat"], "3": []}
+
+
+def test_an_export_in_a_directory_of_its_own(here, cosa_hf):
+    photo(here / "fold1/1.jpg")
+    (here / "fold1/_annotations.csv").write_text("filename,class\n1.jpg,cat\n")
+    said, _ = refused(here)
+    assert f"so 'fold1' is not a tag: pass {here / 'fold1'} as --data_dir" in said
+    _, command = refused(here / "fold1")
+    cosa_hf(*command)
+    assert tags_of(here / "fold1") == {"1": ["cat"]}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "tags"),
     [

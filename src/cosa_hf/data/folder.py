@@ -8,6 +8,7 @@ text, and what it raises for a missing file does not name the line. A folder tha
 import io
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -181,15 +182,16 @@ def _read(root: Path, split: str | None = None) -> Iterator[_Entry]:
             f"out of it, or name the images in {root / 'metadata.csv'}"
         )
     if not directories:
+        command = import_command(root, root / "metadata.csv") or "cosa-hf import"
+        what = "keywords inside the photos" if " keywords " in command else "exports of other tools"
         raise FileNotFoundError(
-            f"{root} has no tags: neither {', '.join(_TABLES)} nor a sub-folder per tag; exports of other tools, and "
-            "keywords inside the photos, go through `cosa-hf import`"
+            f"{root} has no tags: neither {', '.join(_TABLES)} nor a sub-folder per tag; {what} go through `{command}`"
         )
     for tag, entry in directories.items():
         files = _visible(Path(entry.path))
         if not files:
             raise ValueError(f"{entry.path} is the sub-folder of a tag, but empty: remove it or fill it")
-        table = next((name for name in files if _TABLE_NAME.search(name)), None)
+        table = next((name for name, file in files.items() if _is_table(Path(file.path))), None)
         if table or tag.casefold() in _NO_TAGS:
             why = f"has a table of its own, {table}" if table else "is the directory of all images"
             raise ValueError(
@@ -208,6 +210,12 @@ def _read(root: Path, split: str | None = None) -> Iterator[_Entry]:
                 )
             relative = f"{tag}/{name}"
             yield _Entry(root, relative, tags, None, split or "train", relative)
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file in the sub-folder of a tag speaks of other files."""
+    known = path.suffix.lower() in (".csv", ".tsv", ".json")
+    return path.name in _TABLES or (known and import_command(path, path) is not None)
 
 
 def _meaning(split: str) -> str | None:
@@ -263,7 +271,8 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
 def _importing(table: Path) -> str:
     """What else to do about a table that is not of this package's form."""
     if table.suffix == ".jsonl":
-        command = f"cosa-hf import imagefolder {table.parent} --output {table.parent / 'metadata.csv'}"
+        target = table.with_name("metadata.csv")
+        command = shlex.join(["cosa-hf", "import", "imagefolder", str(table.parent), "--output", str(target)])
         return f"; a table of load_dataset's: `{command}`, and then move {table.name} away"
     export = table.with_name(f"export{table.suffix}")
     command = import_command(table, table.with_name("metadata.csv"), export)

@@ -56,6 +56,8 @@ def import_command(path: Path, target: Path, renamed: Path | None = None) -> str
     for name, format in FORMATS.items():
         try:
             if format.recognises(path):
+                if name == "voc" and path.is_file():  # one of many, each of an image
+                    path = path.parent
                 return shlex.join(["cosa-hf", "import", name, str(renamed or path), "--output", str(target)])
         except (ValueError, OSError):  # broken in a way that the import itself will name
             continue

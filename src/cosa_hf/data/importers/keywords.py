@@ -41,8 +41,11 @@ def recognises(path: Path) -> bool:
     file = next((file for file in sorted(path.rglob("*")) if file.suffix.lower() in endings), None)
     if file is None:
         return False
-    with Image.open(file) as image:
-        return bool(_iptc(image) or _xmp(image))
+    try:
+        with Image.open(file) as image:
+            return bool(_iptc(image) or _xmp(image))
+    except SyntaxError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def _iptc(image: Image.Image) -> list[str]:
