@@ -394,6 +394,11 @@ def test_a_table_in_another_encoding_says_so(photos, table, content):
             {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n"},
         ),
         (
+            {"metadata.csv": "file_name,labels,split\na.jpg,cat,dog\nb.png,dog,train\n"},
+            "line 2: the split 'dog' is a tag elsewhere: put tags with commas between them in quotes",
+            {"metadata.csv": 'file_name,labels,split\na.jpg,"cat,dog"\nb.png,dog,train\n'},
+        ),
+        (
             {"metadata.csv": "file_name,labels,labels\na.jpg,cat;dog,cat\n"},
             "more than one column labels: leave one of each",
             {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n"},

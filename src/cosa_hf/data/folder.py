@@ -102,6 +102,12 @@ def load_folder(
         raise FileNotFoundError(f"no directory {root}: pass the folder of your photos")
     entries = list(_read(root))
     names = list(classes) if classes else collect_classes(entry.tags for entry in entries)
+    for entry in entries:
+        if entry.split in names and not _meaning(entry.split):  # a tag in the next column, after a comma without quotes
+            raise ValueError(
+                f"{entry.where}: the split {entry.split!r} is a tag elsewhere: put tags with commas between them "
+                "in quotes"
+            )
     chosen = [entry for entry in entries if entry.split == split]
     if not chosen and (meant := _meaning(split)):
         chosen = [entry for entry in entries if _meaning(entry.split) == meant]
