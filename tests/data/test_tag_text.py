@@ -43,6 +43,7 @@ def test_a_list_has_commas_in_its_names():
         ('{"cat": 1}', "it has brackets"),
         ('[{"x": 1, "rectanglelabels": ["cat"]}]', "`cosa-hf import`"),
         ("(cat)", "it has brackets"),
+        ("(bird (flying))", "it has brackets"),
         ("set()", "it has brackets"),
         ("'cat'", "it has quotes at its ends"),
         ('"cat", "dog"', "it has quotes at its ends"),

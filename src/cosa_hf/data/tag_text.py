@@ -91,7 +91,7 @@ def as_tag(name: str) -> str:
 def _problem(tag: str) -> str | None:
     """Why no one would call a class so, and what to do."""
     lists = f'write tags as cat; dog or as ["cat", "dog"] ({_IMPORT})'
-    if re.search(r"[\[\]{}]", tag) or tag.count("(") != tag.count(")") or re.search(r"^\([^()]*\)$|\(\)", tag):
+    if re.search(r"[\[\]{}]", tag) or tag.count("(") != tag.count(")") or re.search(r"^\(.*\)$|\(\)", tag):
         return f"it has brackets; {lists}"
     if tag[0] in _QUOTES or tag[-1] in _QUOTES:
         return f"it has quotes at its ends; {lists}"
