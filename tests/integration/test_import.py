@@ -74,6 +74,12 @@ def test_what_it_says(here, cosa_hf, complaint):
     assert "2 classes" in cosa_hf(*line, "--overwrite")
     assert "call it metadata.csv" in complaint(*line[:-1], "roboflow/tags.csv")
     assert complaint("import", "csv", "gone.csv", *line[3:], "--overwrite") == "error: no file gone.csv\n"
+    names = ("--names", "openimages/names.csv", "--output", "openimages/metadata.csv")
+    said = cosa_hf("import", "csv", "openimages/labels.csv", *names)
+    assert said.startswith("1 tags of a confidence below 1 were left out: Cat\n")
+    assert "1 verified to have none of them, 1 untagged" in said
+    said = cosa_hf("import", "csv", "openimages/labels.csv", *names, "--min_confidence", 0.5, "--overwrite")
+    assert said.startswith("openimages/metadata.csv: ")
     Path("roboflow/3.jpg").unlink()
     assert "lacks 1 image (3.jpg)" in complaint(*line, "--overwrite")
     assert "1 images that are not there were left out: 3.jpg" in cosa_hf(*line, "--overwrite", "--skip_missing")

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> None:
         rows += [(directory, row) for row in FORMATS[args.format].read(path, options)]
     images, missing = gather(rows, args.output.parent, options, args.verified, args.skip_missing)
     write_table(images, args.output)
+    if unsure := [tag for _, row in rows for tag in row.unsure]:
+        print(f"{len(unsure)} tags of a confidence below {args.min_confidence:g} were left out: {list_some(unsure)}")
     if missing:
         print(f"{len(missing)} images that are not there were left out: {list_some(missing)}")
     print(

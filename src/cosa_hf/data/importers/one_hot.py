@@ -38,7 +38,7 @@ def read(path: Path, options: ImportOptions) -> Iterator[Row]:
             [cells[file].strip()],
             options.tags([name for name, value in values.items() if value]),
             () if unlabeled else options.tags([name for name, value in values.items() if value is False]),
-            next((cells[name].strip() for name in cells if name.casefold() in SPLIT_COLUMNS), ""),
+            split=next((cells[name].strip() for name in cells if name.casefold() in SPLIT_COLUMNS), ""),
             seen=not unlabeled,
         )
 

@@ -30,6 +30,7 @@ class Row(NamedTuple):
         files: what the image may be called, the likeliest first; paths in the export's directory or in the photos'.
         tags: what is in the image.
         absent: what somebody looked for in vain.
+        unsure: tags of less confidence than asked for.
         split: of the image, where the export says.
         mask: file of the image's mask, where the export says.
         seen: whether somebody has looked at the image.
@@ -39,6 +40,7 @@ class Row(NamedTuple):
     files: Sequence[str]
     tags: Sequence[str] = ()
     absent: Sequence[str] = ()
+    unsure: Sequence[str] = ()
     split: str = ""
     mask: str = ""
     seen: bool = True

@@ -45,6 +45,7 @@ def read(path: Path, options: ImportOptions) -> Iterator[Row]:
             [cells[file].strip()],
             tags if confidence >= options.min_confidence else (),
             tags if confidence == 0 else (),
+            tags if 0 < confidence < options.min_confidence else (),
             next((by_fold[name].strip() for name in SPLIT_COLUMNS if name in by_fold), ""),
             cells.get("mask_file_name", "").strip(),
         )
