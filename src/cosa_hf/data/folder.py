@@ -281,8 +281,8 @@ def _importing(table: Path) -> str:
         command = shlex.join(["cosa-hf", "import", "imagefolder", str(table.parent), "--output", str(target)])
         return f"; a table of load_dataset's: `{command}`, and then move {table.name} away"
     export = table.with_name(f"export{table.suffix}")
-    command = import_command(table, table.with_name("metadata.csv"), export)
-    return f"; an export of another tool: rename it to {export.name}, and then `{command}`" if command else ""
+    found = import_command(table, table.with_name("metadata.csv"), export)
+    return f"; an export of another tool: rename it to {export.name}, and then `{found}`" if found else ""
 
 
 def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -98,7 +98,8 @@ def column_of(columns: Sequence[str], asked: str | None, usual: Sequence[str], w
         'Image'
     """
     folded = {column.casefold(): column for column in columns}
-    found = [asked] if asked in columns else [folded[name] for name in usual if name in folded and not asked]
+    named = [asked] if asked else [folded[name] for name in usual if name in folded]
+    found = [name for name in named if name in columns]
     if not found or (what == "tag" and len(found) > 1):
         several = f"{' and '.join(found)} could all be the tags" if found else f"no column {asked or f'of a {what}'}"
         raise ValueError(f"{where}: {several}: pass --{what}_column with one of {', '.join(columns)}")
