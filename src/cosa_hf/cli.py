@@ -12,6 +12,7 @@ from cosa_hf._version import __version__
 
 COMMANDS = {
     "demo": "train on drawn images from tags, score the model, segment a new image: minutes, no download",
+    "import": "turn the export of another tool into a table of tags",
     "check": "read a dataset once and say what would spoil training",
     "train": "train CoSA from image-level tags",
     "evaluate": "score a model on a dataset with masks",

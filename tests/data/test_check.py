@@ -3,11 +3,13 @@ import json
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from images_of import image_of
 from PIL import Image
 
 from cosa_hf.data import load_folder, load_shapes
 from cosa_hf.data.check import ADVICE, check_splits, format_findings
+from cosa_hf.data.tags import tag_features
 
 
 @pytest.fixture
@@ -106,19 +108,36 @@ def test_equal_images(folder):
     assert "duplicate" not in found.warnings
 
 
+def test_a_row_without_an_image_is_empty():
+    features = tag_features(["cat", "dog"])
+    columns = {"image": [{"bytes": _png(), "path": None}, None], "labels": [[0], [1]], "image_id": ["a", "b"]}
+    found = check_splits({"train": Dataset.from_dict(columns, features=features)}, progress=False)
+    assert found.errors == {"unreadable": ["train: image 'b' has no picture: the row is empty; remove it"]}
+    whole = Dataset.from_dict({name: cells[:1] for name, cells in columns.items()}, features=features)
+    assert not check_splits({"train": whole}, progress=False).errors
+
+
+def test_classes_that_may_be_something_else():
+    features = tag_features(["haze", "haze primary", "primary", "3"])
+    columns = {"image": [{"bytes": _png(), "path": None}], "labels": [[0]], "image_id": ["a"]}
+    found = check_splits({"train": Dataset.from_dict(columns, features=features)}, progress=False)
+    assert found.warnings["combined"] == ["class 'haze primary': haze + primary"]
+    assert found.warnings["number"] == ["class '3'"]
+
+
 def test_splits_must_have_the_same_classes():
     with pytest.raises(ValueError, match="split 'val' has the classes"):
         check_splits({"train": load_shapes("train", num_images=1), "val": _cats()}, progress=False)
 
 
-def _cats():
-    from datasets import Dataset
-
-    from cosa_hf.data.tags import tag_features
-
+def _png():
     buffer = io.BytesIO()
     image_of(4, 4).save(buffer, "PNG")
-    columns = {"image": [{"bytes": buffer.getvalue(), "path": None}], "labels": [[0]], "image_id": ["a"]}
+    return buffer.getvalue()
+
+
+def _cats():
+    columns = {"image": [{"bytes": _png(), "path": None}], "labels": [[0]], "image_id": ["a"]}
     return Dataset.from_dict(columns, features=tag_features(["cat"]))
 
 

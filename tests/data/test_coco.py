@@ -100,7 +100,10 @@ def test_what_is_missing_is_named(coco_dir, tmp_path):
     ("damage", "message"),
     [
         (lambda content: content.pop("annotations"), "KeyError: 'annotations'"),
-        (lambda content: content["categories"].append({"id": 4, "name": "unicorn"}), "has no category unicorn: for"),
+        (
+            lambda content: content["categories"].append({"id": 4, "name": "unicorn"}),
+            "has no category unicorn: classes of your own",
+        ),
         (lambda content: content["images"][0].pop("id"), r"1 image \(COCO_val2014_1.jpg\) without id"),
         (
             lambda content: content["images"][1].update(id=1),

@@ -86,6 +86,65 @@ def test_splits_by_directory(tmp_path):
         load_folder(tmp_path, "test")
 
 
+@pytest.mark.parametrize(
+    "names", [("train", "valid", "test"), ("training", "dev", "testing"), ("Train", "Val", "Test")]
+)
+def test_splits_by_other_names(tmp_path, names):
+    for name, tag in zip(names, ("cat", "dog", "cow"), strict=True):
+        (tmp_path / name).mkdir()
+        image_of(8, 9).save(tmp_path / name / "1.jpg")
+        (tmp_path / name / "metadata.csv").write_text(f"file_name,labels\n1.jpg,{tag}\n")
+    for split, tag in (("train", "cat"), ("val", "dog"), ("validation", "dog"), ("test", "cow")):
+        dataset = load_folder(tmp_path, split)
+        assert rows_of(dataset) == {"1": [tag]}
+        assert class_names(dataset) == ["cat", "cow", "dog"]
+    (tmp_path / "validation").mkdir()
+    image_of(8, 9).save(tmp_path / "validation/2.jpg")
+    (tmp_path / "validation/tags.json").write_text('{"2.jpg": ["dog"]}')
+    assert rows_of(load_folder(tmp_path, "validation")) == {"2": ["dog"]}, "the very name wins"
+    assert rows_of(load_folder(tmp_path, names[1])) == {"1": ["dog"]}
+
+
+def test_directories_that_are_no_tags(tmp_path):
+    (tmp_path / "images").mkdir()
+    image_of(8, 9).save(tmp_path / "images/1.jpg")
+    with pytest.raises(ValueError, match=r"images is the directory of all images, so 'images' is not a tag: pass"):
+        load_folder(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "fold1")
+    (tmp_path / "fold1/metadata.csv").write_text("file_name,labels\n1.jpg,cat\n")
+    with pytest.raises(ValueError, match=r"fold1 has a table of its own, metadata.csv, so 'fold1' is not a tag: pass"):
+        load_folder(tmp_path)
+    assert rows_of(load_folder(tmp_path / "fold1")) == {"1": ["cat"]}
+    (tmp_path / "fold1").rename(tmp_path / "train")
+    assert rows_of(load_folder(tmp_path)) == {"1": ["cat"]}
+    (tmp_path / "x/[cat]").mkdir(parents=True)
+    image_of(8, 9).save(tmp_path / "x/[cat]/1.jpg")
+    with pytest.raises(ValueError, match=r"the sub-folder of a tag: '\[cat\]' is not a tag"):
+        load_folder(tmp_path / "x")
+
+
+def test_splits_beside_something_else(tmp_path):
+    for name in ("train/cat/1.jpg", "val/cat/1.jpg", "masks/1.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True)
+        image_of(8, 9).save(tmp_path / "photos" / name)
+    with pytest.raises(ValueError, match=r"has the splits train, val and beside them masks: move what is not a split"):
+        load_folder(tmp_path / "photos")
+    (tmp_path / "photos/masks").rename(tmp_path / "masks")
+    assert rows_of(load_folder(tmp_path / "photos", "val")) == {"cat_1": ["cat"]}
+
+
+def test_an_id_too_long_for_a_file_name(tmp_path):
+    directory = tmp_path / ("a" * 150) / ("b" * 150)
+    directory.mkdir(parents=True)
+    image_of(8, 9).save(directory / "1.jpg")
+    jsonl(tmp_path, [{"file_name": f"{'a' * 150}/{'b' * 150}/1.jpg", "labels": ["cat"]}])
+    with pytest.raises(ValueError, match=r"has 303 bytes, and files are named by it: at most 240; shorten"):
+        load_folder(tmp_path)
+    directory.parent.rename(tmp_path / "a")
+    jsonl(tmp_path, [{"file_name": f"a/{'b' * 150}/1.jpg", "labels": ["cat"]}])
+    assert len(load_folder(tmp_path)) == 1
+
+
 def test_splits_by_table(photos):
     (photos / "val").mkdir()
     (photos / "c.jpg").rename(photos / "val/c.jpg")
@@ -157,7 +216,7 @@ def test_tags_of_other_case_or_with_spaces(photos):
     jsonl(photos, [{"file_name": "a.jpg", "labels": [" cat "]}, {"file_name": "b.png", "labels": "cat ,"}])
     assert rows_of(load_folder(photos)) == {"a": ["cat"], "b": ["cat"]}
     jsonl(photos, [{"file_name": "a.jpg", "labels": ["Cat"]}, {"file_name": "b.png", "labels": "cat"}])
-    with pytest.raises(ValueError, match=r"'Cat' \(images: 1\) and 'cat' \(images: 1\) differ in case alone"):
+    with pytest.raises(ValueError, match=r"'Cat' \(images: 1\) and 'cat' \(images: 1\) differ in case or width alone"):
         load_folder(photos)
     with pytest.raises(ValueError, match=r"'Cat' \(did you mean 'cat'\?\) of 1 image \(a.jpg\)"):
         load_folder(photos, classes=["cat"])
@@ -261,6 +320,13 @@ def test_a_file_without_content(photos):
     [
         ("metadata.jsonl", '{"file_name": "a.jpg", "labels": []}\n{"file', "metadata.jsonl, line 2 cannot be read"),
         ("metadata.jsonl", '["a.jpg"]', "line 1: expected an object"),
+        ("metadata.jsonl", "null", "line 1: the row is empty: remove it"),
+        ("metadata.jsonl", '{"file_name": null, "labels": null}', "line 1: the row is empty: remove it"),
+        ("metadata.jsonl", '{"labels": ["cat"]}', "line 1: no file_name; found labels"),
+        ("metadata.jsonl", '{"file_name": null, "labels": ["cat"]}', "line 1: the row names no file"),
+        ("metadata.csv", "file_name,labels\na.jpg,cat\n,\n", "line 3: the row is empty: remove it"),
+        ("metadata.csv", "file_name,labels\na.jpg,nan\n", r"line 2, image 'a.jpg': 'nan' is not a tag"),
+        ("tags.json", '{"a.jpg": "[cat"}', r"tags.json, image 'a.jpg': '\[cat' is not a tag: it has brackets"),
         ("metadata.jsonl", "\n", "names no images"),
         ("metadata.jsonl", '{"file_name": "a.jpg"}', "line 1: no labels; found file_name"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "labels": 3}', "image 'a.jpg': tags must be text"),
@@ -312,6 +378,78 @@ def test_a_table_in_another_encoding_says_so(photos, table, content):
         load_folder(photos)
     (photos / table).write_bytes(content.encode("utf-8-sig"))
     assert class_names(load_folder(photos)) == ["Gänse"]
+
+
+@pytest.mark.parametrize(
+    ("before", "refusal", "after"),
+    [
+        (
+            {"metadata.csv": "file_name,labels\na.jpg,cat,dog\n"},
+            "put tags with commas between them in quotes, or semicolons between them",
+            {"metadata.csv": 'file_name,labels\na.jpg,"cat,dog"\n'},
+        ),
+        (
+            {"metadata.csv": "file_name,labels\na.jpg,cat,dog\n"},
+            "put tags with commas between them in quotes, or semicolons between them",
+            {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n"},
+        ),
+        (
+            {"metadata.csv": "file_name,labels,split\na.jpg,cat,dog\nb.png,dog,train\n"},
+            "line 2: the split 'dog' is a tag elsewhere: put tags with commas between them in quotes",
+            {"metadata.csv": 'file_name,labels,split\na.jpg,"cat,dog"\nb.png,dog,train\n'},
+        ),
+        (
+            {"metadata.csv": "file_name,labels,labels\na.jpg,cat;dog,cat\n"},
+            "more than one column labels: leave one of each",
+            {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n"},
+        ),
+        (
+            {"metadata.csv": "file_name,labels\na.jpg,cat\na.jpg,dog\n"},
+            r"a.jpg is named twice.*: write all of its tags in one row",
+            {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n"},
+        ),
+        (
+            {"tags.json": '{"a.jpg": ["cat"], "a.jpg": ["dog"]}'},
+            "the key 'a.jpg' occurs twice: join what they say under one",
+            {"tags.json": '{"a.jpg": ["cat", "dog"]}'},
+        ),
+        (
+            {"tags.json": '{"a.jpg": ["cat", "dog"]}', "metadata.csv": "file_name,labels\na.jpg,cat\n"},
+            "metadata.csv and tags.json: keep one",
+            {"tags.json": '{"a.jpg": ["cat", "dog"]}'},
+        ),
+        (
+            {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n,\n"},
+            "line 3: the row is empty: remove it",
+            {"metadata.csv": "file_name,labels\na.jpg,cat;dog\n"},
+        ),
+        (
+            {"tags.json": '{"a.jpg": ["cat", "dog"], "b.png": ["Cat"]}'},
+            "differ in case or width alone: write one of them everywhere",
+            {"tags.json": '{"a.jpg": ["cat", "dog"], "b.png": ["cat"]}'},
+        ),
+        (
+            {"tags.json": '{"a.jpg": "[cat, dog]"}'},
+            r"write tags as cat; dog or as \[\"cat\", \"dog\"\]",
+            {"tags.json": '{"a.jpg": "cat; dog"}'},
+        ),
+        (
+            {"metadata.csv": "file_name,labels\ncat;dog,a.jpg\n"},
+            "'a.jpg' is not a tag: it is the name of a file; are two columns swapped",
+            {"metadata.csv": "labels,file_name\ncat;dog,a.jpg\n"},
+        ),
+    ],
+)
+def test_what_an_error_advises_works(before, refusal, after, photos):
+    for name, content in before.items():
+        (photos / name).write_text(content)
+    with pytest.raises(ValueError, match=refusal):
+        load_folder(photos)
+    for name in before:
+        (photos / name).unlink()
+    for name, content in after.items():
+        (photos / name).write_text(content)
+    assert rows_of(load_folder(photos))["a"] == ["cat", "dog"]
 
 
 def test_images_that_no_table_names_are_found(photos):

@@ -1,6 +1,7 @@
 """Any dataset that `load_dataset` loads, here from parquet files on disk."""
 
 import io
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -139,6 +140,29 @@ def test_what_cannot_be_read_is_named(parquet, tmp_path):
     twice = parquet([0, 1], PETS, image_id=(["a", "a"], Value("string")))
     with pytest.raises(ValueError, match=r"1 image_id \(a\) more than once"):
         load_hub(twice, "train")
+
+
+def test_a_path_that_is_a_pattern_is_named_and_can_be_renamed(parquet, tmp_path):
+    options = parquet(["owl"], Value("string"))
+    brackets = tmp_path / "pets [1]"
+    Path(options.dataset_name).rename(brackets)
+    options.dataset_name = str(brackets)
+    with pytest.raises(ValueError, match=r"takes \[ \] in '.*pets \[1\]' for a pattern: rename the directory"):
+        load_hub(options, "train")
+    brackets.rename(tmp_path / "pets 1")
+    options.dataset_name = str(tmp_path / "pets 1")
+    assert load_hub(options, "train")["labels"][:] == [[0]]
+
+
+def test_ids_too_long_and_text_that_is_no_tag(parquet):
+    options = parquet(["owl"], Value("string"), image_id=(["x/" * 200], Value("string")))
+    with pytest.raises(ValueError, match="has 400 bytes, and files are named by it: at most 240"):
+        load_hub(options, "train")
+    options = parquet(["owl", "['owl' 'cat']"], Value("string"))
+    with pytest.raises(ValueError, match=r"image '00000001': .* is not a tag: it has brackets"):
+        load_hub(options, "train")
+    options = parquet(["owl", "['owl', 'cat']"], Value("string"))
+    assert load_hub(options, "train")["labels"][:] == [[1], [0, 1]]
 
 
 def test_a_row_with_an_unknown_tag_does_not_stop_a_stream(parquet, caplog):

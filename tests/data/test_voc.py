@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_image_without_an_annotation(voc_dir):
 
 def test_tag_that_no_class_has(voc_dir):
     (voc_dir / "image_labels.json").write_text(json.dumps({"2007_01": ["cat"], "2007_02": ["tram"], "2007_03": []}))
-    with pytest.raises(ValueError, match=r"not classes: 'tram'.* of 1 image \(2007_02\)"):
+    with pytest.raises(ValueError, match=r"1 tag \(tram\) that are not classes of VOC"):
         load_voc(voc_dir, "train")
 
 
@@ -233,6 +234,27 @@ def test_real_voc():
         assert image.mode == "RGB"
         assert max(image.size) <= 384
         assert ids == {label + 1 for label in row["labels"]}, row["image_id"]
+
+
+def test_classes_of_its_own_without_a_list_of_them(voc_dir):
+    (voc_dir / "image_labels.json").write_text('{"2007_01": ["cats", "scratch "], "2007_02": [], "2007_03": ["cats"]}')
+    with pytest.raises(
+        ValueError, match=r"2 tags \(cats, scratch\) that are not classes of VOC: if they are your own"
+    ) as it:
+        load_voc(voc_dir, "train")
+    assert "did you mean" not in str(it.value)
+    (path,) = re.findall(r"one a line, into (\S+)", str(it.value))
+    Path(path).write_text("scratch\n\n  cats \r\n\n")
+    dataset = load_voc(voc_dir, "train")
+    assert class_names(dataset) == ["scratch", "cats"], "blank lines and blanks are no classes"
+    assert dataset["labels"][:] == [[0, 1], [], [1]]
+    Path(path).write_text("scratch\ncats\nscratch\n")
+    with pytest.raises(ValueError, match=r"classes.txt has 1 class \(scratch\) more than once"):
+        load_voc(voc_dir, "train")
+    Path(path).unlink()
+    (voc_dir / "image_labels.json").write_text('{"2007_01": ["[cat"], "2007_02": [], "2007_03": []}')
+    with pytest.raises(ValueError, match=r"image_labels.json, image '2007_01': '\[cat' is not a tag"):
+        load_voc(voc_dir, "train")
 
 
 def test_classes_of_its_own(voc_dir):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from drawn import write_photos
+from exports import write_exports
 
 from cosa_hf import (
     CoSAConfig,
@@ -76,12 +77,13 @@ def test_python_runs(page, reader, monkeypatch):
 @pytest.mark.slow
 def test_the_guide_to_own_data_runs(tmp_path):
     write_photos(tmp_path / "photos", 30)
+    write_exports(tmp_path)
     (tmp_path / "cosa-hf").write_text(f'#!/bin/sh\nexec {sys.executable} -m cosa_hf.cli "$@"\n')
     (tmp_path / "cosa-hf").chmod(0o755)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
 
     found = blocks(ROOT / "docs/own-data.md", "sh")
-    assert len(found) == 2
+    assert len(found) == 3
     for _, code in found:
         command = ["bash", "-e", "-c", code]
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)

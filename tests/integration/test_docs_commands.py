@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from drawn import write_photos, write_voc
+from exports import write_exports
 from in_process import ROOT, run_command, run_script
 
 from cosa_hf.cli import COMMANDS
@@ -97,6 +98,7 @@ def clone(tmp_path_factory):
     write_voc(directory / "VOCdevkit/VOC2012", ("train_aug", "val", "val_tune", "val_report"), VOC_CLASSES)
     (directory / "VOC2012").symlink_to(directory / "VOCdevkit/VOC2012", target_is_directory=True)
     write_photos(directory / "photos", 6)
+    write_exports(directory)
     shutil.copy(directory / "photos/0.png", directory / "photo.jpg")
 
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -12,6 +12,7 @@ from transformers import pipeline
 
 from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, demo_model
 from cosa_hf.app import EXAMPLES
+from cosa_hf.commands.predict import known_tags
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.data.palette import voc_palette
 from cosa_hf.evaluation.crf import DenseCRF
@@ -132,6 +133,22 @@ def test_unknown_tag_is_an_error_that_lists_the_classes(model_dir, photos, tmp_p
     said = complaint("predict", model_dir, photos[0], "--output_dir", tmp_path / "new", *tags)
     assert re.match(rf"error: unknown tags \['unicorn'\].*{SHAPES_CLASSES[-1]}\n$", said)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "tags"),
+    [
+        ("cat, red, ripe", ["cat", "red, ripe"]),
+        ("red, ripe,cat", ["red, ripe", "cat"]),
+        ("red , cat", ["red", "cat"]),
+        ("red", ["red"]),
+    ],
+)
+def test_classes_with_commas_in_their_names(text, tags):
+    names = ["background", "red", "cat", "red, ripe"]
+    assert known_tags(text, names) == tags
+    with pytest.raises(ValueError, match=r"unknown tags \['ripe'\]; this model's classes are red; cat; red, ripe"):
+        known_tags("cat, ripe, red", names)
 
 
 def test_an_unreadable_image_does_not_stop_the_others(model_dir, photos, tmp_path, capsys):

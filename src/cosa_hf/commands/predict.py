@@ -69,9 +69,14 @@ def check_names(paths: Sequence[Path], output_dir: Path, overwrite: bool) -> Non
 
 def known_tags(text: str, names: Sequence[str]) -> list[str]:
     """Tags as they were typed, separated by commas, checked against the model's classes."""
-    tags = [tag.strip() for tag in text.split(",")]
+    parts, tags = text.split(","), []
+    while parts:
+        # A class may have commas in its name: the longest that fits.
+        joined = [",".join(parts[:count]).strip() for count in range(len(parts), 0, -1)]
+        tags.append(next((name for name in joined if name in names[1:]), joined[-1]))
+        del parts[: tags[-1].count(",") + 1]
     if unknown := [tag for tag in tags if tag not in names[1:]]:
-        raise ValueError(f"unknown tags {unknown}; this model's classes are {', '.join(names[1:])}")
+        raise ValueError(f"unknown tags {unknown}; this model's classes are {'; '.join(names[1:])}")
     return tags
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from cosa_hf.data.ground_truth import nothing_to_score
 from cosa_hf.data.images import UnreadableImageError, ignored_id, read_image, read_mask, undecoded
+from cosa_hf.data.tag_text import combined_names
 from cosa_hf.data.tags import class_names
 from cosa_hf.progress import progress as progress_bar
 
@@ -60,6 +61,9 @@ ADVICE = {
     "untagged": "training leaves these images out; for evaluation they are background",
     "missing tag": "the mask shows a class that the tags leave out: add the tag, or correct the mask",
     "missing pixels": "the tags name a class that the mask does not show: correct the mask, or remove the tag",
+    "combined": "these classes are made of the words of others; if blanks separate your tags, rename the table to "
+    "export.csv, and then `cosa-hf import csv export.csv --tag_separator ' ' --output metadata.csv`",
+    "number": "a class that is called by a number: is it an id? write the name of the class",
     "few images": f"fewer than {FEW_IMAGES} images: find more, or leave the class out",
 }
 """What to do about each kind of finding."""
@@ -111,10 +115,14 @@ def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: 
         found.images[split] = len(dataset)
         found.class_counts[split] = {name: counts[index] for index, name in enumerate(names)}
     _compare(found, places, names)
+    for name, words in combined_names(names).items():
+        found.warnings["combined"].append(f"class {name!r}: {' + '.join(words)}")
     for name in names:
         total = sum(count[name] for count in found.class_counts.values())
         if total < FEW_IMAGES:
             found.warnings["few images"].append(f"class {name!r}: {total}")
+        if name.isdigit():
+            found.warnings["number"].append(f"class {name!r}")
     return found
 
 
@@ -214,7 +222,9 @@ class _Reading(torch.utils.data.Dataset):
 
 def _content(row: dict[str, Any]) -> bytes:
     """The bytes of an image file, read once for both digest and decoding."""
-    value = row["image"] or {}
+    value = row["image"]
+    if value is None:
+        raise UnreadableImageError(f"image {row['image_id']!r} has no picture: the row is empty; remove it")
     if value.get("bytes") is not None:
         return value["bytes"]
     try:

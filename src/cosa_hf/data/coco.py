@@ -122,8 +122,8 @@ def read_instances(root: Path, split: str) -> Instances:
         raise ValueError(f"{path} lists no images")
     if foreign:
         raise ValueError(
-            f"{path} is not an instances file of COCO, which has no category {list_some(foreign)}: for classes of your "
-            "own use --dataset folder"
+            f"{path} is not an instances file of COCO, which has no category {list_some(foreign)}: classes of your own "
+            f"go through `cosa-hf import coco {path} --output {root / 'metadata.csv'}` and --dataset folder"
         )
     if None in by_id:
         raise ValueError(f"{path} has {name_some(by_id[None], 'image')} without id")

@@ -5,9 +5,10 @@ text, and what it raises for a missing file does not name the line. A folder tha
 "hub" with the folder as its name.
 """
 
-import csv
 import io
 import os
+import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
+from cosa_hf.data.importers import import_command
+from cosa_hf.data.tables import csv_rows
 from cosa_hf.data.tags import (
+    check_image_ids,
     collect_classes,
     composed,
     name_some,
@@ -28,10 +32,16 @@ from cosa_hf.data.tags import (
     tag_ids,
 )
 
-FOLDER_SPLITS = ("train", "val", "validation", "test")
-"""Directory names that mean a split."""
+FOLDER_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Directory names that mean a split, in small letters, and what they are otherwise called."""
 
 _TABLES = ("metadata.jsonl", "metadata.csv", "tags.json")
+_TABLE_NAME = re.compile(r"\.(csv|tsv|jsonl?|xml)$", re.IGNORECASE)
+_NO_TAGS = ("images", "image", "imgs", "img", "jpegimages", "photos", "pictures", "annotations", "labels", "masks")
 _LITTER = ("thumbs.db", "desktop.ini")  # what file managers leave behind, next to hidden files
 
 
@@ -55,11 +65,12 @@ def load_folder(
     1. ``metadata.jsonl`` or ``metadata.csv`` with `file_name` (relative to the folder), `labels` (a list of names,
        or text with commas, semicolons or bars between them) and, if wanted, `mask_file_name` and `split`;
     2. ``tags.json``: ``{"file name": ["tag", ...], ...}``;
-    3. only directories called train, val, validation or test, each a folder in the sense of 1, 2 or 4;
+    3. only directories named as `FOLDER_SPLITS`, each a folder in the sense of 1, 2 or 4;
     4. one sub-folder per tag.
 
     An image's split is what its `split` column says, otherwise the directory of `FOLDER_SPLITS` that it lies in,
-    otherwise "train". Classes are the tags of all splits, sorted, so that every split has the same. Case counts in
+    otherwise "train". Where no split has the name that is asked for, one that means the same is taken: "valid" for
+    "val". Classes are the tags of all splits, sorted, so that every split has the same. Case counts in
     tags; spaces around them and the Unicode form of their accents do not. Images are opened when a row is read, not
     here; masks not before they are asked for.
 
@@ -75,9 +86,10 @@ def load_folder(
 
     Raises:
         FileNotFoundError: the folder, its tags, an image or a mask is missing; names it.
-        ValueError: a table that cannot be read, an unknown split or tag, tags that differ in case alone, an image
-            named twice, two images with the same id, two names that differ in Unicode form alone, an empty file
-            or one that is not an image by its name.
+        ValueError: a table that cannot be read, or one of another tool (names the command that imports it), text that
+            is not a tag, an unknown split or tag, tags that differ in case alone, an image named twice, two images with
+            the same id, an id too long for a file name, two names that differ in Unicode form alone, an empty file or
+            one that is not an image by its name.
 
     Example:
         >>> Image.new("RGB", (4, 3)).save("a.png")
@@ -90,7 +102,15 @@ def load_folder(
         raise FileNotFoundError(f"no directory {root}: pass the folder of your photos")
     entries = list(_read(root))
     names = list(classes) if classes else collect_classes(entry.tags for entry in entries)
+    for entry in entries:
+        if entry.split in names and not _meaning(entry.split):  # a tag in the next column, after a comma without quotes
+            raise ValueError(
+                f"{entry.where}: the split {entry.split!r} is a tag elsewhere: put tags with commas between them "
+                "in quotes"
+            )
     chosen = [entry for entry in entries if entry.split == split]
+    if not chosen and (meant := _meaning(split)):
+        chosen = [entry for entry in entries if _meaning(entry.split) == meant]
     if not chosen:
         found = ", ".join(f"{name} ({count})" for name, count in Counter(p.split for p in entries).items())
         raise ValueError(
@@ -98,6 +118,7 @@ def load_folder(
             "`split` column in the metadata"
         )
     _require_different_names(chosen)
+    check_image_ids([_image_id(entry.file) for entry in chosen])
     columns: dict[str, list] = {
         "image": _paths(chosen, [entry.file for entry in chosen]),
         "labels": tag_ids([entry.tags for entry in chosen], names, [entry.file for entry in chosen]),
@@ -149,25 +170,62 @@ def _read(root: Path, split: str | None = None) -> Iterator[_Entry]:
     if tables:
         yield from _read_table(tables[0], split)
         return
-    directories = {name: entry for name, entry in _visible(root).items() if entry.is_dir()}
-    if directories and split is None and all(name in FOLDER_SPLITS for name in directories):
+    visible = _visible(root)
+    for name, entry in visible.items():
+        known = entry.is_file() and _TABLE_NAME.search(name)
+        if known and (command := import_command(root / name, root / "metadata.csv")):
+            raise ValueError(f"{root} has {name}: `{command}` makes a table of tags of it; or move it away")
+    directories = {name: entry for name, entry in visible.items() if entry.is_dir()}
+    splits = [name for name in directories if _meaning(name)]
+    if directories and split is None and len(splits) == len(directories):
         for name, entry in directories.items():
             yield from _read(Path(entry.path), name)
         return
+    if len({_meaning(name) for name in splits}) > 1 and split is None:
+        others = [name for name in directories if name not in splits]
+        raise ValueError(
+            f"{root} has the splits {', '.join(splits)} and beside them {', '.join(others)}: move what is not a split "
+            f"out of it, or name the images in {root / 'metadata.csv'}"
+        )
     if not directories:
-        raise FileNotFoundError(f"{root} has no tags: neither {', '.join(_TABLES)} nor a sub-folder per tag")
+        command = import_command(root, root / "metadata.csv") or "cosa-hf import"
+        what = "keywords inside the photos" if " keywords " in command else "exports of other tools"
+        raise FileNotFoundError(
+            f"{root} has no tags: neither {', '.join(_TABLES)} nor a sub-folder per tag; {what} go through `{command}`"
+        )
     for tag, entry in directories.items():
         files = _visible(Path(entry.path))
         if not files:
             raise ValueError(f"{entry.path} is the sub-folder of a tag, but empty: remove it or fill it")
+        table = next((name for name, file in files.items() if _is_table(Path(file.path))), None)
+        if table or tag.casefold() in _NO_TAGS:
+            why = f"has a table of its own, {table}" if table else "is the directory of all images"
+            raise ValueError(
+                f"{entry.path} {why}, so {tag!r} is not a tag: pass {entry.path} as --data_dir; if it is a split, call "
+                "it train, val or test"
+            )
+        try:
+            tags = parse_tags([tag])
+        except ValueError as error:
+            raise ValueError(f"{entry.path}, the sub-folder of a tag: {error}") from error
         for name, file in files.items():
             if file.is_dir():
                 raise ValueError(
                     f"{file.path} is a directory inside the sub-folder of the tag {tag!r}, where only images "
-                    f"belong (directories are splits if all are called {', '.join(FOLDER_SPLITS)})"
+                    f"belong (directories are splits if all are called train, val and test)"
                 )
             relative = f"{tag}/{name}"
-            yield _Entry(root, relative, [tag.strip()], None, split or "train", relative)
+            yield _Entry(root, relative, tags, None, split or "train", relative)
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file in the sub-folder of a tag speaks of other files."""
+    known = path.suffix.lower() in (".csv", ".tsv", ".json")
+    return path.name in _TABLES or (known and import_command(path, path) is not None)
+
+
+def _meaning(split: str) -> str | None:
+    return FOLDER_SPLITS.get(split.casefold())
 
 
 def _read_table(table: Path, split: str | None) -> Iterator[_Entry]:
@@ -175,16 +233,19 @@ def _read_table(table: Path, split: str | None) -> Iterator[_Entry]:
     for where, row in _rows(table):
         missing = [column for column in ("file_name", "labels") if column not in row]
         if missing:
-            raise ValueError(f"{where}: no {' and no '.join(missing)}; found {', '.join(map(str, row))}")
+            found = f"{where}: no {' and no '.join(missing)}; found {', '.join(map(str, row))}"
+            raise ValueError(found + _importing(table))
         file = _text(row, "file_name", where)
         path = PurePosixPath(file)
-        if not file or path.is_absolute() or ".." in path.parts:
+        if not file:
+            raise ValueError(f"{where}: the row names no file: write its file_name, or remove the row")
+        if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{where}: file_name {file!r} must be a path inside {table.parent}")
         try:
             tags = parse_tags(row["labels"])
         except ValueError as error:
             raise ValueError(f"{where}, image {file!r}: {error}") from error
-        inside = path.parts[0] if len(path.parts) > 1 and path.parts[0] in FOLDER_SPLITS else None
+        inside = path.parts[0] if len(path.parts) > 1 and _meaning(path.parts[0]) else None
         entry = _Entry(
             directory=table.parent,
             file=file,
@@ -197,7 +258,7 @@ def _read_table(table: Path, split: str | None) -> Iterator[_Entry]:
             other = seen[file]
             raise ValueError(
                 f"{file} is named twice, in {other.where} with the tags {other.tags} and in {where} with {tags}: "
-                "keep one"
+                f"write all of its tags in one row{_importing(table)}"
             )
         seen[file] = entry
         yield entry
@@ -213,48 +274,39 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
     return composed(value.strip())
 
 
+def _importing(table: Path) -> str:
+    """What else to do about a table that is not of this package's form."""
+    if table.suffix == ".jsonl":
+        target = table.with_name("metadata.csv")
+        command = shlex.join(["cosa-hf", "import", "imagefolder", str(table.parent), "--output", str(target)])
+        return f"; a table of load_dataset's: `{command}`, and then move {table.name} away"
+    export = table.with_name(f"export{table.suffix}")
+    found = import_command(table, table.with_name("metadata.csv"), export)
+    return f"; an export of another tool: rename it to {export.name}, and then `{found}`" if found else ""
+
+
 def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a table, each with the place it stands at."""
-    text = read_text(table)
     if table.suffix == ".csv":
-        yield from _csv_rows(table, text)
-    elif table.suffix == ".jsonl":
+        yield from csv_rows(table)
+        return
+    text = read_text(table)
+    if table.suffix == ".jsonl":
         for number, line in enumerate(io.StringIO(text, newline=""), start=1):
             where = f"{table}, line {number}"
             if line.strip():
                 row = parse_json(line, where)
+                if row is None or (isinstance(row, dict) and all(value in (None, "", []) for value in row.values())):
+                    raise ValueError(f"{where}: the row is empty: remove it")
                 if not isinstance(row, dict):
                     raise ValueError(f"{where}: expected an object, got {line.strip()}")
                 yield where, row
     else:
         tags = parse_json(text, table)
-        if not isinstance(tags, dict):
-            raise ValueError(f"{table} must be an object, file name -> list of tags")
+        if not isinstance(tags, dict) or {"images", "annotations"} <= set(tags):
+            raise ValueError(f"{table} must be an object, file name -> list of tags{_importing(table)}")
         for name, value in tags.items():
             yield str(table), {"file_name": name, "labels": value}
-
-
-def _csv_rows(table: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Strict: a quote that is never closed would swallow all lines after it.
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = list(reader.fieldnames or [])
-        while header and not header[-1].strip():  # a spreadsheet makes the header as wide as the widest row
-            header.pop()
-        if repeated := sorted({name for name in header if name and header.count(name) > 1}):
-            raise ValueError(f"{table} has more than one column {', '.join(repeated)}: leave one of each")
-        reader.fieldnames = header
-        for row in reader:
-            where = f"{table}, line {reader.line_num}"
-            extra = [cell for cell in row.pop(None, []) if cell.strip()]
-            if extra:
-                raise ValueError(
-                    f"{where} has more cells than the header: {', '.join(extra)}; put tags with commas between them "
-                    "in quotes, or semicolons between them"
-                )
-            yield where, {key: value for key, value in row.items() if key}
-    except csv.Error as error:
-        raise ValueError(f"{table}, line {reader.line_num + 1} cannot be read: {error}") from error
 
 
 def _visible(directory: Path) -> dict[str, os.DirEntry]:

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, 
 from datasets import Image as ImageFeature
 
 from cosa_hf.data.options import DatasetOptions
-from cosa_hf.data.tags import collect_classes, name_some, parse_tags, tag_features, tag_ids
+from cosa_hf.data.tags import check_image_ids, collect_classes, name_some, parse_tags, tag_features, tag_ids
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,23 @@ def _load(options: DatasetOptions, split: str, streaming: bool) -> Any:
     try:
         return datasets.load_dataset(name, options.dataset_config, split=split, streaming=streaming)
     except FileNotFoundError as error:
+        refuse_pattern(Path(str(name)))
         raise FileNotFoundError(f"no dataset {name!r} on the Hub or on disk: {error}") from error
     except ConnectionError as error:
         raise FileNotFoundError(f"{name!r} is not a local path, and the Hub is out of reach: {error}") from error
+
+
+def refuse_pattern(path: Path) -> None:
+    """Refuse a directory whose path `load_dataset` takes for a pattern, and then finds nothing in it.
+
+    Raises:
+        ValueError: it is there, and has brackets or stars in its path.
+    """
+    if path.exists() and (found := set("[]*?") & set(str(path.absolute()))):
+        raise ValueError(
+            f"load_dataset takes {' '.join(sorted(found))} in {str(path.absolute())!r} for a pattern: rename the "
+            "directory"
+        )
 
 
 def _check_columns(features: Features, options: DatasetOptions, masks: bool) -> None:
@@ -168,6 +182,7 @@ def _image_ids(dataset: Dataset, split: str) -> list[str]:
     if "image_id" not in dataset.column_names:
         return [f"{index:08d}" for index in range(len(dataset))]
     image_ids = [str(value).replace("/", "_") for value in dataset.with_format(None)["image_id"][:]]
+    check_image_ids(image_ids)
     twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
     if twice:
         raise ValueError(f"split {split!r} has {name_some(twice, 'image_id')} more than once: rename that column")
@@ -180,4 +195,4 @@ def _stream_id(image: dict[str, Any]) -> str:
     return hashlib.sha256(image.get("bytes") or b"").hexdigest()[:16]
 
 
-__all__ = ["load_hub", "stream_hub"]
+__all__ = ["load_hub", "refuse_pattern", "stream_hub"]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
+from cosa_hf.data.tag_text import as_tag, names_in
+
 
 def tag_features(class_names: list[str], masks: bool = False) -> Features:
     """Columns shared by every dataset of this package.
@@ -56,14 +58,14 @@ def parse_json(text: str, where: str | Path) -> Any:
     Example:
         >>> parse_json('{"a.jpg": ["cat"], "a.jpg": ["dog"]}', "tags.json")
         Traceback (most recent call last):
-        ValueError: tags.json cannot be read: the key 'a.jpg' occurs twice: keep one
+        ValueError: tags.json cannot be read: the key 'a.jpg' occurs twice: join what they say under one
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for key, value in pairs:
             if key in content:
-                raise ValueError(f"the key {key!r} occurs twice: keep one")
+                raise ValueError(f"the key {key!r} occurs twice: join what they say under one")
             content[key] = value
         return content
 
@@ -84,23 +86,25 @@ def composed(name: str) -> str:
 
 
 def parse_tags(value: Any) -> list[str]:
-    """Tags as people write them: a list of names, or one string with commas, semicolons or bars between them.
+    """Tags as people write them: a list of names, or one text as `names_in` reads it.
 
-    Spaces around a name are dropped and it is `composed`; nothing else is changed. None and "" mean no tags.
+    Names are `as_tag` makes them, and `composed`. None and "" mean no tags.
 
     Raises:
-        ValueError: neither text nor a list of texts.
+        ValueError: neither text nor a list of texts, or a text that cannot be the name of a class.
 
     Example:
-        >>> parse_tags("traffic light; car "), parse_tags([" cat"]), parse_tags(None)
-        (['traffic light', 'car'], ['cat'], [])
+        >>> parse_tags("traffic light; car "), parse_tags([" cat"]), parse_tags("['cat', 'dog']"), parse_tags(None)
+        (['traffic light', 'car'], ['cat'], ['cat', 'dog'], [])
     """
     if value is None:
         return []
-    names = re.split("[,;|]", value) if isinstance(value, str) else value
+    if isinstance(value, dict) and list(value) == ["choices"]:  # as Label Studio writes several
+        value = value["choices"]
+    names = names_in(value) if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"tags must be text or a list of texts, got {value!r}")
-    return [composed(name.strip()) for name in names if name.strip()]
+    return [tag for name in names if (tag := as_tag(composed(name)))]
 
 
 def tag_ids(tags: Sequence[Sequence[str]], classes: Sequence[str], image_ids: Sequence[str]) -> list[list[int]]:
@@ -133,11 +137,35 @@ def tag_ids(tags: Sequence[Sequence[str]], classes: Sequence[str], image_ids: Se
     return [sorted({ids[tag] for tag in image_tags}) for image_tags in tags]
 
 
+LONGEST_ID = 240
+"""Bytes of an image's id: masks are files of its name, and file systems allow 255 with what comes after it."""
+
+
+def check_image_ids(image_ids: Iterable[str]) -> None:
+    """Refuse ids that could not be the names of files, before there is anything to write.
+
+    Raises:
+        ValueError: an id that is too long; blanks and slashes count three bytes, as exports write them.
+
+    Example:
+        >>> check_image_ids(["a" * 300])
+        Traceback (most recent call last):
+        ValueError: the id 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...' has 300 bytes, and files are named by it: ...
+    """
+    for image_id in image_ids:
+        size = len(re.sub(r"[%/\\\s]", "%20", image_id).encode("utf-8", "surrogatepass"))
+        if size > LONGEST_ID:
+            raise ValueError(
+                f"the id '{image_id[:40]}...' has {size} bytes, and files are named by it: at most {LONGEST_ID}; "
+                "shorten the name of the file or of the directories that it is in"
+            )
+
+
 def collect_classes(tags: Iterable[Iterable[str]]) -> list[str]:
     """All tags that occur, sorted: the classes of a dataset that does not list them.
 
     Raises:
-        ValueError: there are none, or two differ in case alone.
+        ValueError: there are none, or two differ in case, or in the width of letters, alone.
 
     Example:
         >>> collect_classes([["dog", "cat"], [], ["dog"]])
@@ -148,11 +176,11 @@ def collect_classes(tags: Iterable[Iterable[str]]) -> list[str]:
         raise ValueError("no image has a tag: there are no classes")
     spellings: dict[str, str] = {}
     for tag in sorted(counts):
-        other = spellings.setdefault(tag.casefold(), tag)
+        other = spellings.setdefault(unicodedata.normalize("NFKC", tag).casefold(), tag)
         if other != tag:
             raise ValueError(
-                f"the tags {other!r} (images: {counts[other]}) and {tag!r} (images: {counts[tag]}) differ in case "
-                "alone: write one of them everywhere"
+                f"the tags {other!r} (images: {counts[other]}) and {tag!r} (images: {counts[tag]}) differ in case or "
+                "width alone: write one of them everywhere"
             )
     return sorted(counts)
 

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 from datasets import Dataset
 
-from cosa_hf.data.tags import name_some, parse_json, read_text, tag_features, tag_ids
+from cosa_hf.data.tags import name_some, parse_json, parse_tags, read_text, tag_features, tag_ids
 
 VOC_CLASSES = (
     "aeroplane",
@@ -38,8 +38,8 @@ VOC_COEXISTENCE = ("aeroplane", "bird", "boat", "train")
 def load_voc(data_dir: str | Path, split: str, masks: bool = False) -> Dataset:
     """Images and tags of a VOC 2012 segmentation split; masks only if asked for.
 
-    The classes are `VOC_CLASSES`, or the lines of ``classes.txt`` where the directory has one, as an export of
-    other classes does.
+    The classes are `VOC_CLASSES`, or the lines of ``classes.txt`` that are not blank where the directory has one, as an
+    export of other classes does.
 
     Reads ``ImageSets/Segmentation/<split>.txt`` and ``JPEGImages/<id>.jpg``. Tags come from
     ``image_labels.json`` (image id -> list of class names) where the directory has one, otherwise from the
@@ -137,7 +137,12 @@ def _train_aug(directory: Path, sbd: Path) -> list[str]:
 
 def _read_classes(root: Path) -> list[str]:
     path = root / "classes.txt"
-    return read_text(path).splitlines() if path.is_file() else list(VOC_CLASSES)
+    if not path.is_file():
+        return list(VOC_CLASSES)
+    classes = parse_tags(read_text(path).splitlines())
+    if twice := [name for name, count in Counter(classes).items() if count > 1]:
+        raise ValueError(f"{path} has {name_some(twice, 'class')} more than once: leave one line of each")
+    return classes
 
 
 def _paths(directory: Path, image_ids: list[str], suffix: str, split: str) -> list[str]:
@@ -154,7 +159,19 @@ def _paths(directory: Path, image_ids: list[str], suffix: str, split: str) -> li
 def _read_tags(root: Path, image_ids: list[str], classes: list[str]) -> list[list[int]]:
     source = root / "image_labels.json"
     names = _tags_from_json(source, image_ids) if source.is_file() else _tags_from_xml(root, image_ids)
-    return tag_ids(names, classes, image_ids)
+    found: dict[str, None] = {}
+    for image_id, image_names in zip(image_ids, names, strict=True):
+        try:
+            found |= dict.fromkeys(parse_tags(image_names))
+        except ValueError as error:
+            raise ValueError(f"{source if source.is_file() else root}, image {image_id!r}: {error}") from error
+    foreign = [name for name in found if name not in classes]
+    if foreign and not (root / "classes.txt").is_file():
+        raise ValueError(
+            f"{root} has {name_some(foreign, 'tag')} that are not classes of VOC: if they are your own, write their "
+            f"names, one a line, into {root / 'classes.txt'}"
+        )
+    return tag_ids([parse_tags(image_names) for image_names in names], classes, image_ids)
 
 
 def _tags_from_json(path: Path, image_ids: list[str]) -> list[list[str]]:
@@ -190,5 +207,5 @@ def _tags_from_xml(root: Path, image_ids: list[str]) -> list[list[str]]:
         except ElementTree.ParseError as error:
             raise ValueError(f"{path} is not valid XML: {error}") from error
         # Direct children only: the body parts of a person have names too.
-        names.append([(element.text or "").strip() for element in annotation.findall("object/name")])
+        names.append([element.text or "" for element in annotation.findall("object/name")])
     return names

@@ -1,0 +1,199 @@
+"""Every format of importers, on what its tool writes."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from exports import FILES, TABLES, write_exports
+
+from cosa_hf.data.importers import FORMATS, ImportOptions, gather, import_command, read_names, write_table
+
+EXPORTS = {
+    "roboflow": ("one-hot", "_classes.csv"),
+    "openimages": ("csv", "labels.csv"),
+    "kaggle": ("csv", "train.csv"),
+    "labelstudio": ("label-studio", "export.json"),
+    "cvat": ("cvat", "annotations.xml"),
+    "own-coco": ("coco", "instances.json"),
+    "own-voc": ("voc", "Annotations"),
+    "hf": ("imagefolder", "."),
+    "lightroom": ("keywords", "."),
+}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exports")
+    write_exports(root)
+    return root
+
+
+def imported(format, path, root=None, verified=False, **options):
+    """The table of an export: image -> (tags, split)."""
+    root = root or path.parent
+    directory = path if path.is_dir() else path.parent
+    rows = [(directory, row) for row in FORMATS[format].read(path, ImportOptions(**options))]
+    images, _ = gather(rows, root, ImportOptions(**options), verified)
+    write_table(images, root / "metadata.csv")
+    with (root / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        table = {row["file_name"]: (row["labels"], row.get("split", "")) for row in csv.DictReader(file)}
+    (root / "metadata.csv").unlink()
+    return table
+
+
+def options_of(directory, exports):
+    return {
+        "openimages": {"names": read_names(exports / "openimages/names.csv")},
+        "kaggle": {"tag_separator": " "},
+    }.get(directory, {})
+
+
+@pytest.mark.parametrize("directory", TABLES)
+def test_what_each_tool_exports(directory, exports):
+    format, name = EXPORTS[directory]
+    table = imported(format, exports / directory / name, exports / directory, **options_of(directory, exports))
+    assert table == TABLES[directory]
+
+
+@pytest.mark.parametrize("directory", [name for name in TABLES if name != "hf"])
+def test_an_export_is_known_by_its_content(directory, exports):
+    format, name = EXPORTS[directory]
+    path = exports / directory / name
+    if path.is_file():
+        assert import_command(path, Path("metadata.csv")) == f"cosa-hf import {format} {path} --output metadata.csv"
+    assert FORMATS[format].recognises(path)
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def photos(exports):
+    return exports / "labelstudio"
+
+
+MIN = [
+    {"image": "1.jpg", "id": 1, "animals": {"choices": ["cat", "dog"]}, "annotator": 1, "lead_time": 2.5},
+    {"image": "/data/upload/9f8e7d6c-2.jpg", "id": 2, "animals": "cat", "annotator": 1},
+    {"image": "3.jpg", "id": 3, "annotator": 1},
+]
+
+
+def test_label_studio_json_min_and_csv(photos, tmp_path):
+    expected = {"1.jpg": ("cat; dog", ""), "2.jpg": ("cat", ""), "3.jpg": ("", "")}
+    path = write(tmp_path / "min.json", MIN)
+    assert imported("label-studio", path, photos) == expected
+    assert FORMATS["label-studio"].recognises(path)
+    lines = ["image,id,animals,annotator"]
+    lines += ['1.jpg,1,"{""choices"":[""cat"",""dog""]}",1', "/data/upload/9f8e7d6c-2.jpg,2,cat,1", "3.jpg,3,,1"]
+    path = write(tmp_path / "export.csv", "\n".join(lines))
+    assert imported("label-studio", path, photos) == expected
+    assert FORMATS["label-studio"].recognises(path)
+
+
+def test_label_studio_boxes_polygons_and_taxonomies(photos, tmp_path):
+    regions = [{"x": 1, "rectanglelabels": ["cat"]}, {"points": [], "polygonlabels": ["dog"]}]
+    tasks = [{"image": "1.jpg", "label": regions}, {"image": "2.jpg", "label": [{"brushlabels": ["dog"]}]}]
+    path = write(tmp_path / "min.json", tasks)
+    assert imported("label-studio", path, photos) == {"1.jpg": ("cat; dog", ""), "2.jpg": ("dog", "")}
+    result = {"from_name": "kind", "type": "taxonomy", "value": {"taxonomy": [["animal", "cat"], ["thing"]]}}
+    task = {"data": {"image": "1.jpg"}, "annotations": [{"result": [result]}]}
+    assert imported("label-studio", write(tmp_path / "t.json", [task]), photos) == {"1.jpg": ("cat; thing", "")}
+
+
+def test_label_studio_with_several_controls(photos, tmp_path):
+    values = {"quality": {"choices": ["sharp"]}, "animals": {"choices": ["cat"]}}
+    results = [{"from_name": name, "type": "choices", "value": value} for name, value in values.items()]
+    full = write(tmp_path / "full.json", [{"data": {"image": "1.jpg"}, "annotations": [{"result": results}]}])
+    flat = write(tmp_path / "min.json", [{"image": "1.jpg"} | values])
+    for path in (full, flat):
+        with pytest.raises(ValueError, match=r"animals.*quality.*|quality.*animals.*--tag_column"):
+            imported("label-studio", path, photos)
+        assert imported("label-studio", path, photos, tag_column="animals") == {"1.jpg": ("cat", "")}
+
+
+def test_looked_at_and_nothing_found(exports, tmp_path):
+    tasks = json.loads(FILES["labelstudio/export.json"])
+    tasks[2]["annotations"] = [{"result": []}]
+    table = imported("label-studio", write(tmp_path / "x.json", tasks), exports / "labelstudio", verified=True)
+    assert table == {"1.jpg": ("cat; dog", ""), "2.jpg": ("", ""), "3.jpg": ("-", "")}, "2.jpg was not looked at"
+    table = imported("coco", exports / "own-coco/instances.json", verified=True)
+    assert table == {"1.jpg": ("cat", ""), "2.jpg": ("-", "")}
+
+
+def test_a_column_for_each_class(photos, tmp_path):
+    text = "id;image;cat;dog;Unlabeled;split\n7;1.jpg;1.0;0.0;0;train\n8;2.jpg;0;;0;valid\n9;3.jpg;0;0;1;train\n"
+    path = write(tmp_path / "x.csv", text)
+    with pytest.raises(ValueError, match=r"line 2: id is '7', neither 0 nor 1: pass --classes"):
+        imported("one-hot", path, photos)
+    table = imported("one-hot", path, photos, classes=["cat", "dog", "Unlabeled"])
+    assert table == {"1.jpg": ("cat", "train"), "2.jpg": ("", "valid"), "3.jpg": ("", "train")}
+    with pytest.raises(ValueError, match=r"no column of a file: pass --file_column with one of picture, cat"):
+        imported("one-hot", write(tmp_path / "y.csv", "picture,cat\n1.jpg,1\n"), photos)
+    assert imported("one-hot", tmp_path / "y.csv", photos, file_column="picture") == {"1.jpg": ("cat", "")}
+
+
+def test_a_row_for_each_tag_and_masks(photos, tmp_path):
+    text = (
+        "file_name\tlabels\tsplit\tmask_file_name\n1.jpg\tcat\tval\tm/1.png\n1.jpg\tdog\tval\tm/1.png\n2.jpg\tdog\t\t\n"
+    )
+    rows = [(tmp_path, row) for row in FORMATS["csv"].read(write(tmp_path / "x.tsv", text), ImportOptions())]
+    images, _ = gather(rows, photos, ImportOptions())
+    write_table(images, tmp_path / "metadata.csv")
+    assert (tmp_path / "metadata.csv").read_text().splitlines() == [
+        "file_name,labels,split,mask_file_name",
+        "1.jpg,cat; dog,val,m/1.png",
+        "2.jpg,dog,,",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "content", "message"),
+    [
+        ("csv", "x.csv", "image,label\n1.jpg,/m/01yrx\n", "line 2, column label: /m/01yrx is an id: pass --names"),
+        ("csv", "x.csv", "image,label\n1.jpg,3\n2.jpg,4\n", "the tags are numbers: pass --names"),
+        (
+            "csv",
+            "x.csv",
+            "image,label,class\n1.jpg,3,cat\n",
+            "label and class could all be the tags: pass --tag_column",
+        ),
+        ("csv", "x.csv", "image,kind\n1.jpg,cat\n", "no column of a tag: pass --tag_column with one of kind"),
+        ("csv", "x.csv", "image,label\n1.jpg,[cat\n", r"line 2, column label: '\[cat' is not a tag"),
+        ("csv", "x.csv", "image,label,Confidence\n1.jpg,cat,high\n", "the confidence 'high' is not a number"),
+        ("label-studio", "x.json", {"a": 1}, "is not a list of tasks"),
+        ("label-studio", "x.json", [{"text": "a", "choice": "cat"}], "no images: pass --file_column with one of text"),
+        ("cvat", "x.xml", "<annotations><track/></annotations>", 'export from CVAT as "CVAT for images 1.1"'),
+        ("cvat", "x.xml", "<annotations>", "is not valid XML"),
+        ("coco", "x.json", {"images": []}, "KeyError: 'categories'"),
+        (
+            "coco",
+            "x.json",
+            {"images": [], "categories": [], "annotations": [{"id": 5, "image_id": 1, "category_id": 1}]},
+            "annotation 5 is of an image or category that is not listed",
+        ),
+        ("voc", "x.xml", "<annotations/>", "is not an annotation of VOC: its outermost element is annotations"),
+    ],
+)
+def test_an_export_that_cannot_be_read_says_where(format, name, content, message, photos, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        imported(format, write(tmp_path / name, content), photos)
+
+
+def test_a_photo_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(b"not a photo")
+    with pytest.raises(ValueError, match=r"1\.jpg cannot be read"):
+        imported("keywords", tmp_path)
+
+
+def test_a_folder_in_brackets_is_named_and_can_be_renamed(exports, tmp_path):
+    brackets = tmp_path / "hf[1]"
+    (exports / "hf").rename(brackets)
+    try:
+        with pytest.raises(ValueError, match=r"takes \[ \] in '.*hf\[1\]' for a pattern: rename the directory"):
+            imported("imagefolder", brackets)
+    finally:
+        brackets.rename(exports / "hf")
