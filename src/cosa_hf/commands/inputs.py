@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import ClassLabel, Dataset, load_dataset
 
@@ -13,10 +13,12 @@ from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.inference import SCALES, Segmenter, check_classes
 from cosa_hf.training.config import ConfigParser
 
+Kind = TypeVar("Kind")
 
-def dataset_parser(name: str, description: str | None) -> ConfigParser:
-    """The parser of a command that reads a dataset: --dataset, --data_dir and the options of its readers."""
-    kinds: list[Any] = [DatasetOptions]
+
+def dataset_parser(name: str, description: str | None, *more: Any) -> ConfigParser:
+    """The parser of a command that reads a dataset: --dataset, --data_dir, the options of its readers, and `more`."""
+    kinds: list[Any] = [DatasetOptions, *more]
     parser = ConfigParser(
         kinds,
         prog=f"cosa-hf {name}",
@@ -34,7 +36,12 @@ def dataset_parser(name: str, description: str | None) -> ConfigParser:
 def parse_dataset_args(parser: ConfigParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]:
     """What a `dataset_parser` finds."""
     args = parser.parse_args(arguments)
-    return args, DatasetOptions(**{spec.name: getattr(args, spec.name) for spec in dataclasses.fields(DatasetOptions)})
+    return args, options_of(args, DatasetOptions)
+
+
+def options_of(args: argparse.Namespace, kind: type[Kind]) -> Kind:
+    """Those of the parsed arguments that are fields of `kind`."""
+    return kind(**{spec.name: getattr(args, spec.name) for spec in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def dataset_of(args: argparse.Namespace, options: DatasetOptions, segmenter: Segmenter, masks: bool = False) -> Dataset:
