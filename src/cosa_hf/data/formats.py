@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from cosa_hf.image_processing_cosa import is_deep, to_8_bit, to_rgb
 
@@ -177,6 +177,8 @@ class Picture:
             values = np.asarray(image.convert() if image.mode == "P" else image)
         else:
             values = self.image
+        if values.ndim == 3 and values.shape[2] == 1:
+            values = values[:, :, 0]
         count = 1 if values.ndim == 2 else values.shape[2]
         if bands is None:
             if count not in (1, 3):
@@ -219,9 +221,10 @@ def open_picture(source: str | Path | bytes, bands: Sequence[int] | None, lossle
             image = Image.open(file)
         except UnidentifiedImageError as error:
             if not head.startswith(TIFF):
-                raise ValueError(_unknown(head)) from error
+                raise _unknown(head) from error
             image = None
         if image is None or (head.startswith(TIFF) and lossless and (bands is not None or _loses_bits(image))):
+            file.seek(0)
             yield _tiff(file, bands)
             return
         # A phone's photo may carry a depth or gain map behind it, of format MPO: no page.
@@ -233,14 +236,14 @@ def _loses_bits(image: Any) -> bool:
     return len(bits) > 1 and max(bits) > 8
 
 
-def _unknown(head: bytes) -> str:
+def _unknown(head: bytes) -> Exception:
     if head[4:8] == b"ftyp":
         brands = head[8:64]
-        if b"avif" in brands or b"avis" in brands:
-            return 'AVIF needs a newer Pillow: pip install "pillow>=11.3"'
-        if not find_spec("pillow_heif"):
-            return 'HEIC needs pillow_heif: pip install "cosa-hf[heif]"'
-    return "no image, or of an unknown format"
+        if (b"avif" in brands or b"avis" in brands) and not features.check("avif"):
+            return ImportError('AVIF needs a newer Pillow: pip install "pillow>=11.3"')
+        if b"avi" not in brands and not find_spec("pillow_heif"):
+            return ImportError('HEIC needs pillow_heif: pip install "cosa-hf[heif]"')
+    return ValueError("no image, or of an unknown format")
 
 
 def _require(module: str, what: str, extra: str) -> None:

@@ -73,6 +73,9 @@ def settled_reading(
         num_workers: processes that look.
         say: takes the sentences that tell what was found.
 
+    Raises:
+        UnreadableImageError: a library is missing for some of them; says what to install.
+
     Example:
         >>> from cosa_hf.data import load_shapes
         >>> settled_reading(PictureConfig(), load_shapes("train", num_images=3), 0, print)
@@ -112,7 +115,9 @@ def _look(row: dict[str, Any], bands: tuple[int, ...] | None) -> tuple[str, Look
     try:
         with opened(row, bands, lossless=True) as picture:
             return row["image_id"], picture.look(bands) if picture.deep or picture.several else None
-    except UnreadableImageError:
+    except UnreadableImageError as error:
+        if isinstance(error.__cause__, ImportError):  # true of all its kind: better said now than image by image
+            raise
         return row["image_id"], None
 
 
