@@ -67,7 +67,9 @@ def test_bands_of_a_tiff(tmp_path, planar, compression):
 
 def test_a_page_for_each_band(tmp_path):
     pytest.importorskip("tifffile")
-    (tmp_path / "field.tif").write_bytes(tiff(np.ascontiguousarray(np.moveaxis(BANDS, -1, 0)), photometric="minisblack"))
+    (tmp_path / "field.tif").write_bytes(
+        tiff(np.ascontiguousarray(np.moveaxis(BANDS, -1, 0)), photometric="minisblack")
+    )
     read = np.asarray(open_image(tmp_path / "field.tif", Reading((0.0, 4095.0), (4, 3, 2))))
     assert np.array_equal(read, expected(BANDS[..., [3, 2, 1]]))
 
@@ -83,8 +85,10 @@ def test_missing_data_is_not_part_of_the_range(tmp_path):
     pytest.importorskip("tifffile")
     values = BANDS[..., 0].astype(np.float32)
     values[0] = -9999
-    (tmp_path / "field.tif").write_bytes(tiff(np.stack([values] * 3, -1), photometric="minisblack", planarconfig="contig",
-                                              extratags=[(42113, 2, 6, "-9999", True)]))  # fmt: skip
+    tags = [(42113, 2, 6, "-9999", True)]  # GDAL_NODATA
+    bands = np.stack([values] * 3, -1)
+    content = tiff(bands, photometric="minisblack", planarconfig="contig", extratags=tags)
+    (tmp_path / "field.tif").write_bytes(content)
     example = {"image_id": "field", "image": {"path": str(tmp_path / "field.tif"), "bytes": None}}
     assert look_at(example, None).low >= 0
     assert (grey(read_image(example, RANGE))[0] == 0).all()
@@ -127,7 +131,9 @@ def test_dicom_has_its_own_window_or_the_sets_range(tmp_path):
 def test_dicom_without_a_window(tmp_path):
     pytest.importorskip("pydicom")
     (tmp_path / "slice.dcm").write_bytes(dicom(BANDS[..., 0]))
-    with pytest.raises(UnreadableImageError, match="names no window; give the range of all images, as in --value_range"):
+    with pytest.raises(
+        UnreadableImageError, match="names no window; give the range of all images, as in --value_range"
+    ):
         open_image(tmp_path / "slice.dcm", Reading("window"))
     assert np.array_equal(grey(open_image(tmp_path / "slice.dcm", RANGE)), expected(BANDS[..., 0])), "as advised"
 
@@ -143,7 +149,9 @@ def test_a_missing_library_is_named_with_the_file(one_image, tmp_path, without, 
     pytest.importorskip(module)
     (tmp_path / "slice.dcm").write_bytes(make())
     without(module)
-    with pytest.raises(ValueError, match=rf"image 'slice' \(.*slice.dcm\): .* needs {module}: pip install \"cosa-hf\[{extra}\]\"$"):
+    with pytest.raises(
+        ValueError, match=rf"image 'slice' \(.*slice.dcm\): .* needs {module}: pip install \"cosa-hf\[{extra}\]\"$"
+    ):
         read_image(undecoded(one_image(tmp_path / "slice.dcm"))[0])
 
 
@@ -185,9 +193,7 @@ def test_a_file_claims_to_be_huge(tmp_path):
     pytest.importorskip("tifffile")
     content = bytearray(tiff(BANDS, photometric="minisblack", planarconfig="contig"))
     for tag in (b"\x00\x01", b"\x01\x01"):  # ImageWidth and ImageLength
-        place = next(
-            at for at in range(8, len(content)) if content[at : at + 2] == tag and content[at + 2] in (3, 4)
-        )
+        place = next(at for at in range(8, len(content)) if content[at : at + 2] == tag and content[at + 2] in (3, 4))
         content[place + 2 : place + 12] = b"\x04\x00\x01\x00\x00\x00" + (10**6).to_bytes(4, "little")
     (tmp_path / "field.tif").write_bytes(bytes(content))
     with pytest.raises(UnreadableImageError, match="1000000x1000000 with 5 bands is beyond 179 megapixels"):

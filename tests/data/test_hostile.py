@@ -1,4 +1,4 @@
-"""Damaged files: no reader crashes, passes one over in silence or fills the memory, and all agree on what is damaged."""
+"""Damaged files: no reader crashes, passes one over in silence or fills the memory, and all agree on them."""
 
 import resource
 import sys

@@ -23,7 +23,7 @@ FEW_IMAGES = 20
 """Classes with fewer images than this are pointed out: little can be learned from them."""
 
 
-DARK, FLAT = 0.05, 0.02
+DARK, FLAT = 0.1, 0.02
 """Shares of the value range: images whose brightest values are below the first are nearly black, and those whose values
 lie closer together than the second nearly constant."""
 
