@@ -1,6 +1,9 @@
 """Files of more than 8 bits, of many bands and of formats that need a library of their own."""
 
 import importlib.util
+import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +156,14 @@ def test_a_missing_library_is_named_with_the_file(one_image, tmp_path, without, 
         ValueError, match=rf"image 'slice' \(.*slice.dcm\): .* needs {module}: pip install \"cosa-hf\[{extra}\]\"$"
     ):
         read_image(undecoded(one_image(tmp_path / "slice.dcm"))[0])
+
+
+def test_extras_that_errors_name_exist():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    code = Path(cosa_hf.data.formats.__file__).read_text()
+    assert {"heif", "tiff", "dicom"} <= set(project["optional-dependencies"])
+    named = set(re.findall(r"cosa-hf\[(\w+)\]", code)) | set(re.findall(r'_require\(.*, "(\w+)"\)', code))
+    assert named == {"heif", "tiff", "dicom"}
 
 
 def test_heic(tmp_path, without, monkeypatch):

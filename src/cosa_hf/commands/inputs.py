@@ -9,6 +9,8 @@ from datasets import ClassLabel, Dataset, load_dataset
 
 from cosa_hf.commands.arguments import HelpFormatter, positive
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
+from cosa_hf.data.formats import Reading
+from cosa_hf.data.options import PictureConfig
 from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.inference import SCALES, Segmenter, check_classes
 from cosa_hf.training.config import ConfigParser
@@ -78,13 +80,40 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
     parser.add_argument("--batch_size", type=positive, default=8, help="images per forward pass")
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """What values and bands of image files become colours, for a model that does not know: --value_range, --bands."""
+    own = "(default: the model's own, as of its training images)"
+    parser.add_argument(
+        "--value_range",
+        nargs="+",
+        metavar="LOW HIGH",
+        help=f"what values of more than 8 bits are scaled from, or window: that of each DICOM file {own}",
+    )
+    parser.add_argument(
+        "--bands", nargs="+", type=positive, help=f"one or three bands that are grey or red, green and blue {own}"
+    )
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """What `add_reading` found.
+
+    Raises:
+        ValueError: neither a range nor "window"; neither one nor three bands.
+    """
+    asked = None if args.value_range is None else PictureConfig(value_range=args.value_range).asked_range
+    if asked == "auto":
+        raise ValueError("--value_range auto is for training, which finds the range; the model has it, so leave it out")
+    bands = PictureConfig(bands=args.bands).bands
+    return Reading(asked, None if bands is None else tuple(bands))
 
 
 def segmenter_of(args: argparse.Namespace, device: Any, **options: Any) -> Segmenter:
     """The model, used as `add_inference` was told."""
-    return Segmenter.from_pretrained(
-        args.model, device=device, scales=args.scales, flip=not args.no_flip, batch_size=args.batch_size, **options
-    )
+    options |= {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
+    return Segmenter.from_pretrained(args.model, device=device, reading=reading_of(args), **options)
 
 
 def crf_of(args: argparse.Namespace) -> DenseCRF | None:

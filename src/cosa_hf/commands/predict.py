@@ -15,10 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from cosa_hf.commands.arguments import command_parser
-from cosa_hf.commands.inputs import add_model, crf_of
-from cosa_hf.data.formats import Reading
+from cosa_hf.commands.inputs import add_model, add_reading, crf_of, reading_of
 from cosa_hf.data.images import UnreadableImageError
-from cosa_hf.data.options import PictureConfig
 from cosa_hf.data.palette import to_palette_image
 from cosa_hf.evaluation.figures import overlay
 from cosa_hf.files import check_output
@@ -28,7 +26,7 @@ from cosa_hf.inference import Segmenter
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
     check_names(args.images, args.output_dir, args.overwrite)
-    segmenter = Segmenter.from_pretrained(args.model, crf=crf_of(args), reading=reading_of(args.value_range))
+    segmenter = Segmenter.from_pretrained(args.model, crf=crf_of(args), reading=reading_of(args))
     tags = None if args.tags is None else known_tags(args.tags, segmenter.names)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     failed = []
@@ -68,16 +66,6 @@ def check_names(paths: Sequence[Path], output_dir: Path, overwrite: bool) -> Non
         check_output(output_dir / name)
 
 
-def reading_of(words: Sequence[str] | None) -> Reading | None:
-    """What --value_range asks for."""
-    if words is None:
-        return None
-    asked = PictureConfig(value_range=list(words)).asked_range
-    if asked == "auto":
-        raise ValueError("--value_range auto is for training, which finds the range; the model has it, so leave it out")
-    return Reading(asked)
-
-
 def known_tags(text: str, names: Sequence[str]) -> list[str]:
     """Tags as they were typed, separated by commas, checked against the model's classes."""
     tags = [tag.strip() for tag in text.split(",")]
@@ -95,9 +83,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tags", help="comma-separated classes known to be in the images, e.g. cat,dog (default: unknown)"
     )
-    parser.add_argument(
-        "--value_range", nargs="+", metavar="LOW HIGH", help="what values of more than 8 bits are scaled from, or "
-        "window: that of each DICOM file (default: the model's own, that of its training images)",
-    )  # fmt: skip
+    add_reading(parser)
     parser.add_argument("--crf", action="store_true", help="refine the masks with a dense CRF; seconds per megapixel")
     return parser.parse_args(arguments)
