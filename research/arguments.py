@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cosa_hf.commands.arguments import HelpFormatter
+from cosa_hf.commands.inputs import reading_of
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions
 from cosa_hf.inference import Segmenter
 from cosa_hf.training.config import ConfigParser
@@ -31,6 +32,7 @@ def dataset_parser(description: str | None, required: bool = True) -> ConfigPars
 def segmenter_of(args: argparse.Namespace, model: str | Path) -> Segmenter:
     """The model with the settings that `add_inference` took."""
     settings = {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
+    settings["reading"] = reading_of(args)
     return Segmenter.from_pretrained(model, **settings)
 
 

@@ -173,6 +173,42 @@ def test_saved_and_loaded_again(tmp_path):
     )
 
 
+@pytest.mark.parametrize("value_range", [[-160, 240], [0.0, 1.02]])
+def test_the_range_of_training_is_kept_and_used(tmp_path, value_range):
+    low, high = value_range
+    CoSAImageProcessor(size=SIZE, value_range=value_range, bands=[4, 3, 2]).save_pretrained(tmp_path)
+    loaded = CoSAImageProcessor.from_pretrained(tmp_path)
+    assert (loaded.value_range, loaded.bands) == (value_range, [4, 3, 2])
+    values = np.linspace(low - 1, high + 1, 32 * 48, dtype=np.float32).reshape(32, 48)
+    eight_bits = np.rint((values.astype(float).clip(low, high) - low) / (high - low) * 255).astype(np.uint8)
+    expected = loaded(Image.fromarray(eight_bits), return_tensors="pt").pixel_values
+    for given in (Image.fromarray(values), np.stack([values] * 3), np.stack([values] * 3, -1)):
+        assert torch.equal(loaded(given, return_tensors="pt").pixel_values, expected)
+
+
+def test_processors_of_before_read_as_before_and_say_that_they_guess(tmp_path, caplog, monkeypatch):
+    processor = CoSAImageProcessor(size=SIZE)
+    assert {"value_range", "bands"}.isdisjoint(processor.to_dict())
+    said = []
+    monkeypatch.setattr(cosa_hf.image_processing_cosa.logger, "warning_once", said.append)
+    values = np.linspace(0, 1.02, 12, dtype=np.float32).reshape(3, 4)
+    assert np.asarray(to_rgb(Image.fromarray(values))).max() == 1, "of 0..255, which holds 1.02"
+    assert "(value_range)" in said[0]
+
+
+@pytest.mark.parametrize("value_range", ["window", [5, 5], [3]])
+def test_what_is_no_range_is_refused(value_range):
+    with pytest.raises(ValueError, match="value_range must be two numbers, low < high, got"):
+        CoSAImageProcessor(value_range=value_range)(Image.new("I;16", (2, 2)))
+
+
+def test_large_images_are_scaled_in_strips(monkeypatch):
+    image = ramp("F", 300.0, np.float32)
+    whole = np.asarray(to_rgb(image, (10, 250)))
+    monkeypatch.setattr(cosa_hf.image_processing_cosa, "STRIP", 4)
+    assert np.array_equal(to_rgb(image, (10, 250)), whole)
+
+
 def test_examples():
     results = doctest.testmod(cosa_hf.image_processing_cosa)
     assert results.attempted

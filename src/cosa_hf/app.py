@@ -14,9 +14,9 @@ from PIL import Image
 
 from cosa_hf import demo_model
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.data.images import open_image
 from cosa_hf.data.tags import multi_hot
 from cosa_hf.evaluation.figures import heat, overlay
-from cosa_hf.image_processing_cosa import to_rgb
 from cosa_hf.inference import Segmentation, Segmenter, require_cams
 
 __all__ = ["build", "main"]
@@ -36,11 +36,7 @@ def analyze(segmenter: Segmenter, path: str) -> Segmentation:
     Raises:
         ValueError: the file is not an image that can be read.
     """
-    try:
-        with Image.open(path) as file:
-            image = to_rgb(file)
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError ...
-        raise ValueError(f"cannot read this image: {error}") from error
+    image = open_image(path, segmenter.reading)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     one = segmenter(image, tags=segmenter.names[1:])
     # Interaction goes on where the tags are made: on the CPU.

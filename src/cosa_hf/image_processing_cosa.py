@@ -9,15 +9,24 @@ from PIL import Image, ImageOps
 from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+STRIP = 1 << 22  # values that are converted at a time: float64 of a whole large image would take gigabytes
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, value_range: Sequence[float] | None = None) -> Image.Image:
     """
     Any image as 8-bit RGB, the way a viewer shows it.
 
-    The EXIF orientation is applied, transparency is laid over white, and more than 8 bits are scaled down:
-    16-bit greys (`I;16`) from their whole range; 32-bit integers and floats from 0..1 (floats only), 0..255
-    or 0..65535, the first that holds the image's maximum, and beyond that from 0..maximum.
+    The EXIF orientation is applied, transparency is laid over white, and more than 8 bits are scaled down, from
+    `value_range` (low, high), which 8-bit images do not need. Without one, 16-bit greys (`I;16`) are scaled from their
+    whole range; 32-bit integers and floats from 0..1 (floats only), 0..255 or 0..65535, the first that holds the
+    image's maximum, and beyond that from 0..maximum: a guess for each image by itself, so give the range of the set.
+
+    Raises:
+        ValueError: a range that is not two numbers, low < high.
 
     Example:
 
@@ -27,29 +36,82 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     >>> to_rgb(Image.new("I;16", (1, 1), 257 * 200)).getpixel((0, 0))
     (200, 200, 200)
+    >>> to_rgb(Image.new("I;16", (1, 1), 3000), value_range=(0, 4095)).getpixel((0, 0))
+    (187, 187, 187)
     >>> to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
     (255, 255, 255)
 
     ```
     """
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return Image.fromarray(_to_8_bit(image)).convert("RGB")
+    if is_deep(image):
+        values = np.asarray(image)
+        return Image.fromarray(to_8_bit(values, value_range or _guessed_range(image.mode, values))).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _to_8_bit(image: Image.Image) -> np.ndarray:
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-    if image.mode.startswith("I;"):
-        top = 65535.0
-    else:
-        ranges = [1.0, 255.0, 65535.0] if image.mode == "F" else [255.0, 65535.0]
-        maximum = values.max(initial=0.0)
-        top = next((limit for limit in ranges if maximum <= limit), maximum)
-    return np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
+def is_deep(image: Image.Image) -> bool:
+    """
+    Whether an image has more than 8 bits a value.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from cosa_hf.image_processing_cosa import is_deep
+
+    >>> is_deep(Image.new("I;16", (1, 1))), is_deep(Image.new("RGB", (1, 1)))
+    (True, False)
+
+    ```
+    """
+    return image.mode in ("I", "F") or image.mode.startswith("I;")
+
+
+def to_8_bit(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
+    """
+    Values from low..high as 0..255, in any layout; beyond the range they are clipped, and what is not finite is low.
+
+    Raises:
+        ValueError: a range that is not two numbers, low < high.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from cosa_hf.image_processing_cosa import to_8_bit
+
+    >>> to_8_bit(np.array([-1000.0, 80.0, 400.0, np.nan]), (-160, 240)).tolist()
+    [0, 153, 255, 0]
+
+    ```
+    """
+    if isinstance(value_range, str) or len(value_range) != 2 or not value_range[0] < value_range[1]:
+        raise ValueError(f"value_range must be two numbers, low < high, got {value_range!r}")
+    low, high = value_range
+    values = np.atleast_1d(values)
+    scaled = np.empty(values.shape, dtype=np.uint8)
+    rows = max(1, STRIP * len(values) // max(1, values.size))
+    for start in range(0, len(values), rows):
+        strip = values[start : start + rows].astype(np.float64)
+        strip = np.nan_to_num(strip, nan=low, posinf=low, neginf=low)
+        scaled[start : start + rows] = np.clip(np.rint((strip - low) * (255.0 / (high - low))), 0, 255)
+    return scaled
+
+
+def _guessed_range(mode: str, values: np.ndarray) -> tuple[float, float]:
+    if mode.startswith("I;"):
+        return 0.0, 65535.0
+    logger.warning_once(
+        "the value range of images with more than 8 bits is guessed, for each by itself: give the model's image "
+        "processor the range of your images (value_range)"
+    )
+    ranges = [1.0, 255.0, 65535.0] if mode == "F" else [255.0, 65535.0]
+    maximum = float(values.max(initial=0, where=np.isfinite(values)))
+    return 0.0, next((limit for limit in ranges if maximum <= limit), maximum)
 
 
 class CoSAImageProcessor(PilBackend):
@@ -64,6 +126,12 @@ class CoSAImageProcessor(PilBackend):
         image_mean, image_std: Per channel, for values in [0, 1]. ImageNet's by default.
         resample: Pillow filter, bilinear by default.
         do_resize, do_rescale, do_normalize: Which steps to take, all by default.
+        value_range: (low, high), which values of more than 8 bits are scaled from, the same for all images: that of
+            the training images. "window" stands for the window in each DICOM file, which is applied where the file is
+            opened. None: `to_rgb` guesses, image by image. Arrays of other types than `uint8` are scaled only where
+            there is a range.
+        bands: One or three numbers, from 1, of the bands of a file that are grey or red, green and blue. They are
+            selected where the file is opened (`cosa_hf.Segmenter`).
 
     Example:
 
@@ -87,10 +155,14 @@ class CoSAImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    value_range: Sequence[float] | str | None = None
+    bands: Sequence[int] | None = None
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         if isinstance(image, Image.Image):
-            image = to_rgb(image)
+            image = to_rgb(image, self.value_range if is_deep(image) else None)  # type: ignore[arg-type]
+        elif self.value_range is not None and isinstance(image, np.ndarray) and image.dtype != np.uint8:
+            image = to_8_bit(image, self.value_range)  # type: ignore[arg-type]
         return super().process_image(image, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from cosa_hf.data.images import UnreadableImageError, ignored_id, read_image, read_mask, undecoded
+from cosa_hf.data.images import Reading, ignored_id, open_image, read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names, multi_hot, parse_tags, tag_ids
-from cosa_hf.image_processing_cosa import to_rgb, upsampled_argmax
+from cosa_hf.image_processing_cosa import upsampled_argmax
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.affinity import affinity_settings, spread_cams, spread_segmentation
 from cosa_hf.objective.precision import at_least_float32
@@ -452,7 +452,13 @@ class Segmenter:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, device: torch.device | str | None = None, size: int | None = None, **settings: Any
+        cls,
+        name: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        size: int | None = None,
+        reading: Reading | None = None,
+        **settings: Any,
     ) -> "Segmenter":
         """A saved model as a segmenter.
 
@@ -460,6 +466,7 @@ class Segmenter:
             name: a directory of a saved model, or its name on the Hub.
             device: default: an accelerator if there is one.
             size: side of the square that images are resized to, in pixels; default: the processor's own.
+            reading: what of it is set replaces the processor's own value range and bands.
             settings: `scales`, `flip`, `batch_size` and `crf`, as above.
 
         Raises:
@@ -467,7 +474,15 @@ class Segmenter:
         """
         device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
         resized = {} if size is None else {"size": {"height": size, "width": size}}
-        return cls(*load_model(str(name), device, **resized), **settings)
+        model, processor = load_model(str(name), device, **resized)
+        if reading is not None:
+            reading.keep(processor)
+        return cls(model, processor, **settings)
+
+    @property
+    def reading(self) -> Reading:
+        """What values and bands of image files become colours."""
+        return Reading.of(self.processor)
 
     @property
     def names(self) -> list[str]:
@@ -483,12 +498,16 @@ class Segmenter:
             crf = asdict(crf) if hasattr(crf, "__dataclass_fields__") else named
             crf |= {"max_pixels": CRF_PIXELS, "max_values": CRF_VALUES}
         affinity = affinity_settings(self.model.config)
-        return ({} if affinity is None else {"affinity": affinity}) | {
-            "scales": list(self.scales),
-            "flip": self.flip,
-            "input_size": [self.processor.size["height"], self.processor.size["width"]],
-            "crf": crf,
-        }
+        return (
+            ({} if affinity is None else {"affinity": affinity})
+            | self.reading.settings
+            | {
+                "scales": list(self.scales),
+                "flip": self.flip,
+                "input_size": [self.processor.size["height"], self.processor.size["width"]],
+                "crf": crf,
+            }
+        )
 
     @overload
     def __call__(self, images: "str | Path | Image.Image", tags: Any = None) -> Segmentation: ...
@@ -499,7 +518,7 @@ class Segmenter:
 
         Args:
             images: a path or a PIL image, of any mode and size, or a list of such. EXIF orientation is applied,
-                transparency laid over white, 16 bits scaled to 8.
+                transparency laid over white, 16 bits scaled to 8 as in training.
             tags: the names of the classes in the image; None where they are unknown. A list of these for a list.
 
         Raises:
@@ -517,7 +536,9 @@ class Segmenter:
         labels = tag_ids([parse_tags(each) for each in given], self.names[1:], image_ids)
 
         def read(index: int) -> _Input:
-            return _Input(image_ids[index], _open(images[index]), multi_hot(labels[index], len(self.names) - 1))
+            return _Input(
+                image_ids[index], open_image(images[index], self.reading), multi_hot(labels[index], len(self.names) - 1)
+            )
 
         return list(self._run(len(images), read))
 
@@ -541,7 +562,7 @@ class Segmenter:
 
         def read(index: int) -> _Input:
             row = rows[index]
-            image, ground_truth = read_image(row), None
+            image, ground_truth = read_image(row, self.reading), None
             if "mask" in row:
                 mask = read_mask(row, image.size, num_classes, ignore_index(config))
                 ground_truth = torch.from_numpy(np.array(mask)).long()
@@ -610,16 +631,6 @@ def _eval_mode(model: Any) -> Iterator[None]:
     finally:
         for module in training:  # not model.train(): a part of it may have been in eval mode
             module.training = True
-
-
-def _open(image: Any) -> Image.Image:
-    try:
-        if isinstance(image, Image.Image):
-            return to_rgb(image)
-        with Image.open(image) as file:
-            return to_rgb(file)
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError ...
-        raise UnreadableImageError(f"cannot read {image}: {error}") from error
 
 
 def label_names(config: Any) -> list[str]:

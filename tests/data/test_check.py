@@ -70,6 +70,14 @@ def test_broken_files(folder, damage):
     assert "train: cannot read the image of image 'cat'" in problem
 
 
+def test_broken_files_are_removed_as_advised(folder):
+    (folder / "train/cat.png").write_bytes(b"hello")
+    assert ADVICE["unreadable"] == "replace these files, or remove them and their tags"
+    _write(folder / "train", _rows(folder / "train")[1:])
+    (folder / "train/cat.png").unlink()
+    assert not check_splits({"train": load_folder(folder, "train")}, progress=False).errors
+
+
 def test_masks_that_cannot_be_used(folder):
     Image.fromarray(np.full((8, 8), 7, np.uint8)).save(folder / "train/cat_mask.png")
     Image.fromarray(np.zeros((8, 3), np.uint8)).save(folder / "val/dog_mask.png")

@@ -128,6 +128,31 @@ def test_a_network_that_answers_with_a_set_of_masks(mask2former, photos, tmp_pat
     assert set(np.unique(read_ids(tmp_path / "tall.png"))) <= {0, 7}
 
 
+def test_the_value_range_of_a_model_that_has_none_is_given(model_dir, tmp_path, cosa_hf, complaint):
+    dark = Image.fromarray(np.asarray(load_shapes("val", num_images=1)[0]["image"].convert("L")).astype(np.uint16) * 16)
+    dark.save(tmp_path / "dark.png")
+    eight = Image.fromarray((np.asarray(dark) // 16).astype(np.uint8))
+    eight.save(tmp_path / "eight.png")
+    cosa_hf("predict", model_dir, tmp_path / "dark.png", "--value_range", 0, 4080, "--output_dir", tmp_path / "masks")
+    cosa_hf("predict", model_dir, tmp_path / "eight.png", "--output_dir", tmp_path / "masks")
+    np.testing.assert_array_equal(read_ids(tmp_path / "masks/dark.png"), read_ids(tmp_path / "masks/eight.png"))
+    wrong = ("predict", model_dir, tmp_path / "dark.png", "--output_dir", tmp_path / "other", "--value_range")
+    assert "--value_range auto is for training" in complaint(*wrong, "auto")
+    assert "value_range must be auto, window, or two numbers LOW HIGH, got 3" in complaint(*wrong, "3")
+
+
+def test_bands_are_chosen_as_the_error_says(model_dir, tmp_path, cosa_hf, complaint):
+    tifffile = pytest.importorskip("tifffile")
+    bands = np.random.default_rng(0).integers(0, 255, (40, 50, 5), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "field.tif", bands, photometric="minisblack", planarconfig="contig")
+    predict = ("predict", model_dir, tmp_path / "field.tif", "--output_dir", tmp_path / "masks")
+    advice = re.search(r"choose one or three, as in (--bands 3 2 1)\n", complaint(*predict))[1]
+    cosa_hf(*predict, *advice.split())
+    Image.fromarray(bands[..., [2, 1, 0]]).save(tmp_path / "photo.png")
+    cosa_hf("predict", model_dir, tmp_path / "photo.png", "--output_dir", tmp_path / "masks")
+    np.testing.assert_array_equal(read_ids(tmp_path / "masks/field.png"), read_ids(tmp_path / "masks/photo.png"))
+
+
 def test_unknown_tag_is_an_error_that_lists_the_classes(model_dir, photos, tmp_path, complaint):
     tags = ("--tags", f"{SHAPES_CLASSES[0]},unicorn")
     said = complaint("predict", model_dir, photos[0], "--output_dir", tmp_path / "new", *tags)

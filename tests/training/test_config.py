@@ -24,14 +24,14 @@ NAMES = """
     separation_scope reliability_weighting perplexity_alpha perplexity_beta perplexity_epsilon dense_energy_weight
     dense_energy_scale feature_layer attention aux_attention pooling pooling_sharpness classifier_bias
     frozen_blocks cache_features standardize_features decoder decoder_inputs decoder_dropout affinity affinity_layer
-    affinity_blocks affinity_temperature affinity_power affinity_steps
+    affinity_blocks affinity_temperature affinity_power affinity_steps value_range bands
 """
 
 RANGES = {
     "least 1": """
         crop_size input_size batch_size gradient_accumulation_steps images_per_step max_steps shuffle_buffer log_every
         eval_images keep_checkpoints decoder_channels decoder_dilation threshold_queue supervision_stride
-        affinity_steps
+        affinity_steps bands
     """,
     "least 0": """
         warmup_steps lr_warmup_steps lr_power weight_decay max_grad_norm seed num_workers eval_every eval_panels
@@ -161,7 +161,7 @@ LENIENT = {"warmup_steps": 0, "lr_warmup_steps": 0, "scale_min": math.ulp(0.0), 
 def edges(name: str) -> tuple[list, list]:
     """The outermost values that belong to a field's range, and those next to them that do not."""
     spec = FIELDS[name]
-    bounds, whole = spec.metadata["bounds"], spec.type in (int, list[int])
+    bounds, whole = spec.metadata["bounds"], spec.type in (int, list[int], list[int] | None)
     inside, outside = [], [] if whole else [math.nan, -math.inf]
     if not whole:
         (inside if bounds["infinite"] else outside).append(math.inf)
@@ -175,7 +175,7 @@ def edges(name: str) -> tuple[list, list]:
 
 @pytest.mark.parametrize("name", " ".join(RANGES.values()).split())
 def test_a_range_ends_where_it_says(name):
-    first = {"label_scales": [1.0], "affinity_blocks": [-2]}.get(name)
+    first = {"label_scales": [1.0], "affinity_blocks": [-2], "bands": [3, 2]}.get(name)
 
     def config(value):
         return TrainingConfig.from_mapping(LENIENT | {name: [*first, value] if first else value})

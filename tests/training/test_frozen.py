@@ -220,6 +220,22 @@ def encoder(tmp_path):
     return lambda dataset: EncodedImages(model, processor, dataset, tmp_path / "cache", Accelerator(cpu=True))
 
 
+@pytest.mark.parametrize("changed", [{"value_range": [0, 128]}, {"bands": [3, 2, 1]}])
+def test_images_that_are_read_otherwise_are_encoded_anew(tmp_path, changed):
+    from accelerate import Accelerator
+
+    from cosa_hf import CoSAImageProcessor
+
+    dataset, size = images_in(tmp_path / "photos"), {"height": 48, "width": 48}
+    stores = [
+        EncodedImages(build(), CoSAImageProcessor(size=size, **options), dataset, tmp_path, Accelerator(cpu=True)).store
+        for options in ({}, changed)
+    ]
+    about = [json.loads((store.directory / "about.json").read_text())["made_by"] for store in stores]
+    assert stores[0].directory != stores[1].directory
+    assert about[0] | changed == about[1] | {"encoder": about[0]["encoder"]}, "what is read as before keeps its place"
+
+
 def test_a_changed_photo_is_encoded_anew_and_a_broken_one_named(encoder, tmp_path):
     dataset = images_in(tmp_path / "photos")
     encoded = encoder(dataset)

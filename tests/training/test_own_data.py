@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
 from runs_of import assert_equal, summary_of, weights_of
 from transformers import AutoConfig
 
-from cosa_hf.data import SHAPES_CLASSES, load_shapes, undecoded
+from cosa_hf.data import SHAPES_CLASSES, Views, load_shapes, undecoded
+from cosa_hf.data.formats import Reading
+from cosa_hf.inference import Segmenter
 from cosa_hf.training.checkpoints import Checkpoints
 from cosa_hf.training.trainer import train
 
@@ -123,3 +126,40 @@ def test_streaming_is_for_tags_of_the_hub(tiny):
         tiny(dataset="voc", streaming=True)
     with pytest.raises(ValueError, match="supervision masks"):
         tiny(dataset="hub", streaming=True, supervision="masks")
+
+
+@pytest.fixture
+def deep_folder(tmp_path) -> Path:
+    """Six images of 12 bits in 16, of one class."""
+    root = tmp_path / "deep"
+    (root / "thing").mkdir(parents=True)
+    for number in range(6):
+        values = np.random.default_rng(number).integers(0, 4096, (48, 48), dtype=np.uint16)
+        Image.fromarray(values).save(root / f"thing/{number}.tif")
+    return root
+
+
+def test_prediction_sees_what_training_saw(deep_folder, tiny, capsys, monkeypatch):
+    weak = []
+    views = Views.__call__
+    monkeypatch.setattr(Views, "__call__", lambda self, image, *more: weak.append(image) or views(self, image, *more))
+    config = tiny(dataset="folder", data_dir=str(deep_folder), train_split="train", max_steps=3, warmup_steps=1)
+    model = train(config)
+    assert "values of more than 8 bits in 6 images looked at: --value_range 2 4094" in capsys.readouterr().out
+    segmenter = Segmenter.from_pretrained(model, device="cpu")
+    assert segmenter.reading == Reading((2.0, 4094.0))
+    assert "--value_range" not in capsys.readouterr().err
+    seen = [np.asarray(segmenter(path).image) for path in sorted((deep_folder / "thing").iterdir())]
+    assert seen[0].max() == 255
+    for image in weak:
+        assert any(np.array_equal(image, one) for one in seen)
+
+
+def test_a_resumed_run_keeps_its_value_range(deep_folder, tiny):
+    options = {"dataset": "folder", "data_dir": str(deep_folder), "train_split": "train", "warmup_steps": 1}
+    train(tiny(max_steps=2, checkpoint_every=1, **options))
+    Image.fromarray(np.full((48, 48), 60000, np.uint16)).save(deep_folder / "thing/0.tif")
+    more = tiny(max_steps=3, resume=True, **options)
+    with pytest.raises(ValueError, match=r"to go on as before, pass --value_range 2\.0 4094\.0"):
+        train(more)
+    train(tiny(max_steps=3, resume=True, value_range=["2.0", "4094.0"], **options))

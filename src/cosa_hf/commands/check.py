@@ -14,15 +14,17 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from cosa_hf.commands.inputs import dataset_parser, parse_dataset_args
+from cosa_hf.commands.inputs import dataset_parser, options_of, parse_dataset_args
 from cosa_hf.data import DatasetOptions, class_names, load_dataset_by_name
 from cosa_hf.data.check import check_splits, format_findings
 from cosa_hf.data.folder import unnamed_images
+from cosa_hf.data.options import PictureConfig
 from cosa_hf.files import check_output
 
 
 def main(arguments: Sequence[str]) -> int:
     args, options = parse(arguments)
+    pictures = options_of(args, PictureConfig)
     if args.report is not None:
         check_output(args.report, instead="choose another --report")
     splits = {}
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         splits[split] = load(args, split, options)
         # Classes found in the first split hold for all.
         options = dataclasses.replace(options, classes=class_names(splits[split]))
-    found = check_splits(splits, args.num_workers)
+    found = check_splits(splits, args.num_workers, pictures=pictures)
     if args.dataset == "folder" and (unnamed := unnamed_images(args.data_dir)):
         found.warnings["unnamed"] = unnamed
     print(format_findings(found))
@@ -54,7 +56,7 @@ def load(args: argparse.Namespace, split: str, options: DatasetOptions) -> Datas
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]:
-    parser = dataset_parser("check", __doc__)
+    parser = dataset_parser("check", __doc__, PictureConfig)
     parser.add_argument("--split", nargs="+", default=["train"], help="splits to read and compare")
     parser.add_argument("--report", type=Path, help="JSON file for all findings; the first of each kind are printed")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read")

@@ -3,20 +3,24 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import ClassLabel, Dataset, load_dataset
 
 from cosa_hf.commands.arguments import HelpFormatter, positive
 from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, load_dataset_by_name
+from cosa_hf.data.formats import Reading
+from cosa_hf.data.options import PictureConfig
 from cosa_hf.evaluation.crf import DenseCRF
 from cosa_hf.inference import SCALES, Segmenter, check_classes
 from cosa_hf.training.config import ConfigParser
 
+Kind = TypeVar("Kind")
 
-def dataset_parser(name: str, description: str | None) -> ConfigParser:
-    """The parser of a command that reads a dataset: --dataset, --data_dir and the options of its readers."""
-    kinds: list[Any] = [DatasetOptions]
+
+def dataset_parser(name: str, description: str | None, *more: Any) -> ConfigParser:
+    """The parser of a command that reads a dataset: --dataset, --data_dir, the options of its readers, and `more`."""
+    kinds: list[Any] = [DatasetOptions, *more]
     parser = ConfigParser(
         kinds,
         prog=f"cosa-hf {name}",
@@ -34,7 +38,12 @@ def dataset_parser(name: str, description: str | None) -> ConfigParser:
 def parse_dataset_args(parser: ConfigParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]:
     """What a `dataset_parser` finds."""
     args = parser.parse_args(arguments)
-    return args, DatasetOptions(**{spec.name: getattr(args, spec.name) for spec in dataclasses.fields(DatasetOptions)})
+    return args, options_of(args, DatasetOptions)
+
+
+def options_of(args: argparse.Namespace, kind: type[Kind]) -> Kind:
+    """Those of the parsed arguments that are fields of `kind`."""
+    return kind(**{spec.name: getattr(args, spec.name) for spec in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def dataset_of(args: argparse.Namespace, options: DatasetOptions, segmenter: Segmenter, masks: bool = False) -> Dataset:
@@ -71,13 +80,40 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no_flip", action="store_true", help="do not also fuse the outputs for mirrored images")
     parser.add_argument("--batch_size", type=positive, default=8, help="images per forward pass")
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """What values and bands of image files become colours, for a model that does not know: --value_range, --bands."""
+    own = "(default: the model's own, as of its training images)"
+    parser.add_argument(
+        "--value_range",
+        nargs="+",
+        metavar="LOW HIGH",
+        help=f"what values of more than 8 bits are scaled from, or window: that of each DICOM file {own}",
+    )
+    parser.add_argument(
+        "--bands", nargs="+", type=positive, help=f"one or three bands that are grey or red, green and blue {own}"
+    )
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """What `add_reading` found.
+
+    Raises:
+        ValueError: neither a range nor "window"; neither one nor three bands.
+    """
+    asked = None if args.value_range is None else PictureConfig(value_range=args.value_range).asked_range
+    if asked == "auto":
+        raise ValueError("--value_range auto is for training, which finds the range; the model has it, so leave it out")
+    bands = PictureConfig(bands=args.bands).bands
+    return Reading(asked, None if bands is None else tuple(bands))
 
 
 def segmenter_of(args: argparse.Namespace, device: Any, **options: Any) -> Segmenter:
     """The model, used as `add_inference` was told."""
-    return Segmenter.from_pretrained(
-        args.model, device=device, scales=args.scales, flip=not args.no_flip, batch_size=args.batch_size, **options
-    )
+    options |= {"scales": args.scales, "flip": not args.no_flip, "batch_size": args.batch_size}
+    return Segmenter.from_pretrained(args.model, device=device, reading=reading_of(args), **options)
 
 
 def crf_of(args: argparse.Namespace) -> DenseCRF | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cosa_hf.commands.arguments import command_parser
-from cosa_hf.commands.inputs import add_model, crf_of
+from cosa_hf.commands.inputs import add_model, add_reading, crf_of, reading_of
 from cosa_hf.data.images import UnreadableImageError
 from cosa_hf.data.palette import mask_image
 from cosa_hf.evaluation.figures import overlay
@@ -26,7 +26,7 @@ from cosa_hf.inference import Segmenter
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
     check_names(args.images, args.output_dir, args.overwrite)
-    segmenter = Segmenter.from_pretrained(args.model, crf=crf_of(args))
+    segmenter = Segmenter.from_pretrained(args.model, crf=crf_of(args), reading=reading_of(args))
     tags = None if args.tags is None else known_tags(args.tags, segmenter.names)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     failed = []
@@ -89,6 +89,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tags", help="comma-separated classes known to be in the images, e.g. cat,dog (default: unknown)"
     )
+    add_reading(parser)
     parser.add_argument(
         "--crf", action="store_true", help="refine the masks with a dense CRF, at 0.32 megapixels at most"
     )

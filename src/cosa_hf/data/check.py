@@ -12,14 +12,22 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from cosa_hf.data.formats import Look, ValueRange
 from cosa_hf.data.ground_truth import nothing_to_score
-from cosa_hf.data.images import UnreadableImageError, ignored_id, read_image, read_mask, undecoded
+from cosa_hf.data.images import UnreadableImageError, ignored_id, look_at, read_mask, undecoded
+from cosa_hf.data.options import PictureConfig
 from cosa_hf.data.tag_text import combined_names
 from cosa_hf.data.tags import class_names
+from cosa_hf.data.value_range import described, range_of, spread
 from cosa_hf.progress import progress as progress_bar
 
 FEW_IMAGES = 20
 """Classes with fewer images than this are pointed out: little can be learned from them."""
+
+
+DARK, FLAT = 0.1, 0.02
+"""Shares of the value range: images whose brightest values are below the first are nearly black, and those whose values
+lie closer together than the second nearly constant."""
 
 
 class _Seen(NamedTuple):
@@ -31,6 +39,7 @@ class _Seen(NamedTuple):
     problem: str  # why it, or its mask, cannot be read
     kind: str  # "unreadable" or "mask"
     in_mask: list[int] | None  # the ids in its mask; None without a mask
+    look: Look | None
 
 
 @dataclass
@@ -40,12 +49,14 @@ class Findings:
     Attributes:
         class_counts: split -> class -> images with that tag.
         images: split -> images.
+        value_range: what the values of images with more than 8 bits are scaled from, "" if there are none.
         errors: what spoils training or evaluation, by kind; each a list of sentences that name the images.
         warnings: what may be intended, by kind.
     """
 
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
+    value_range: str = ""
     errors: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     warnings: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -54,10 +65,13 @@ ADVICE = {
     "unreadable": "replace these files, or remove them and their tags",
     "mask": "correct these masks: evaluation stops at them",
     "nothing to score": "evaluation refuses these masks",
+    "window": "these files name no window: give the range of all images, --value_range LOW HIGH",
     "contradiction": "give equal images equal tags, or keep one; an image with several tags needs a metadata table",
     "leak": "take these images out of one of the splits: scores on images seen in training mean nothing",
     "unnamed": "no table names these images: they are not used",
     "duplicate": "training sees these images more often than others",
+    "dark": "nearly black or constant: wrong files, or a --value_range that is not that of these images",
+    "several": "pages or frames of which only the first is used: save the others as images of their own",
     "untagged": "training leaves these images out; for evaluation they are background",
     "missing tag": "the mask shows a class that the tags leave out: add the tag, or correct the mask",
     "missing pixels": "the tags name a class that the mask does not show: correct the mask, or remove the tag",
@@ -69,7 +83,12 @@ ADVICE = {
 """What to do about each kind of finding."""
 
 
-def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: bool = True) -> Findings:
+def check_splits(
+    splits: Mapping[str, Dataset],
+    num_workers: int = 0,
+    progress: bool = True,
+    pictures: PictureConfig | None = None,
+) -> Findings:
     """Read every image (and mask) of some splits once.
 
     Images are equal if their files are, byte for byte.
@@ -79,6 +98,7 @@ def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: 
             compared with the tags.
         num_workers: processes that read, 0: this one.
         progress: show a bar on stderr.
+        pictures: value range and bands; by default a range is found over the first split, as training finds it.
 
     Raises:
         ValueError: splits with different classes.
@@ -91,7 +111,8 @@ def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: 
         (['leak'], 3)
     """
     names: list[str] = []
-    found = Findings()
+    found, pictures = Findings(), pictures or PictureConfig()
+    value_range: Any = pictures.asked_range
     places: dict[str, list[tuple[str, _Seen]]] = defaultdict(list)  # content -> where it lies
     for split, dataset in splits.items():
         names = names or class_names(dataset)
@@ -102,16 +123,22 @@ def check_splits(splits: Mapping[str, Dataset], num_workers: int = 0, progress: 
         counts: Counter = Counter()
         in_masks: set[int] = set()
         tagged: dict[int, list[str]] = defaultdict(list)  # of images with a mask
-        reading = _read(dataset, num_workers)
+        reading, looks = _read(dataset, num_workers, pictures), []
         for seen in progress_bar(reading, f"check {split}", len(dataset), unit="image", disable=not progress):
             counts.update(seen.labels)
             _judge(found, split, seen, names, places)
+            looks.append(seen.look)
             if seen.in_mask is not None:
                 in_masks.update(seen.in_mask)
                 for label in seen.labels:
                     tagged[label].append(seen.image_id)
         if in_masks and (reasons := nothing_to_score(in_masks, tagged, names)):
             found.errors["nothing to score"] += [f"{split}: {reason}" for reason in reasons]
+        if value_range == "auto":
+            value_range = range_of(look for index in spread(len(looks)) if (look := looks[index]) is not None)
+        if value_range is not None and any(look and look.deep for look in looks):
+            found.value_range = described(value_range)
+        _judge_looks(found, [f"{split}: {image_id}" for image_id in dataset["image_id"][:]], looks, value_range)
         found.images[split] = len(dataset)
         found.class_counts[split] = {name: counts[index] for index, name in enumerate(names)}
     _compare(found, places, names)
@@ -147,6 +174,8 @@ def format_findings(found: Findings, shown: int = 10) -> str:
         )
         for name, cells in rows
     ]
+    if found.value_range:
+        lines.append(f"images with more than 8 bits are scaled as with {found.value_range}")
     for verdict, kinds in (("error", found.errors), ("warning", found.warnings)):
         for kind, items in kinds.items():
             lines.append(f"{verdict}  {kind}, {len(items)}: {ADVICE[kind]}")
@@ -178,6 +207,22 @@ def _judge(
         found.warnings["missing pixels"].append(f"{where}: {names[index]}")
 
 
+def _judge_looks(found: Findings, places: list[str], looks: list[Look | None], value_range: ValueRange) -> None:
+    """What is to be said of the values of a split's images, now that their range is known."""
+    for place, look in zip(places, looks, strict=True):
+        if look is None:
+            continue
+        if look.deep and value_range == "window" and look.window is None:
+            found.errors["window"].append(place)
+        low, high = look.window or (0.0, 255.0)
+        if look.deep and isinstance(value_range, tuple):
+            low, high = value_range
+        if look.high - low < DARK * (high - low) or look.high - look.low < FLAT * (high - low):
+            found.warnings["dark"].append(f"{place}: values {look.low:g} to {look.high:g}")
+        if look.several:
+            found.warnings["several"].append(place)
+
+
 def _compare(found: Findings, places: dict[str, list[tuple[str, _Seen]]], names: list[str]) -> None:
     """What is to be said about images with equal content."""
     for equal in places.values():
@@ -197,8 +242,9 @@ def _compare(found: Findings, places: dict[str, list[tuple[str, _Seen]]], names:
 class _Reading(torch.utils.data.Dataset):
     """Row by row, what `_Seen` says of it."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset, pictures: PictureConfig):
         self.dataset = undecoded(dataset)
+        self.bands = None if pictures.bands is None else tuple(pictures.bands)
         self.num_classes = len(class_names(dataset))
 
     def __len__(self) -> int:
@@ -206,18 +252,18 @@ class _Reading(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> _Seen:
         row = self.dataset[index]
-        digest, problem, kind, in_mask = "", "", "unreadable", None
+        digest, problem, kind, in_mask, look = "", "", "unreadable", None, None
         try:
             content = _content(row)
             digest = hashlib.sha256(content).hexdigest()
-            image = read_image(row | {"image": row["image"] | {"bytes": content}})
+            look = look_at(row | {"image": row["image"] | {"bytes": content}}, self.bands)
             kind = "mask"
             if "mask" in row:
-                ids = np.asarray(read_mask(row, image.size, self.num_classes))
+                ids = np.asarray(read_mask(row, look.size, self.num_classes))
                 in_mask = [int(i) for i in np.unique(ids)]
         except UnreadableImageError as error:
             problem = str(error)
-        return _Seen(row["image_id"], digest, row["labels"], problem, kind, in_mask)
+        return _Seen(row["image_id"], digest, row["labels"], problem, kind, in_mask, look)
 
 
 def _content(row: dict[str, Any]) -> bytes:
@@ -233,8 +279,8 @@ def _content(row: dict[str, Any]) -> bytes:
         raise UnreadableImageError(f"cannot read the image of image {row['image_id']!r}: {error}") from error
 
 
-def _read(dataset: Dataset, num_workers: int) -> Iterator[_Seen]:
-    for batch in DataLoader(_Reading(dataset), batch_size=16, collate_fn=list, num_workers=num_workers):
+def _read(dataset: Dataset, num_workers: int, pictures: PictureConfig) -> Iterator[_Seen]:
+    for batch in DataLoader(_Reading(dataset, pictures), batch_size=16, collate_fn=list, num_workers=num_workers):
         yield from batch
 
 

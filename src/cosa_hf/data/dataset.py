@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from cosa_hf.data.images import UnreadableImageError, read_confidence, read_image, read_mask, undecoded
+from cosa_hf.data.images import PHOTOS, Reading, UnreadableImageError, read_confidence, read_image, read_mask, undecoded
 from cosa_hf.data.tags import class_names, multi_hot
 from cosa_hf.data.views import Views
 
@@ -36,6 +36,7 @@ class TrainingDataset(torch.utils.data.Dataset):
         masks: pass the masks through the same geometry, for a supervised bound. Otherwise a `mask` column, if
             there is one, is never opened.
         confidence: pass the masks' confidences through it too.
+        reading: what values and bands of the images become colours.
 
     Raises:
         ValueError: the dataset is empty, lacks a column, or an argument is out of range; at indexing, a hundred
@@ -50,7 +51,14 @@ class TrainingDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, dataset: Dataset, views: Views, length: int, seed: int, masks: bool = False, confidence: bool = False
+        self,
+        dataset: Dataset,
+        views: Views,
+        length: int,
+        seed: int,
+        masks: bool = False,
+        confidence: bool = False,
+        reading: Reading = PHOTOS,
     ):
         extra = [name for name, wanted in (("mask", masks), ("confidence", confidence)) if wanted]
         columns = ["image", "labels", "image_id", *extra]
@@ -65,7 +73,7 @@ class TrainingDataset(torch.utils.data.Dataset):
         self.views = views
         self.length = length
         self.seed = seed
-        self.masks, self.confidence = masks, confidence
+        self.masks, self.confidence, self.reading = masks, confidence, reading
         self._dataset = undecoded(dataset.select_columns(columns))
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
@@ -89,7 +97,8 @@ class TrainingDataset(torch.utils.data.Dataset):
     def _item(self, index: int, position: int) -> Item:
         """What row `index` gives to item `position`."""
         example = self._dataset[index]
-        return training_item(example, self.views, self.num_classes, self.seed, position, self.masks, self.confidence)
+        wanted = (self.masks, self.confidence, self.reading)
+        return training_item(example, self.views, self.num_classes, self.seed, position, *wanted)
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self._dataset))
@@ -108,6 +117,7 @@ def training_item(
     position: int,
     masks: bool = False,
     confidence: bool = False,
+    reading: Reading = PHOTOS,
 ) -> Item:
     """What training sees of one row of an `undecoded` dataset at one position of its order.
 
@@ -118,7 +128,7 @@ def training_item(
         UnreadableImageError: the image or its mask; every other error gets a note that names the image.
     """
     try:
-        image = read_image(example)
+        image = read_image(example, reading)
         mask = read_mask(example, image.size, num_classes) if masks else None
         sure = read_confidence(example, image.size) if confidence else None
         with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cosa_hf.data.dataset import Item, TrainingDataset, mixed_seed
-from cosa_hf.data.images import read_image, read_mask, undecoded
+from cosa_hf.data.images import read_mask, undecoded, upright_size
 from cosa_hf.data.tags import multi_hot
 
 VIEWS = 2  # plain and mirrored
@@ -80,7 +80,7 @@ class EncodedDataset(TrainingDataset):
         item["image_id"] = row["image_id"]
         if self.masks:
             example = self._dataset[index]
-            mask = read_mask(example, read_image(example).size, self.num_classes)
+            mask = read_mask(example, upright_size(example), self.num_classes)
             ids = torch.from_numpy(np.array(mask.resize((self.size, self.size), Image.Resampling.NEAREST)))
             item["mask"] = (ids.flip(-1) if mirrored else ids).long()
         return item

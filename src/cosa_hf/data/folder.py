@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datasets import Dataset
-from PIL import Image
 
+from cosa_hf.data.formats import ENDINGS
 from cosa_hf.data.importers import import_command
 from cosa_hf.data.tables import csv_rows
 from cosa_hf.data.tags import (
@@ -92,6 +92,7 @@ def load_folder(
             one that is not an image by its name.
 
     Example:
+        >>> from PIL import Image
         >>> Image.new("RGB", (4, 3)).save("a.png")
         >>> _ = Path("metadata.csv").write_text("file_name,labels\\na.png,cat; dog\\n")
         >>> load_folder(".")[0]["labels"]
@@ -142,6 +143,7 @@ def unnamed_images(data_dir: str | Path) -> list[str]:
         FileNotFoundError, ValueError: as `load_folder`.
 
     Example:
+        >>> from PIL import Image
         >>> folder = Path("photos")
         >>> folder.mkdir()
         >>> for name in ("a.png", "b.png"):
@@ -154,11 +156,10 @@ def unnamed_images(data_dir: str | Path) -> list[str]:
     named = {
         composed(str(entry.directory / file)) for entry in _read(root) for file in (entry.file, entry.mask) if file
     }
-    endings = Image.registered_extensions()
     return sorted(
         str(path.relative_to(root))
         for path in root.rglob("*")
-        if path.suffix.lower() in endings and composed(str(path)) not in named
+        if path.suffix.lower() in ENDINGS and composed(str(path)) not in named
     )
 
 
@@ -325,13 +326,12 @@ def _paths(entries: list[_Entry], files: list[str]) -> list[str]:
     """Where the files are, known to exist, to have content and to be images by their names."""
     listings: dict[Path, dict[str, os.DirEntry]] = {}
     paths, missing, empty, foreign = [], [], [], []
-    endings = Image.registered_extensions()
     for described, file in zip(entries, files, strict=True):
         path = described.directory / file
         entry = _listing(path.parent, listings).get(path.name)
         if entry is None:
             missing.append(f"{file} of {described.where}")
-        elif path.suffix.lower() not in endings:
+        elif path.suffix.lower() not in ENDINGS:
             foreign.append(file)
         elif entry.stat().st_size == 0:
             empty.append(file)

@@ -1,15 +1,25 @@
 """Reading one image, or one mask, of a dataset example, with errors that name the file."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
+from datasets.utils.file_utils import is_local_path, xopen
 from PIL import Image, UnidentifiedImageError
 
-from cosa_hf.image_processing_cosa import to_rgb
+from cosa_hf.data.formats import Look, Picture, Reading, ReadingError, open_picture
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T", Dataset, IterableDataset)
+
+PHOTOS = Reading()
+"""How photos are read: no range, the bands that they have."""
 
 IGNORE_INDEX = 255
 """The id of mask pixels that no loss and no metric counts, where masks have 8 bits."""
@@ -39,25 +49,83 @@ def undecoded(dataset: T) -> T:
     return dataset
 
 
-def read_image(example: dict[str, Any]) -> Image.Image:
+def read_image(example: dict[str, Any], reading: Reading = PHOTOS) -> Image.Image:
     """The image of an example, as RGB, upright.
 
     Args:
         example: a row of an `undecoded` dataset (of a decoded one, only the conversion is left to do).
+        reading: what values and bands become colours.
 
     Raises:
-        UnreadableImageError: the file is truncated, corrupt, empty or gone; names the image.
+        UnreadableImageError: the file is truncated, corrupt, empty or gone, is of a format whose library is not
+            installed, or does not fit `reading`; names the image.
 
     Example:
         >>> from cosa_hf.data import load_shapes
         >>> read_image(undecoded(load_shapes("train", num_images=1))[0]).size
         (96, 96)
     """
-    image = _decode(example, "image")
+    with opened(example, reading.bands, reading.lossless) as picture:
+        return picture.rgb(reading)
+
+
+def open_image(source: str | Path | Image.Image, reading: Reading = PHOTOS) -> Image.Image:
+    """An image from a file of its own, as RGB, upright; of several pages or frames the first, with a warning.
+
+    Args:
+        source: path; of an image that was opened already, which has the bands it has, only the conversion is left.
+        reading: what values and bands become colours.
+
+    Raises:
+        UnreadableImageError: as `read_image`; names the file.
+
+    Example:
+        >>> Image.new("L", (4, 3)).save("photo.png")
+        >>> open_image("photo.png").mode
+        'RGB'
+    """
     try:
-        return to_rgb(image)
-    except Exception as error:  # EXIF can be as broken as pixels
-        raise _unreadable(example, "image", error) from error
+        if isinstance(source, Image.Image):
+            return Picture(source).rgb(Reading(reading.value_range))
+        with open_picture(source, reading.bands, reading.lossless) as picture:
+            if picture.several:
+                logger.warning("%s has several pages or frames: the first is taken", source)
+            return picture.rgb(reading)
+    except Exception as error:  # as below
+        raise UnreadableImageError(f"cannot read {source}: {error}") from error
+
+
+def upright_size(example: dict[str, Any]) -> tuple[int, int]:
+    """(width, height) of the image of an example, which is decoded, or a broken one would pass.
+
+    Raises:
+        UnreadableImageError: as `read_image`.
+
+    Example:
+        >>> from cosa_hf.data import load_shapes
+        >>> upright_size(undecoded(load_shapes("train", num_images=1))[0])
+        (96, 96)
+    """
+    with opened(example, None, lossless=False) as picture:
+        return picture.size
+
+
+def look_at(example: dict[str, Any], bands: tuple[int, ...] | None) -> Look:
+    """What the values of the image of an example are like, before any range is known.
+
+    Args:
+        example: a row of an `undecoded` dataset.
+        bands: of the file that are looked at.
+
+    Raises:
+        UnreadableImageError: as `read_image`.
+
+    Example:
+        >>> look_at({"image_id": "a", "image": Image.new("I;16", (2, 2), 900)}, bands=None).high
+        900.0
+    """
+    with opened(example, bands, lossless=True) as picture:
+        return picture.look(bands)
 
 
 def ignored_id(num_classes: int) -> int:
@@ -178,12 +246,38 @@ def _decode(example: dict[str, Any], column: str) -> Image.Image:
         raise _unreadable(example, column, error) from error
 
 
+@contextmanager
+def opened(example: dict[str, Any], bands: tuple[int, ...] | None, lossless: bool) -> Iterator[Picture]:
+    """`open_picture` of an example.
+
+    Raises:
+        UnreadableImageError: as `read_image`, also for what goes wrong with the picture while it is open.
+    """
+    value = example["image"]
+    try:
+        if isinstance(value, Image.Image):
+            yield Picture(value)
+            return
+        if value is None or (value["bytes"] is None and value["path"] is None):
+            raise ValueError("the row is empty")
+        source = value["path"] if value["bytes"] is None else value["bytes"]
+        if isinstance(source, str) and not is_local_path(source):
+            with xopen(source, "rb") as file:
+                source = file.read()
+        with open_picture(source, bands, lossless) as picture:
+            yield picture
+    except Exception as error:  # also of who decodes: EXIF can be as broken as pixels
+        raise _unreadable(example, "image", error) from error
+
+
 def _unreadable(example: dict[str, Any], column: str, error: Exception) -> UnreadableImageError:
     value = example[column]
     where = (value.get("path") if isinstance(value, dict) else None) or "bytes in the dataset"
     # Pillow's own words for it hold a memory address, different every time.
     reason = "no image, or of an unknown format" if isinstance(error, UnidentifiedImageError) else error
+    name = f"the {column} of image {example['image_id']!r} ({where})"
+    if isinstance(error, ImportError | ReadingError):  # the file is in order, and the error says what to do
+        return UnreadableImageError(f"cannot read {name}: {error}")
     return UnreadableImageError(
-        f"cannot read the {column} of image {example['image_id']!r} ({where}): {reason}; "
-        "replace the file, or take the image off the split's list"
+        f"cannot read {name}: {reason}; replace the file, or take the image off the split's list"
     )

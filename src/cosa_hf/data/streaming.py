@@ -10,7 +10,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler
 
 from cosa_hf.data.dataset import UNREADABLE_IN_A_ROW, Item, training_item
-from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
+from cosa_hf.data.images import PHOTOS, Reading, UnreadableImageError, read_image, undecoded
 from cosa_hf.data.tags import class_names
 from cosa_hf.data.views import Views
 
@@ -26,6 +26,7 @@ def streaming_loader(
     shuffle_buffer: int = 1000,
     untagged: list[str] | None = None,
     process: tuple[int, int] = (0, 1),
+    reading: Reading = PHOTOS,
     **loader_options: Any,
 ) -> DataLoader:
     """Batches of the items that `TrainingDataset` makes, from a stream instead of a dataset on disk.
@@ -48,6 +49,7 @@ def streaming_loader(
         shuffle_buffer: rows held to draw the next one from.
         untagged: takes in the ids of the rows left out, as they are met.
         process: (index, count) of the processes that share the stream.
+        reading: what values and bands of the images become colours.
         loader_options: of `DataLoader`, e.g. num_workers.
 
     Raises:
@@ -62,7 +64,7 @@ def streaming_loader(
     """
     rows = undecoded(dataset)
     order = _Order(rows, length, seed, shuffle_buffer, [] if untagged is None else untagged, process)
-    items = _Items(_first_readable(rows), views, len(class_names(dataset)), seed)
+    items = _Items(_first_readable(rows, reading), views, len(class_names(dataset)), seed, reading)
     return DataLoader(items, batch_size=batch_size, sampler=order, **loader_options)
 
 
@@ -109,8 +111,9 @@ class _Order(Sampler):
 class _Items(torch.utils.data.Dataset):
     """Makes a training item of a (position, row) that `_Order` gives."""
 
-    def __init__(self, substitute: Row, views: Views, num_classes: int, seed: int):
+    def __init__(self, substitute: Row, views: Views, num_classes: int, seed: int, reading: Reading):
         self.substitute, self.views, self.num_classes, self.seed = substitute, views, num_classes, seed
+        self.reading = reading
 
     def __getitem__(self, key: tuple[int, Row]) -> Item:
         position, row = key
@@ -120,14 +123,14 @@ class _Items(torch.utils.data.Dataset):
             return self._item(self.substitute, position) | {"unreadable": str(error)}
 
     def _item(self, row: Row, position: int) -> Item:
-        return training_item(row, self.views, self.num_classes, self.seed, position)
+        return training_item(row, self.views, self.num_classes, self.seed, position, reading=self.reading)
 
 
-def _first_readable(rows: IterableDataset) -> Row:
+def _first_readable(rows: IterableDataset, reading: Reading) -> Row:
     problem = "it has no rows"
     for row in itertools.islice(rows, UNREADABLE_IN_A_ROW):
         try:
-            read_image(row)
+            read_image(row, reading)
         except UnreadableImageError as error:
             problem = str(error)
         else:

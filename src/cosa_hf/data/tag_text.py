@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import PurePosixPath
 from typing import Any
 
-from PIL import Image
+from cosa_hf.data.formats import ENDINGS
 
 NONE_OF_THE_CLASSES = "-"
 """Alone in place of tags: somebody looked, and the image has none of the classes."""
@@ -102,7 +102,7 @@ def _problem(tag: str) -> str | None:
         )
     if re.fullmatch(r"[+-]?\d+\.\d*(e[+-]?\d+)?", tag) or re.search(r"^/[a-z]/\w+$", tag):
         return f"it is a number or an id; write the name of the class ({_IMPORT} csv --names)"
-    if PurePosixPath(tag).suffix.lower() in Image.registered_extensions():
+    if PurePosixPath(tag).suffix.lower() in ENDINGS:
         return "it is the name of a file; are two columns swapped?"
     if not any(character.isalnum() or unicodedata.category(character) == "So" for character in tag):
         return "it has neither letters nor digits; write the name of the class"

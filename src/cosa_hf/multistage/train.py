@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from cosa_hf.data import COEXISTENCE_CLASSES, class_names
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.images import ignored_id
+from cosa_hf.data.value_range import settled_reading
 from cosa_hf.data.views import Views
 from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.evaluation.figures import save_visualizations
@@ -83,6 +84,9 @@ class MultistageTrainer(Trainer):
         names = ["background", *class_names(exported.dataset)]
         coexistence = [name for name in COEXISTENCE_CLASSES.get(config.dataset, ()) if name in names]
         self.network, self.processor = build_network(config, names, coexistence)
+        say = print if arguments.should_save else lambda line: None
+        reading = settled_reading(config, exported.dataset, config.num_workers, say)
+        reading.keep(self.processor)
         nn.Module.to(self.network, memory_format=torch.channels_last)
         self.network.accepts_loss_kwargs = False  # type: ignore[assignment]  # the loss is computed here
         self.config, self.output_dir = config, Path(config.output_dir)
@@ -103,6 +107,7 @@ class MultistageTrainer(Trainer):
                 seed=config.seed,
                 masks=True,
                 confidence=config.confidence_weighting,
+                reading=reading,
             ),
             eval_dataset=self.evaluation_set,
             processing_class=self.processor,

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from cosa_hf._version import __version__
-from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
+from cosa_hf.data.images import Reading, UnreadableImageError, read_image, undecoded
 from cosa_hf.data.tags import list_some
 from cosa_hf.digest import weights_sha256
 from cosa_hf.files import remove_unfinished, whole_file
@@ -151,7 +151,7 @@ def export_pseudo_labels(
                     try:
                         _write_shard(files, shard, _pseudo_labels(segmenter, images, settings), bar)
                     except ValueError as error:
-                        unreadable += _unreadable(images) or [str(error)]
+                        unreadable += _unreadable(images, segmenter.reading) or [str(error)]
         unreadable = gather_object(unreadable)
         if unreadable:
             raise ValueError(
@@ -180,12 +180,12 @@ def _pseudo_labels(segmenter: Segmenter, images: Dataset, settings: dict[str, An
         )
 
 
-def _unreadable(images: Dataset) -> list[str]:
+def _unreadable(images: Dataset, reading: Reading) -> list[str]:
     """What is wrong with every image that cannot be read: the model stopped at the first."""
     found = []
     for row in images:
         try:
-            read_image(row)
+            read_image(row, reading)
         except UnreadableImageError as error:
             found.append(str(error))
     return found

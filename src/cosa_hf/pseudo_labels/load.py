@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from cosa_hf.data import class_names, load_voc, undecoded
-from cosa_hf.data.images import UnreadableImageError, ignored_id, read_image, read_mask
+from cosa_hf.data.images import UnreadableImageError, ignored_id, read_mask, upright_size
 from cosa_hf.data.palette import voc_palette
 from cosa_hf.pseudo_labels.export import RECORD, read_record
 
@@ -131,8 +131,7 @@ def check_masks(dataset: Dataset, rank: int = 0, processes: int = 1) -> None:
 
 
 def _check_mask(row: dict[str, Any], num_classes: int) -> None:
-    # Reading the image too tells its size after any EXIF rotation.
-    mask = read_mask(row, read_image(row).size, num_classes)
+    mask = read_mask(row, upright_size(row), num_classes)
     present = np.unique(np.asarray(mask))
     ignored = ignored_id(num_classes)
     if present.tolist() == [ignored]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -139,6 +139,7 @@ class TrainingData:
         classes: their names in order.
         rows: ids and tags (class indices) of all images; None of a stream, which is not known beforehand.
         allow_changed: take other images and tags, but never other classes.
+        reading: settings of how the images are read, which stay.
 
     Example:
         >>> before = TrainingData(["cat", "dog"], [("a", [0]), ("b", [1])]).state_dict()
@@ -148,9 +149,13 @@ class TrainingData:
     """
 
     def __init__(
-        self, classes: Sequence[str], rows: Iterable[tuple[str, list[int]]] | None, allow_changed: bool = False
+        self,
+        classes: Sequence[str],
+        rows: Iterable[tuple[str, list[int]]] | None,
+        allow_changed: bool = False,
+        reading: Mapping[str, Any] | None = None,
     ) -> None:
-        self.classes, self.allow_changed = list(classes), allow_changed
+        self.classes, self.allow_changed, self.reading = list(classes), allow_changed, dict(reading or {})
         self.images, self.tags, self.sha256 = 0, [0] * len(self.classes), None
         if rows is not None:
             digest = hashlib.sha256()
@@ -162,7 +167,7 @@ class TrainingData:
             self.sha256 = digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("classes", "images", "tags", "sha256")
+        names = ("classes", "images", "tags", "sha256", "reading")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -170,6 +175,13 @@ class TrainingData:
             raise ValueError(
                 f"the checkpoint's run has the classes {', '.join(state['classes'])}; this one has "
                 f"{', '.join(self.classes)}: give the data its former classes, or start anew in another output_dir"
+            )
+        if state["reading"] != self.reading:
+            flags = [f"--{name} {_typed_out(value)}" for name, value in state["reading"].items()]
+            raise ValueError(
+                f"the images are read as {self.reading or 'photos'}, those of the checkpoint's run were read as "
+                f"{state['reading'] or 'photos'}: to go on as before, "
+                + (f"pass {' '.join(flags)}" if flags else "restore the images, without --value_range and --bands")
             )
         if state["sha256"] != self.sha256 and not self.allow_changed:
             changes = [
@@ -184,6 +196,10 @@ class TrainingData:
                 f"({', '.join(changes) or 'as many of each class, but other ids or tags'}): restore them, pass "
                 "--allow_changed_data true if the change is meant, or start anew in another output_dir"
             )
+
+
+def _typed_out(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class Checkpoints:

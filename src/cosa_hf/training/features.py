@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from cosa_hf._version import __version__
 from cosa_hf.data.encoded import VIEWS, image_keys
-from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
+from cosa_hf.data.images import Reading, UnreadableImageError, read_image, undecoded
 from cosa_hf.digest import weights_sha256
 from cosa_hf.files import whole_file
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
@@ -246,6 +246,7 @@ class EncodedImages:
         self.model, self.processor, self.accelerator = model, processor, accelerator
         self.dataset = undecoded(dataset.select_columns(["image", "image_id"]))
         self.keys = image_keys(dataset)
+        self.reading = Reading.of(processor)
         self.unreadable: dict[str, str] = {}
         size = (processor.size["height"], processor.size["width"])
         one = self._views(torch.zeros(1, 3, *size, device=accelerator.device))
@@ -255,7 +256,7 @@ class EncodedImages:
             "size": size,
             "normalization": [list(processor.image_mean), list(processor.image_std)],
             "precision": accelerator.mixed_precision,
-        }
+        } | self.reading.settings
         self.store = FeatureStore(root, made_by, {name: tuple(maps.shape[1:]) for name, maps in one.items()})
 
     def fill(self, batch_size: int, num_workers: int) -> None:
@@ -317,7 +318,7 @@ class EncodedImages:
         images, problems = [], []
         for row in rows:
             try:
-                images.append(read_image(row))
+                images.append(read_image(row, self.reading))
                 problems.append("")
             except UnreadableImageError as error:
                 problems.append(str(error))

@@ -23,7 +23,7 @@ from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, 
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.encoded import EncodedDataset
 from cosa_hf.data.ground_truth import require_ground_truth
-from cosa_hf.data.images import UnreadableImageError, read_image, undecoded
+from cosa_hf.data.images import PHOTOS, Reading, UnreadableImageError, read_image, undecoded
 from cosa_hf.data.streaming import streaming_loader
 from cosa_hf.data.views import Views
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
@@ -120,6 +120,7 @@ def training_loader(
     views = Views(config.crop_size, processor.image_mean, processor.image_std, scale_range=scales)
     batch_size = config.batch_size * config.gradient_accumulation_steps
     items = config.max_steps * batch_size  # of one process
+    reading = Reading.of(processor)
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": config.num_workers,
@@ -130,13 +131,13 @@ def training_loader(
     if isinstance(dataset, IterableDataset):
         loader = streaming_loader(
             dataset, views, items, config.seed, shuffle_buffer=config.shuffle_buffer, untagged=untagged,
-            process=(accelerator.process_index, accelerator.num_processes), **options,
+            process=(accelerator.process_index, accelerator.num_processes), reading=reading, **options,
         )  # fmt: skip
         # It gives this process its own rows already; Accelerate is left to move them to the device.
         return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
     length, masks = items * accelerator.num_processes, config.reads_masks
     if encoded is None:
-        stream = TrainingDataset(dataset, views, length, config.seed, masks)
+        stream = TrainingDataset(dataset, views, length, config.seed, masks, reading=reading)
     else:
         stream = EncodedDataset(dataset, encoded.read, encoded.keys, config.input_size, length, config.seed, masks)
     return accelerator.prepare(DataLoader(stream, **options))
@@ -222,28 +223,32 @@ def standardize(
         model.set_feature_statistics((maps["features"].float(), maps["aux_features"].float()) for maps in found)
         return
     device, training = next(model.parameters()).device, model.training
+    reading = Reading.of(processor)
     model.eval()
     with torch.no_grad():
         model.set_feature_statistics(
             model.backbone(processor(image, return_tensors="pt")["pixel_values"].to(device))
-            for image in _readable(itertools.islice(undecoded(dataset), STANDARDIZED_OVER))
+            for image in _readable(itertools.islice(undecoded(dataset), STANDARDIZED_OVER), reading)
         )
     model.train(training)
 
 
-def _readable(rows: Iterable[dict[str, Any]]) -> Iterator[Image.Image]:
+def _readable(rows: Iterable[dict[str, Any]], reading: Reading) -> Iterator[Image.Image]:
     for row in rows:
         with suppress(UnreadableImageError):
-            yield read_image(row)
+            yield read_image(row, reading)
 
 
-def build_processor(config: RunConfig, model: CoSAForWeaklySupervisedSegmentation) -> CoSAImageProcessor:
+def build_processor(
+    config: RunConfig, model: CoSAForWeaklySupervisedSegmentation, reading: Reading = PHOTOS
+) -> CoSAImageProcessor:
     """The image processor that is saved beside the model."""
     data_config = model.backbone.data_config
     return CoSAImageProcessor(
         size={"height": config.input_size, "width": config.input_size},
         image_mean=list(data_config["mean"]),
         image_std=list(data_config["std"]),
+        **reading.settings,
     )
 
 

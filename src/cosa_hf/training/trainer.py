@@ -15,6 +15,7 @@ from transformers import get_polynomial_decay_schedule_with_warmup
 from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data import class_names
 from cosa_hf.data.tags import list_some
+from cosa_hf.data.value_range import settled_reading
 from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.evaluation.figures import save_visualizations
 from cosa_hf.inference import Segmenter
@@ -93,7 +94,8 @@ class Trainer:
         names = class_names(self.dataset)
         self.evaluated = evaluation_data(config, names)
         self.student = build_student(config, names)
-        self.processor = build_processor(config, self.student)
+        reading = settled_reading(config, self.dataset, config.num_workers, self.accelerator.print)
+        self.processor = build_processor(config, self.student, reading)
         self.student.to(self.accelerator.device)  # so that the teacher can share what is frozen
         encoded = encoded_images(config, self.student, self.processor, self.dataset, self.accelerator)
         standardize(self.student, self.processor, self.dataset, encoded)
@@ -114,7 +116,7 @@ class Trainer:
         threshold, aux_threshold = self.teacher.thresholds
         frozen = [name for name, parameter in self.student.named_parameters() if not parameter.requires_grad]
         states: dict[str, Any] = {
-            "data": _training_data(config, self.dataset, names),
+            "data": _training_data(config, self.dataset, names, reading.settings),
             "online": TrainedWeights(self.student, frozen),
             "assignment": TrainedWeights(self.teacher.network, frozen),
             "threshold": threshold,
@@ -355,11 +357,11 @@ def _objective(config: TrainingConfig) -> CoSAObjective:
     return config.part(CoSAObjective, **unguided)
 
 
-def _training_data(config: TrainingConfig, dataset: Any, names: list[str]) -> TrainingData:
+def _training_data(config: TrainingConfig, dataset: Any, names: list[str], reading: dict[str, Any]) -> TrainingData:
     rows = None
     if isinstance(dataset, Dataset):
         rows = zip(dataset["image_id"][:], dataset["labels"][:], strict=True)
-    return TrainingData(names, rows, config.allow_changed_data)
+    return TrainingData(names, rows, config.allow_changed_data, reading)
 
 
 __all__ = ["Trainer", "micro_batches", "recommendation", "train"]

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
+from cosa_hf.data.formats import ENDINGS
 from cosa_hf.data.importers.rows import ImportOptions, Row
 from cosa_hf.data.tag_text import NONE_OF_THE_CLASSES, SEPARATORS
 from cosa_hf.data.tags import composed, name_some
@@ -129,9 +128,8 @@ class _Photos:
 
     def __init__(self, root: Path):
         self.root = root.absolute()
-        endings = Image.registered_extensions()
         files = [path.relative_to(self.root).as_posix() for path in sorted(self.root.rglob("*"))]
-        self.files = {composed(file) for file in files if PurePosixPath(file).suffix.lower() in endings}
+        self.files = {composed(file) for file in files if PurePosixPath(file).suffix.lower() in ENDINGS}
         self.by_name = defaultdict(list)
         for file in sorted(self.files):
             self.by_name[PurePosixPath(file).name].append(file)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from PIL import Image
-
+from cosa_hf.data.formats import ENDINGS
 from cosa_hf.data.importers.rows import TAG_COLUMNS, ImportOptions, Row, column_of
 from cosa_hf.data.tables import csv_rows, delimiter_of
 from cosa_hf.data.tags import parse_json, read_text
@@ -107,9 +106,8 @@ def _is_path(value: Any) -> bool:
 
 def _files(data: dict[str, Any], asked: str | None, where: str) -> list[str]:
     texts = {name: value for name, value in data.items() if isinstance(value, str)}
-    endings = Image.registered_extensions()
     found = (
-        [asked] if asked in texts else [name for name in texts if Path(_place(texts[name])).suffix.lower() in endings]
+        [asked] if asked in texts else [name for name in texts if Path(_place(texts[name])).suffix.lower() in ENDINGS]
     )
     if len(found) != 1:
         raise ValueError(f"{where}: {len(found) or 'no'} images: pass --file_column with one of {', '.join(texts)}")
