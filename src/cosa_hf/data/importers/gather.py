@@ -65,6 +65,7 @@ def gather(
             and verified to be absent, or rows of one image that differ in split or mask.
 
     Example:
+        >>> from PIL import Image
         >>> Image.new("RGB", (4, 4)).save("a.png")
         >>> rows = [(Path("."), Row("line 2", ["a"], ["cat"])), (Path("."), Row("line 3", ["a"], ["dog"]))]
         >>> [(image.file, list(image.tags)) for image in gather(rows, Path("."), ImportOptions())[0]]
