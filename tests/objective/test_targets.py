@@ -109,8 +109,9 @@ def test_a_step_is_the_same_however_its_images_are_shared_out(processes, micro_b
 def test_weights_of_cam2seg_are_the_references_shares(raw):
     _, _, valid, pseudo_labels = make_batch(seed=1)
     targets = CoSAObjective(reliability_weighting=raw).targets(pseudo_labels, valid)
-    cams = reference.upsample(pseudo_labels.cams.double().numpy(), SIZE)
-    known = valid.numpy()
+    tokens = reference.valid_tokens(valid.numpy(), GRID)
+    cams, reached = reference.upsample_valid(pseudo_labels.cams.double().numpy(), tokens, SIZE)
+    known = valid.numpy() & reached
     weights = known / known.sum()
     if raw:
         nu = cams.max(axis=1)

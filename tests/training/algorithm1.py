@@ -89,10 +89,12 @@ def algorithm_1(online, batches, steps, warmup, lr, lr_warmup, momentum, scales,
 
             log_s = resize(out.logits, size).log_softmax(dim=1)
             for name, k in (("c2s", 0), ("aux_c2s", 1)):  # 14-17
-                nu, winner = resize(cams[k], size).max(dim=1)
+                share = resize(tokens[:, None].double(), size)  # of a pixel's tokens that are valid
+                known = valid & (share[:, 0] > 0)
+                nu, winner = (resize(cams[k], size) / share.clamp(min=1e-300)).max(dim=1)
                 cpl = torch.where(nu >= xi[k], winner + 1, 0)
-                reliability = 1 / perplexity(nu, xi[k])[valid]
-                ce = -(one_hot(cpl, log_s.shape[1]).permute(0, 3, 1, 2) * log_s).sum(dim=1)[valid]
+                reliability = 1 / perplexity(nu, xi[k])[known]
+                ce = -(one_hot(cpl, log_s.shape[1]).permute(0, 3, 1, 2) * log_s).sum(dim=1)[known]
                 losses[name] = (reliability / reliability.mean() * ce).mean()
                 total = total + 0.1 * losses[name]
 
