@@ -24,12 +24,12 @@ def solve_equation_6(counts):
     x, p = 0.05 + (np.arange(512) + 0.5) * width, counts / counts.sum()
     foreground = (x > (p * x).sum()).astype(float)
     means = np.full(2, np.inf)
-    for _ in range(200):
+    for _ in range(100_000):
         share = np.stack([p * (1 - foreground), p * foreground])
         pi, before = share.sum(axis=1), means
         means = share @ x / pi
         variances = np.maximum((share * (x - means[:, None]) ** 2).sum(axis=1) / pi, width**2 / 12)
-        if np.abs(means - before).max() < 1e-6:
+        if np.abs(means - before).max() < 1e-14:
             break
         foreground = expit(log_ratio(x, pi, means, variances))
     return brentq(log_ratio, means[0], means[1], args=(pi, means, variances), xtol=1e-14)
