@@ -388,7 +388,8 @@ def overall(
         return cam2seg_loss(seg_logits, cam_pseudo_labels(maps, xi, known), weights)
 
     tokens = valid_tokens(valid, cam_logits.shape[-2:])
-    omega = tokens & (perplexity(aux_cams.max(axis=1), aux_threshold) <= epsilon)
+    active = aux_cams.any(axis=(1, 2, 3))[:, None, None]
+    omega = tokens & active & (perplexity(aux_cams.max(axis=1), aux_threshold) <= epsilon)
     parts = {
         "cls": classification_loss(cls_logits, labels),
         "aux_cls": classification_loss(aux_cls_logits, labels),

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from cosa_hf.data.images import IGNORE_INDEX, UnreadableImageError, read_image, read_mask, undecoded
+from cosa_hf.data.negatives import NEGATIVE
 from cosa_hf.data.tags import class_names
 from cosa_hf.progress import progress as progress_bar
 
@@ -29,6 +30,7 @@ class _Seen(NamedTuple):
     problem: str  # why it, or its mask, cannot be read
     kind: str  # "unreadable" or "mask"
     in_mask: list[int] | None  # the tags that its mask has pixels of; None without a mask
+    negative: bool  # verified to show none of the classes
 
 
 @dataclass
@@ -40,12 +42,14 @@ class Findings:
         images: split -> images.
         errors: what spoils training or evaluation, by kind; each a list of sentences that name the images.
         warnings: what may be intended, by kind.
+        notes: what is meant and good to know, by kind.
     """
 
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
     errors: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     warnings: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 ADVICE = {
@@ -56,6 +60,7 @@ ADVICE = {
     "unnamed": "no table names these images: they are not used",
     "duplicate": "training sees these images more often than others",
     "untagged": "training leaves these images out; for evaluation they are background",
+    "negative": "marked as showing none of the classes; training learns from these what no class looks like",
     "missing tag": "the mask shows a class that the tags leave out: add the tag, or correct the mask",
     "missing pixels": "the tags name a class that the mask does not show: correct the mask, or remove the tag",
     "few images": f"fewer than {FEW_IMAGES} images: find more, or leave the class out",
@@ -129,7 +134,7 @@ def format_findings(found: Findings, shown: int = 10) -> str:
         )
         for name, cells in rows
     ]
-    for verdict, kinds in (("error", found.errors), ("warning", found.warnings)):
+    for verdict, kinds in (("error", found.errors), ("warning", found.warnings), ("note", found.notes)):
         for kind, items in kinds.items():
             lines.append(f"{verdict}  {kind}, {len(items)}: {ADVICE[kind]}")
             lines += [f"      {item}" for item in items[:shown]]
@@ -149,7 +154,9 @@ def _judge(
         found.errors[seen.kind].append(f"{split}: {seen.problem}")
         return
     places[seen.digest].append((split, seen))
-    if not seen.labels:
+    if seen.negative:
+        found.notes["negative"].append(where)
+    elif not seen.labels:
         found.warnings["untagged"].append(where)
     if seen.in_mask is None:
         return
@@ -198,7 +205,7 @@ class _Reading(torch.utils.data.Dataset):
                 in_mask = [int(i) - 1 for i in np.unique(ids) if i not in (0, IGNORE_INDEX)]
         except UnreadableImageError as error:
             problem = str(error)
-        return _Seen(row["image_id"], digest, row["labels"], problem, kind, in_mask)
+        return _Seen(row["image_id"], digest, row["labels"], problem, kind, in_mask, bool(row.get(NEGATIVE)))
 
 
 def _content(row: dict[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
+from cosa_hf.data.negatives import NEGATIVE, split_negatives
 from cosa_hf.data.tags import (
     collect_classes,
     composed,
@@ -59,8 +60,8 @@ def load_folder(
     4. one sub-folder per tag.
 
     An image's split is what its `split` column says, otherwise the directory of `FOLDER_SPLITS` that it lies in,
-    otherwise "train". Classes are the tags of all splits, sorted, so that every split has the same. Case counts in
-    tags; spaces around them and the Unicode form of their accents do not. Images are opened when a row is read, not
+    otherwise "train". The tag "-" alone says that an image shows none of the classes. Classes are the tags of all splits,
+    sorted, so that every split has the same. Case counts in tags; spaces around them and the Unicode form of their accents do not. Images are opened when a row is read, not
     here; masks not before they are asked for.
 
     Args:
@@ -71,7 +72,8 @@ def load_folder(
 
     Returns:
         Dataset with `image`, `labels` (sorted; may be empty), `image_id` (the file name without its ending, with
-        sub-directories joined by "_") and, if asked for, `mask`, in the order of the table or of the names.
+        sub-directories joined by "_"), if asked for, `mask`, and, where any image shows none of the classes,
+        `negative`, in the order of the table or of the names.
 
     Raises:
         FileNotFoundError: the folder, its tags, an image or a mask is missing; names it.
@@ -89,7 +91,8 @@ def load_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"no directory {root}: pass the folder of your photos")
     entries = list(_read(root))
-    names = list(classes) if classes else collect_classes(entry.tags for entry in entries)
+    known, _ = split_negatives([entry.tags for entry in entries], [entry.file for entry in entries])
+    names = list(classes) if classes else collect_classes(known)
     chosen = [entry for entry in entries if entry.split == split]
     if not chosen:
         found = ", ".join(f"{name} ({count})" for name, count in Counter(p.split for p in entries).items())
@@ -98,9 +101,10 @@ def load_folder(
             "`split` column in the metadata"
         )
     _require_different_names(chosen)
+    tags, negatives = split_negatives([entry.tags for entry in chosen], [entry.file for entry in chosen])
     columns: dict[str, list] = {
         "image": _paths(chosen, [entry.file for entry in chosen]),
-        "labels": tag_ids([entry.tags for entry in chosen], names, [entry.file for entry in chosen]),
+        "labels": tag_ids(tags, names, [entry.file for entry in chosen]),
         "image_id": [_image_id(entry.file) for entry in chosen],
     }
     if masks:
@@ -111,7 +115,9 @@ def load_folder(
                 "mask_file_name in the metadata"
             )
         columns["mask"] = _paths(chosen, [str(entry.mask) for entry in chosen])
-    return Dataset.from_dict(columns, features=tag_features(names, masks))
+    if any(negatives):
+        columns[NEGATIVE] = negatives
+    return Dataset.from_dict(columns, features=tag_features(names, masks, any(negatives)))
 
 
 def unnamed_images(data_dir: str | Path) -> list[str]:

@@ -175,10 +175,11 @@ class CoSAObjective(ObjectiveConfig):
         return ids, [weights * (ids == 0), weights * (ids > 0)] if self.balanced else [weights]
 
     def _omega(self, pseudo_labels: PseudoLabels, tokens: Tensor) -> Tensor:
-        """Eq. 9: the labels of the tokens that M†' is certain of, -1 elsewhere."""
+        """Eq. 9: the labels of the tokens that M†' is certain of, -1 elsewhere and in images without any foreground."""
         cams, threshold = pseudo_labels.aux_cams, pseudo_labels.aux_threshold
         certain = self._perplexity(cams, threshold) <= self.perplexity_epsilon
-        return cam_pseudo_labels(cams, threshold, certain & tokens, ignore_index=-1)
+        active = cams.flatten(1).any(dim=1)[:, None, None]  # a true negative has nothing to separate
+        return cam_pseudo_labels(cams, threshold, certain & tokens & active, ignore_index=-1)
 
     def _perplexity(self, cams: Tensor, threshold: float) -> Tensor:
         return perplexity(cams.amax(dim=1), threshold, self.perplexity_alpha, self.perplexity_beta)
