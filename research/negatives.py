@@ -1,8 +1,8 @@
 """Defect or no defect, from tags alone: what true negatives give (research/notes/small-data.md).
 
 Cuts the quarters of NEU_Seg's photos, every one of which has a defect, into two folders with the same images: quarters
-with at least 5 % of defect are tagged, quarters without any are marked "-" in the one and untagged in the other. Masks
-serve to cut and to score; training sees none.
+with at least 5 % of defect are tagged, quarters without any are marked "-" in the one and untagged in the other. Trains
+heads on the features of a frozen EfficientNet-lite0, kept on disk. Masks serve to cut and to score; training sees none.
 
     python research/negatives.py NEU_Seg runs/negatives --backbone_weights WEIGHTS
 """
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--backbone_weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     for seed in args.seeds:
         for name, mark in (("with", "-"), ("without", "")):
@@ -62,9 +62,12 @@ def main() -> None:
             model = train(
                 TrainingConfig.named(
                     "folder-lite0", data_dir=str(folder), output_dir=str(run), seed=seed, num_workers=0,
-                    crop_size=64, input_size=64, scale_min=0.5, scale_max=0.9, max_steps=args.steps,
-                    warmup_steps=args.steps // 2, lr_warmup_steps=20, ema_momentum=0.95, checkpoint_every=0,
-                    eval_every=0, log_every=40, tracker="none", backbone_weights=args.backbone_weights,
+                    input_size=128, output_stride=16, frozen_blocks="all", cache_features=str(args.output / "cache"),
+                    pooling="lse", classifier_bias=True, standardize_features=True, decoder="mlp",
+                    decoder_inputs="concat", max_steps=args.steps, warmup_steps=args.steps // 2, lr_warmup_steps=20,
+                    learning_rate=1e-3, head_lr_multiplier=1, batch_size=16, images_per_step=16, ema_momentum=0.95,
+                    checkpoint_every=0, eval_every=0, log_every=50, tracker="none",
+                    backbone_weights=args.backbone_weights,
                 )
             )  # fmt: skip
             test = load_folder(args.output / "with", "test", masks=True)

@@ -60,9 +60,9 @@ def load_folder(
     4. one sub-folder per tag.
 
     An image's split is what its `split` column says, otherwise the directory of `FOLDER_SPLITS` that it lies in,
-    otherwise "train". The tag "-" alone says that an image shows none of the classes. Classes are the tags of all splits,
-    sorted, so that every split has the same. Case counts in tags; spaces around them and the Unicode form of their accents do not. Images are opened when a row is read, not
-    here; masks not before they are asked for.
+    otherwise "train". The tag "-" alone says that an image shows none of the classes. Classes are the tags of all
+    splits, sorted, so that every split has the same. Case counts in tags; spaces around them and the Unicode form of
+    their accents do not. Images are opened when a row is read, not here; masks not before they are asked for.
 
     Args:
         data_dir: the folder.
