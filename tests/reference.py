@@ -196,6 +196,23 @@ def upsample(maps: Array, size: tuple[int, int]) -> Array:
     return result
 
 
+def upsample_valid(maps: Array, tokens: Array, size: tuple[int, int]) -> tuple[Array, Array]:
+    """`upsample` of each pixel's valid tokens alone, their weights made to sum to 1; and where there are any."""
+    result, reached = np.zeros((*maps.shape[:2], *size)), np.zeros((len(maps), *size), bool)
+    for image, y, x in np.ndindex(len(maps), *tokens.shape[1:]):
+        if not tokens[image, y, x]:
+            continue
+        one = np.zeros(tokens.shape[1:])
+        one[y, x] = 1
+        share = upsample(one, size)
+        reached[image] |= share > 0
+        for c in range(maps.shape[1]):
+            result[image, c] += share * maps[image, c, y, x]
+    total = upsample(tokens.astype(float), size)
+    result /= np.where(total > 0, total, 1)[:, None]
+    return result, reached
+
+
 def cam2seg_loss(
     seg_logits: Array, ids: NDArray[np.int64], weights: Array | None = None, ignore: int = IGNORE
 ) -> float:
@@ -365,12 +382,14 @@ def overall(
     """Eq. 11 with the paper's weights: the online network's outputs against the assignment network's maps."""
 
     def cam2seg(maps: Array, xi: float) -> float:
-        maps = upsample(maps, valid.shape[1:])
-        weights = reliability_weights(perplexity(maps.max(axis=1), xi), valid) if raw else None
-        return cam2seg_loss(seg_logits, cam_pseudo_labels(maps, xi, valid), weights)
+        maps, reached = upsample_valid(maps, tokens, valid.shape[1:])
+        known = valid & reached
+        weights = reliability_weights(perplexity(maps.max(axis=1), xi), known) if raw else None
+        return cam2seg_loss(seg_logits, cam_pseudo_labels(maps, xi, known), weights)
 
     tokens = valid_tokens(valid, cam_logits.shape[-2:])
-    omega = tokens & (perplexity(aux_cams.max(axis=1), aux_threshold) <= epsilon)
+    active = aux_cams.any(axis=(1, 2, 3))[:, None, None]
+    omega = tokens & active & (perplexity(aux_cams.max(axis=1), aux_threshold) <= epsilon)
     parts = {
         "cls": classification_loss(cls_logits, labels),
         "aux_cls": classification_loss(aux_cls_logits, labels),

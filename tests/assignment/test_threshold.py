@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.assignment import threshold as threshold_module
 from cosa_hf.assignment.threshold import BINS, LEAST, DynamicThreshold, ThresholdConfig, fit_mixture
 from cosa_hf.data import load_voc, multi_hot, read_image, undecoded
 from cosa_hf.objective.pseudo_labels import normalize_cams
@@ -40,7 +41,7 @@ def histogram(values: torch.Tensor) -> torch.Tensor:
 
 def reference_fit(values: np.ndarray, covariance: str = "full") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """scikit-learn's weights, means and variances, the background first."""
-    mixture = GaussianMixture(2, covariance_type=covariance, tol=1e-9, max_iter=2000, random_state=0)
+    mixture = GaussianMixture(2, covariance_type=covariance, tol=1e-11, max_iter=20_000, random_state=0)
     mixture.fit(values.astype(np.float64)[:, None])
     order = mixture.means_[:, 0].argsort()
     variances = np.broadcast_to(mixture.covariances_.reshape(-1), 2)
@@ -82,6 +83,51 @@ def test_fit_agrees_with_scikit_learn(name):
     np.testing.assert_allclose(mixture.means, means, atol=1e-3)
     np.testing.assert_allclose(np.sqrt(mixture.variances), np.sqrt(variances), atol=1e-3)
     assert_is_the_best_split(mixture.split, values.numpy())
+
+
+OVERLAPPING = {
+    "a narrow one in the tail": (0.9, (0.32, 0.13), (0.62, 0.06)),
+    "equal widths": (0.24, (0.32, 0.14), (0.6, 0.14)),
+    "mostly foreground": (0.12, (0.3, 0.09), (0.65, 0.16)),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_fit_of_overlapping_clusters_goes_all_the_way(name):
+    """Plain EM needs hundreds of steps here, and is 0.07 to 0.09 from the split where two hundred end."""
+    values = draw(0, *OVERLAPPING[name])
+    mixture = fit_mixture(histogram(values))
+    fit = reference_fit(values.numpy())
+    np.testing.assert_allclose(mixture.means, fit[1], atol=1e-3)
+    assert mixture.split == pytest.approx(threshold_module._crossing(*fit), abs=1e-3)
+    assert_is_the_best_split(mixture.split, values.numpy())
+
+
+@pytest.mark.parametrize("covariance", ["full", "tied"])
+def test_a_fit_is_where_em_stands_still(covariance):
+    """A thousand plain steps of EM from it lead nowhere else."""
+    counts = histogram(draw(0, *OVERLAPPING["equal widths"]))
+    weights, means, variances, _ = fit_mixture(counts, covariance)
+    lowest = threshold_module.LOWEST[covariance]
+    x, p = lowest + (np.arange(BINS) + 0.5) * (1 - lowest) / BINS, counts.numpy() / counts.sum().item()
+    expected = weights, means, variances
+    for _ in range(1000):
+        densities = [w / np.sqrt(v) * np.exp(-((x - m) ** 2) / v / 2) for w, m, v in zip(*expected, strict=True)]
+        share = p * densities / np.sum(densities, axis=0)
+        weight = share.sum(axis=1)
+        mean = share @ x / weight
+        variance = (share * (x - mean[:, None]) ** 2).sum(axis=1) / weight
+        expected = weight, mean, variance if covariance == "full" else np.full(2, weight @ variance)
+    for value, after in zip((weights, means, variances), expected, strict=True):
+        np.testing.assert_allclose(value, after, atol=1e-8)
+
+
+def test_a_fit_that_does_not_settle_keeps_the_value(monkeypatch):
+    monkeypatch.setattr(threshold_module, "MOST_ROUNDS", 2)
+    threshold = following(start=0.5, decay=0.0)
+    threshold.update(draw(0, *OVERLAPPING["equal widths"]))
+    assert threshold.value == 0.5
+    assert threshold.mixture is None
 
 
 @st.composite

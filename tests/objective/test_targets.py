@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosa_hf.objective.overall import CoSAObjective, mask_targets
-from cosa_hf.objective.pseudo_labels import PseudoLabels
+from cosa_hf.objective.pseudo_labels import PseudoLabels, normalize_cams, segmentation_pseudo_labels
 from cosa_hf.objective.targets import Targets, anchors, normalized
 
 IMAGES = 8
@@ -105,12 +105,33 @@ def test_a_step_is_the_same_however_its_images_are_shared_out(processes, micro_b
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("scope", ["image", "batch"])
+def test_a_true_negative_is_background_for_both_and_no_business_of_the_contrast(scope):
+    """No class in the labels, though the networks are sure of some everywhere."""
+    _, _, valid, pseudo_labels = make_batch(seed=1, batch=3)
+    logits = torch.full((1, 3, *GRID), 5.0)
+    none = torch.zeros(1, 3)
+    pseudo_labels.cams[1:2] = pseudo_labels.aux_cams[1:2] = normalize_cams(logits, none)
+    seg_logits = torch.cat([-logits[:, :1], logits], dim=1)
+    pseudo_labels.segmentation[1:2] = segmentation_pseudo_labels(seg_logits, none)
+    targets = CoSAObjective(separation_scope=scope).targets(pseudo_labels, valid)
+    assert (targets.cpl[1] == 0).all()
+    assert (targets.aux_cpl[1] == 0).all()
+    assert (targets.cpl_weights[1][valid[1]] == targets.cpl_weights.max()).all()  # nothing is surer
+    assert (targets.spl[1, 0] == 1).all()
+    assert (targets.spl_weights[1] > 0).any()
+    assert (targets.members[1] == -1).all()
+    assert not targets.anchor_weights[1].any()
+    assert targets.anchor_weights[[0, 2]].any()
+
+
 @pytest.mark.parametrize("raw", [True, False])
 def test_weights_of_cam2seg_are_the_references_shares(raw):
     _, _, valid, pseudo_labels = make_batch(seed=1)
     targets = CoSAObjective(reliability_weighting=raw).targets(pseudo_labels, valid)
-    cams = reference.upsample(pseudo_labels.cams.double().numpy(), SIZE)
-    known = valid.numpy()
+    tokens = reference.valid_tokens(valid.numpy(), GRID)
+    cams, reached = reference.upsample_valid(pseudo_labels.cams.double().numpy(), tokens, SIZE)
+    known = valid.numpy() & reached
     weights = known / known.sum()
     if raw:
         nu = cams.max(axis=1)

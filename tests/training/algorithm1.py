@@ -24,12 +24,12 @@ def solve_equation_6(counts):
     x, p = 0.05 + (np.arange(512) + 0.5) * width, counts / counts.sum()
     foreground = (x > (p * x).sum()).astype(float)
     means = np.full(2, np.inf)
-    for _ in range(200):
+    for _ in range(100_000):
         share = np.stack([p * (1 - foreground), p * foreground])
         pi, before = share.sum(axis=1), means
         means = share @ x / pi
         variances = np.maximum((share * (x - means[:, None]) ** 2).sum(axis=1) / pi, width**2 / 12)
-        if np.abs(means - before).max() < 1e-6:
+        if np.abs(means - before).max() < 1e-14:
             break
         foreground = expit(log_ratio(x, pi, means, variances))
     return brentq(log_ratio, means[0], means[1], args=(pi, means, variances), xtol=1e-14)
@@ -89,10 +89,12 @@ def algorithm_1(online, batches, steps, warmup, lr, lr_warmup, momentum, scales,
 
             log_s = resize(out.logits, size).log_softmax(dim=1)
             for name, k in (("c2s", 0), ("aux_c2s", 1)):  # 14-17
-                nu, winner = resize(cams[k], size).max(dim=1)
+                share = resize(tokens[:, None].double(), size)  # of a pixel's tokens that are valid
+                known = valid & (share[:, 0] > 0)
+                nu, winner = (resize(cams[k], size) / share.clamp(min=1e-300)).max(dim=1)
                 cpl = torch.where(nu >= xi[k], winner + 1, 0)
-                reliability = 1 / perplexity(nu, xi[k])[valid]
-                ce = -(one_hot(cpl, log_s.shape[1]).permute(0, 3, 1, 2) * log_s).sum(dim=1)[valid]
+                reliability = 1 / perplexity(nu, xi[k])[known]
+                ce = -(one_hot(cpl, log_s.shape[1]).permute(0, 3, 1, 2) * log_s).sum(dim=1)[known]
                 losses[name] = (reliability / reliability.mean() * ce).mean()
                 total = total + 0.1 * losses[name]
 

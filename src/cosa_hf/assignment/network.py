@@ -138,8 +138,10 @@ class AssignmentNetwork(nn.Module):
             both = torch.cat([cams, aux_cams], dim=1)
             cams, aux_cams = spread_cams(both, fused.affinity, self.network.config, tokens).chunk(2, dim=1)
         if self.threshold_config.dynamic_threshold:
+            # Images without a class have no foreground to part from the background: theirs is known.
+            tagged = tokens & labels.any(dim=1)[:, None, None]
             for threshold, maps in zip(self.thresholds, (cams, aux_cams), strict=True):
-                threshold.update(maps.amax(dim=1)[tokens], reduce)
+                threshold.update(maps.amax(dim=1)[tagged], reduce)
         xi, aux_xi = (threshold.value for threshold in self.thresholds)
         seg_logits = fused.seg_logits
         if fused.affinity is not None:

@@ -23,6 +23,11 @@ LOWEST: dict[Covariance, float] = {"full": LEAST, "tied": 0.0}
 # Nats per value by which two Gaussians must explain the confidences better than one. A single narrow cluster gains
 # 1e-4, the confidences of real CAMs a hundred to a thousand times more.
 LEAST_GAIN = 1e-3
+LEAST_WEIGHT = 1e-6  # of a Gaussian; below, nothing is left of it
+# How far EM may be from where it goes: in both means, both log variances and the log odds of the weights together.
+TOLERANCE = 1e-9
+MOST_ROUNDS = 1000  # of three steps; a few are enough, but for a mixture that is hardly two clusters
+FARTHEST = 40.0  # any of those, which themselves are below 16 in size
 
 
 @dataclass(kw_only=True)
@@ -64,7 +69,8 @@ class DynamicThreshold(nn.Module):
 
     Keeps histograms of the last `queue` batches, fits a two-component Gaussian mixture to their sum by EM, takes the
     point between the means where both components are equally likely, and smooths it by EMA. All of it is state:
-    `state_dict` restores it. Where the fit says nothing (too few values, one cluster) the value stays as it is.
+    `state_dict` restores it. Where the fit says nothing (too few values, one cluster, EM that does not
+    settle) the value stays as it is.
 
     Attributes:
         mixture: what the last update fitted; None before the first, and where the fit said nothing.
@@ -115,22 +121,20 @@ class DynamicThreshold(nn.Module):
             self.current.lerp_(torch.tensor(self.mixture.split, dtype=torch.float64), 1 - self.decay)
 
 
-def fit_mixture(
-    histogram: Tensor, covariance: Covariance = "full", iterations: int = 200, tolerance: float = 1e-6
-) -> Mixture | None:
+def fit_mixture(histogram: Tensor, covariance: Covariance = "full") -> Mixture | None:
     """Fit two Gaussians to a histogram by EM.
 
     EM on the histogram agrees with EM on the values to about the width of a bin and costs as much for a million values
-    as for a thousand.
+    as for a thousand. Where clusters overlap each step of EM is hardly shorter than the one before, and thousands are
+    needed: here every third is extrapolated (SQUAREM: Varadhan and Roland, Scand. J. Statist. 35, 2008), and only where
+    that makes the values likelier.
 
     Args:
         histogram: counts, (BINS,), float64, from LOWEST[covariance] to 1.
         covariance: see `ThresholdConfig`.
-        iterations: the most EM steps.
-        tolerance: stop once the means move less than this.
 
     Returns:
-        The mixture, or None where there are not two clusters to separate.
+        The mixture, or None where there are not two clusters to separate, or EM has not settled on them.
 
     Example:
         >>> low, high = 0.2 + 0.02 * torch.randn(3000), 0.8 + 0.02 * torch.randn(1000)
@@ -148,33 +152,61 @@ def fit_mixture(
     powers = np.vander(lowest + width * (np.arange(BINS) + 0.5), 3, increasing=True).T  # 1, x, x^2 of each bin
     least = width**2 / 12  # nothing is narrower than the bin that it was counted in
     _, mean, square = total = powers @ mass
-    # Start from the halves on either side of the mean, as two-means would.
-    high = (powers[1] > mean).astype(float)
-    means = np.full(2, np.inf)
-    for _ in range(iterations):
+
+    def maximize(high: np.ndarray) -> np.ndarray | None:
+        """Parameters of greatest likelihood, where `high` is the share of each bin that is foreground."""
         upper = powers @ (mass * high)
         weights, sums, squares = np.stack([total - upper, upper], axis=1)
-        if weights.min() <= 1e-6:
+        if not weights.min() > LEAST_WEIGHT:
             return None
-        previous, means = means, sums / weights
+        means = sums / weights
         variances = squares / weights - means**2
         if covariance == "tied":
             variances = np.full(2, weights @ variances)
-        variances = variances.clip(least)
-        if np.abs(means - previous).max() < tolerance:
+        return np.concatenate([np.log(weights[1:] / weights[:1]), means, np.log(variances.clip(least))])
+
+    def step(parameters: np.ndarray) -> np.ndarray | None:
+        return maximize((1 + np.tanh(_log_odds(*_unpacked(parameters)) @ powers / 2)) / 2)
+
+    def likelihood(parameters: np.ndarray) -> float:
+        """Mean log density of the values."""
+        weights, means, variances = _unpacked(parameters)
+        lower = _log_density(powers[1], weights[0], means[0], variances[0])
+        return mass @ (lower + np.logaddexp(0, _log_odds(weights, means, variances) @ powers))
+
+    # Start from the halves on either side of the mean, as two-means would.
+    parameters = maximize((powers[1] > mean).astype(float))
+    for _ in range(MOST_ROUNDS):
+        if parameters is None or (first := step(parameters)) is None or (second := step(first)) is None:
+            return None
+        moved = first - parameters
+        turned = second - first - moved
+        length, change = np.linalg.norm(moved), np.linalg.norm(turned)
+        if length * length <= TOLERANCE * change:  # all steps that are left, if each is shorter by as much as this one
             break
-        high = (1 + np.tanh(_log_odds(weights, means, variances) @ powers / 2)) / 2
+        ahead = length / max(change, np.finfo(float).tiny)
+        jump = parameters + 2 * ahead * moved + ahead**2 * turned
+        safe = ahead > 1 and np.abs(jump).max() < FARTHEST and likelihood(jump) >= likelihood(first)
+        jumped = step(jump) if safe else None
+        parameters = second if jumped is None else jumped
+    else:
+        return None
 
     # EM cuts even a single Gaussian in two; only a mixture that explains the values better separates anything.
-    lower = _log_density(powers[1], weights[0], means[0], variances[0])
-    two = lower + np.logaddexp(0, _log_odds(weights, means, variances) @ powers)
     one = _log_density(powers[1], 1.0, mean, max(square - mean**2, least))
-    if mass @ (two - one) < LEAST_GAIN:
+    if likelihood(second) - mass @ one < LEAST_GAIN:
         return None
+    weights, means, variances = _unpacked(second)
     order = means.argsort()  # a component much wider than the other may end up on its other side
     fitted = weights[order].tolist(), means[order].tolist(), variances[order].tolist()
     split = _crossing(*fitted)
     return None if split is None else Mixture(*fitted, split)
+
+
+def _unpacked(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights, means and variances of (log odds of the weights, both means, both log variances)."""
+    high = 1 / (1 + math.exp(-parameters[0]))
+    return np.array([1 - high, high]), parameters[1:3], np.exp(parameters[3:])
 
 
 def _log_density(x: np.ndarray, weight: float, mean: float, variance: float) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 
 from cosa_hf.commands.arguments import command_parser
 from cosa_hf.commands.inputs import add_model
-from cosa_hf.files import check_output
+from cosa_hf.files import check_output, whole_file
 from cosa_hf.inference import load_model, require_cams
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.publishing.official import to_official
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     checkpoint = to_official(cast(CoSAForWeaklySupervisedSegmentation, model))
     args.target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, args.target)
+    with whole_file(args.target) as unfinished:
+        torch.save(checkpoint, unfinished)
     print(f"{args.target}: a checkpoint for the authors' code; its encoder.head, unused, is zero")
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from cosa_hf.data.formats import Look, ValueRange
 from cosa_hf.data.ground_truth import nothing_to_score
 from cosa_hf.data.images import UnreadableImageError, ignored_id, look_at, read_mask, undecoded
+from cosa_hf.data.negatives import NEGATIVE
 from cosa_hf.data.options import PictureConfig
 from cosa_hf.data.tag_text import combined_names
 from cosa_hf.data.tags import class_names
@@ -40,6 +41,7 @@ class _Seen(NamedTuple):
     kind: str  # "unreadable" or "mask"
     in_mask: list[int] | None  # the ids in its mask; None without a mask
     look: Look | None
+    negative: bool  # verified to show none of the classes
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Findings:
         value_range: what the values of images with more than 8 bits are scaled from, "" if there are none.
         errors: what spoils training or evaluation, by kind; each a list of sentences that name the images.
         warnings: what may be intended, by kind.
+        notes: what is meant and good to know, by kind.
     """
 
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -59,6 +62,7 @@ class Findings:
     value_range: str = ""
     errors: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     warnings: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 ADVICE = {
@@ -73,6 +77,7 @@ ADVICE = {
     "dark": "nearly black or constant: wrong files, or a --value_range that is not that of these images",
     "several": "pages or frames of which only the first is used: save the others as images of their own",
     "untagged": "training leaves these images out; for evaluation they are background",
+    "negative": "marked as showing none of the classes; training learns from these what no class looks like",
     "missing tag": "the mask shows a class that the tags leave out: add the tag, or correct the mask",
     "missing pixels": "the tags name a class that the mask does not show: correct the mask, or remove the tag",
     "combined": "these classes are made of the words of others; if blanks separate your tags, rename the table to "
@@ -176,7 +181,7 @@ def format_findings(found: Findings, shown: int = 10) -> str:
     ]
     if found.value_range:
         lines.append(f"images with more than 8 bits are scaled as with {found.value_range}")
-    for verdict, kinds in (("error", found.errors), ("warning", found.warnings)):
+    for verdict, kinds in (("error", found.errors), ("warning", found.warnings), ("note", found.notes)):
         for kind, items in kinds.items():
             lines.append(f"{verdict}  {kind}, {len(items)}: {ADVICE[kind]}")
             lines += [f"      {item}" for item in items[:shown]]
@@ -196,7 +201,9 @@ def _judge(
         found.errors[seen.kind].append(f"{split}: {seen.problem}")
         return
     places[seen.digest].append((split, seen))
-    if not seen.labels:
+    if seen.negative:
+        found.notes["negative"].append(where)
+    elif not seen.labels:
         found.warnings["untagged"].append(where)
     if seen.in_mask is None:
         return
@@ -263,7 +270,7 @@ class _Reading(torch.utils.data.Dataset):
                 in_mask = [int(i) for i in np.unique(ids)]
         except UnreadableImageError as error:
             problem = str(error)
-        return _Seen(row["image_id"], digest, row["labels"], problem, kind, in_mask, look)
+        return _Seen(row["image_id"], digest, row["labels"], problem, kind, in_mask, look, bool(row.get(NEGATIVE)))
 
 
 def _content(row: dict[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ from datasets import Dataset
 
 from cosa_hf.data.formats import ENDINGS
 from cosa_hf.data.importers import import_command
+from cosa_hf.data.negatives import NEGATIVE, split_negatives
 from cosa_hf.data.tables import csv_rows
 from cosa_hf.data.tags import (
     check_image_ids,
@@ -70,9 +71,9 @@ def load_folder(
 
     An image's split is what its `split` column says, otherwise the directory of `FOLDER_SPLITS` that it lies in,
     otherwise "train". Where no split has the name that is asked for, one that means the same is taken: "valid" for
-    "val". Classes are the tags of all splits, sorted, so that every split has the same. Case counts in
-    tags; spaces around them and the Unicode form of their accents do not. Images are opened when a row is read, not
-    here; masks not before they are asked for.
+    "val". The tag "-" alone says that an image shows none of the classes. Classes are the tags of all splits, sorted,
+    so that every split has the same. Case counts in tags; spaces around them and the Unicode form of their accents do
+    not. Images are opened when a row is read, not here; masks not before they are asked for.
 
     Args:
         data_dir: the folder.
@@ -82,7 +83,8 @@ def load_folder(
 
     Returns:
         Dataset with `image`, `labels` (sorted; may be empty), `image_id` (the file name without its ending, with
-        sub-directories joined by "_") and, if asked for, `mask`, in the order of the table or of the names.
+        sub-directories joined by "_"), if asked for, `mask`, and, where any image shows none of the classes,
+        `negative`, in the order of the table or of the names.
 
     Raises:
         FileNotFoundError: the folder, its tags, an image or a mask is missing; names it.
@@ -102,7 +104,8 @@ def load_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"no directory {root}: pass the folder of your photos")
     entries = list(_read(root))
-    names = list(classes) if classes else collect_classes(entry.tags for entry in entries)
+    known, _ = split_negatives([entry.tags for entry in entries], [entry.file for entry in entries])
+    names = list(classes) if classes else collect_classes(known)
     for entry in entries:
         if entry.split in names and not _meaning(entry.split):  # a tag in the next column, after a comma without quotes
             raise ValueError(
@@ -120,9 +123,10 @@ def load_folder(
         )
     _require_different_names(chosen)
     check_image_ids([_image_id(entry.file) for entry in chosen])
+    tags, negatives = split_negatives([entry.tags for entry in chosen], [entry.file for entry in chosen])
     columns: dict[str, list] = {
         "image": _paths(chosen, [entry.file for entry in chosen]),
-        "labels": tag_ids([entry.tags for entry in chosen], names, [entry.file for entry in chosen]),
+        "labels": tag_ids(tags, names, [entry.file for entry in chosen]),
         "image_id": [_image_id(entry.file) for entry in chosen],
     }
     if masks:
@@ -133,7 +137,9 @@ def load_folder(
                 "mask_file_name in the metadata"
             )
         columns["mask"] = _paths(chosen, [str(entry.mask) for entry in chosen])
-    return Dataset.from_dict(columns, features=tag_features(names, masks))
+    if any(negatives):
+        columns[NEGATIVE] = negatives
+    return Dataset.from_dict(columns, features=tag_features(names, masks, any(negatives)))
 
 
 def unnamed_images(data_dir: str | Path) -> list[str]:

@@ -11,6 +11,7 @@ import datasets
 from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value
 from datasets import Image as ImageFeature
 
+from cosa_hf.data.negatives import NEGATIVE, split_negatives
 from cosa_hf.data.options import DatasetOptions
 from cosa_hf.data.tags import check_image_ids, collect_classes, name_some, parse_tags, tag_features, tag_ids
 
@@ -47,13 +48,18 @@ def load_hub(options: DatasetOptions, split: str, masks: bool = False) -> Datase
     names, tags_of = _label_reader(dataset.features[options.label_column], options)
     image_ids = _image_ids(dataset, split)
     tags = [_tags(tags_of, value, image_id) for value, image_id in zip(values, image_ids, strict=True)]
+    tags, negatives = split_negatives(tags, image_ids)
+    if _has_negatives(dataset.features):  # as `load_folder` gives them
+        negatives = [bool(one or other) for one, other in zip(negatives, dataset[NEGATIVE][:], strict=True)]
     names = names or list(options.classes or collect_classes(tags))
-    features = tag_features(names, masks)
+    features = tag_features(names, masks, any(negatives))
     labels = tag_ids(tags, names, image_ids)
     columns = {options.image_column: "image"} | ({options.mask_column: "mask"} if masks else {})
     dataset = dataset.select_columns(list(columns)).rename_columns(columns)
     dataset = dataset.add_column("labels", labels, feature=features["labels"])
     dataset = dataset.add_column("image_id", image_ids, feature=features["image_id"])
+    if any(negatives):
+        dataset = dataset.add_column(NEGATIVE, negatives, feature=features[NEGATIVE])
     for column in columns.values():  # not cast(): that would copy every image
         dataset = dataset.cast_column(column, features[column])
     return dataset.select_columns(list(features))
@@ -71,7 +77,7 @@ def stream_hub(options: DatasetOptions, split: str) -> IterableDataset:
         split: as `load_dataset` knows it; subsets of a split ("train[:500]") do not stream.
 
     Returns:
-        IterableDataset with `image`, `labels` and `image_id`.
+        IterableDataset with `image`, `labels`, `image_id` and `negative`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_hub`; also text without classes.
@@ -93,6 +99,8 @@ def stream_hub(options: DatasetOptions, split: str) -> IterableDataset:
     columns = [options.image_column, options.label_column]
     if "image_id" in stream.features and "image_id" not in columns:
         columns.append("image_id")
+    if _has_negatives(stream.features):
+        columns.append(NEGATIVE)
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         image, image_id = row[options.image_column], row.get("image_id")
@@ -100,15 +108,21 @@ def stream_hub(options: DatasetOptions, split: str) -> IterableDataset:
             image_id = _stream_id(image or {})
         try:
             tags = _tags(tags_of, row[options.label_column], str(image_id))
+            (tags,), (negative,) = split_negatives([tags], [str(image_id)])
             (labels,) = tag_ids([tags], names, [str(image_id)])
         except ValueError as error:
             logger.warning("left out: %s", error)
-            labels = []
-        return {"image": image, "labels": labels, "image_id": str(image_id).replace("/", "_")}
+            labels, negative = [], False
+        return {
+            "image": image,
+            "labels": labels,
+            "image_id": str(image_id).replace("/", "_"),
+            NEGATIVE: bool(negative or row.get(NEGATIVE)),
+        }
 
     # Nothing else is read, masks least of all; and undecoded, or a broken image would end the stream here.
     stream = stream.select_columns(columns).cast_column(options.image_column, ImageFeature(decode=False))
-    return stream.map(convert, remove_columns=columns, features=tag_features(names))
+    return stream.map(convert, remove_columns=columns, features=tag_features(names, negatives=True))
 
 
 def _load(options: DatasetOptions, split: str, streaming: bool) -> Any:
@@ -145,6 +159,10 @@ def _check_columns(features: Features, options: DatasetOptions, masks: bool) -> 
             raise ValueError(f"{options.dataset_name} has no column {column!r}: pass --{flag}. Its columns are {found}")
         if flag != "label_column" and not isinstance(features[column], ImageFeature):
             raise ValueError(f"column {column!r} of {options.dataset_name} is {features[column]}, not Image")
+
+
+def _has_negatives(features: Features) -> bool:
+    return features.get(NEGATIVE) == Value("bool")
 
 
 def _label_reader(feature: Any, options: DatasetOptions) -> tuple[list[str] | None, Callable[[Any], list[str]]]:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from cosa_hf.data.dataset import UNREADABLE_IN_A_ROW, Item, training_item
 from cosa_hf.data.images import PHOTOS, Reading, UnreadableImageError, read_image, undecoded
+from cosa_hf.data.negatives import teaches
 from cosa_hf.data.tags import class_names
 from cosa_hf.data.views import Views
 
@@ -36,9 +37,9 @@ def streaming_loader(
     workers, and skipping the first batches of the loader, as a resumed run does, reads rows but decodes nothing.
 
     Every epoch shuffles the shards and, within `shuffle_buffer` rows, the rows anew. Processes have shards of their
-    own where there are enough of them; otherwise each reads all rows and keeps its share. Rows without a tag are left
-    out. An image that cannot be read is replaced by the stream's first readable one, and the item's `unreadable` says
-    what was wrong.
+    own where there are enough of them; otherwise each reads all rows and keeps its share. Rows that have no tag
+    and are not true negatives are left out. An image that cannot be read is replaced by the stream's first readable
+    one, and the item's `unreadable` says what was wrong.
 
     Args:
         dataset: columns `image`, `labels` and `image_id`, e.g. from `stream_hub`.
@@ -96,7 +97,7 @@ class _Order(Sampler):
             self.rows.set_epoch(epoch)
             before = given
             for row in self.rows:
-                if not row["labels"]:
+                if not teaches(row):
                     if epoch == 0:
                         self.untagged.append(row["image_id"])
                     continue
@@ -134,7 +135,7 @@ def _first_readable(rows: IterableDataset, reading: Reading) -> Row:
         except UnreadableImageError as error:
             problem = str(error)
         else:
-            if row["labels"]:
+            if teaches(row):
                 return row
             problem = f"image {row['image_id']!r} has no tag"
     raise ValueError(f"none of the first {UNREADABLE_IN_A_ROW} rows of the stream can be trained on: {problem}")

@@ -15,12 +15,13 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List
 from cosa_hf.data.tag_text import as_tag, names_in
 
 
-def tag_features(class_names: list[str], masks: bool = False) -> Features:
+def tag_features(class_names: list[str], masks: bool = False, negatives: bool = False) -> Features:
     """Columns shared by every dataset of this package.
 
     Args:
         class_names: the C foreground classes. Tag ``c`` is ``class_names[c]`` and has id ``c + 1`` in a mask.
         masks: add the `mask` column (ids 0 for background, 1..C, 255 for ignore).
+        negatives: add the `negative` column, true of images that show none of the classes (`data.negatives`).
 
     Example:
         >>> list(tag_features(["cat", "dog"]))
@@ -33,6 +34,8 @@ def tag_features(class_names: list[str], masks: bool = False) -> Features:
     }
     if masks:
         features["mask"] = Image()
+    if negatives:
+        features["negative"] = Value("bool")
     return Features(features)
 
 
@@ -238,10 +241,10 @@ def list_some(names: Sequence[str]) -> str:
 
 
 def without_untagged(dataset: Dataset) -> tuple[Dataset, list[str]]:
-    """The images that have at least one tag, and the `image_id` of those left out.
+    """The images that have at least one tag or are true negatives, and the `image_id` of those left out.
 
-    Nothing can be learned from an image without a tag: every activation map of it is emptied before it is used.
-    The order of the others is kept. Nothing is written to disk.
+    An image without either may show any of the classes: nothing can be learned from it. The
+    order of the others is kept. Nothing is written to disk.
 
     Raises:
         ValueError: no image has a tag.
@@ -255,10 +258,11 @@ def without_untagged(dataset: Dataset) -> tuple[Dataset, list[str]]:
     """
     plain = dataset.with_format(None)
     tags, image_ids = plain["labels"][:], plain["image_id"][:]
-    kept = [index for index, labels in enumerate(tags) if labels]
-    if not kept:
+    negative = plain["negative"][:] if "negative" in plain.column_names else [False] * len(tags)
+    kept = [index for index, labels in enumerate(tags) if labels or negative[index]]
+    if not any(tags):
         raise ValueError(f"none of the {len(dataset)} images has a tag: nothing to train on")
     if len(kept) == len(tags):
         return dataset, []
-    dropped = [image_id for image_id, labels in zip(image_ids, tags, strict=True) if not labels]
+    dropped = [image_ids[index] for index in sorted(set(range(len(tags))) - set(kept))]
     return dataset.select(kept, keep_in_memory=True), dropped

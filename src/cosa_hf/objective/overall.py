@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cosa_hf.objective.classification import classification_loss
 from cosa_hf.objective.dense_energy import dense_energy_loss
-from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels, present_classes
+from cosa_hf.objective.pseudo_labels import PseudoLabels, cam_pseudo_labels, present_classes, resize_cams
 from cosa_hf.objective.reliability import perplexity
 from cosa_hf.objective.separation import LEAST_TEMPERATURE, contrastive_separation_loss
 from cosa_hf.objective.swapping import cam2seg_loss, seg2cam_loss
@@ -162,9 +162,11 @@ class CoSAObjective(ObjectiveConfig):
     def _cam2seg(self, cams: Tensor, threshold: float, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
         """CPL (Eq. 3) at pixel resolution, and weights: one tensor, or two of equal effect if balanced."""
         grid = [math.ceil(side / self.supervision_stride) for side in valid.shape[-2:]]
+        tokens = valid_tokens(valid, cams)
         cams, classes = present_classes(cams)
-        cams = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
-        ids = cam_pseudo_labels(cams, threshold, valid_tokens(valid, cams), UNKNOWN, self.background_threshold, classes)
+        cams, reached = resize_cams(cams, tokens, grid)
+        pixels = valid_tokens(valid, cams) & reached
+        ids = cam_pseudo_labels(cams, threshold, pixels, UNKNOWN, self.background_threshold, classes)
         known = ids != UNKNOWN
         weights = known.to(torch.promote_types(cams.dtype, torch.float32))
         if self.reliability_weighting:
@@ -173,10 +175,11 @@ class CoSAObjective(ObjectiveConfig):
         return ids, [weights * (ids == 0), weights * (ids > 0)] if self.balanced else [weights]
 
     def _omega(self, pseudo_labels: PseudoLabels, tokens: Tensor) -> Tensor:
-        """Eq. 9: the labels of the tokens that M†' is certain of, -1 elsewhere."""
+        """Eq. 9: the labels of the tokens that M†' is certain of, -1 elsewhere and in images without any foreground."""
         cams, threshold = pseudo_labels.aux_cams, pseudo_labels.aux_threshold
         certain = self._perplexity(cams, threshold) <= self.perplexity_epsilon
-        return cam_pseudo_labels(cams, threshold, certain & tokens, ignore_index=-1)
+        active = cams.flatten(1).any(dim=1)[:, None, None]  # a true negative has nothing to separate
+        return cam_pseudo_labels(cams, threshold, certain & tokens & active, ignore_index=-1)
 
     def _perplexity(self, cams: Tensor, threshold: float) -> Tensor:
         return perplexity(cams.amax(dim=1), threshold, self.perplexity_alpha, self.perplexity_beta)

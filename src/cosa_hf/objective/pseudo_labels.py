@@ -1,8 +1,10 @@
 """What a network's maps become once the tags have filtered them: CPL (Eq. 3) and SPL (Eq. 7)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cosa_hf.objective.precision import at_least_float32
@@ -76,6 +78,37 @@ def present_classes(cams: Tensor) -> tuple[Tensor, Tensor]:
     most = max(1, int(present.sum(dim=1).max()))
     classes = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     return cams.gather(1, classes[:, :, None, None].expand(-1, -1, *cams.shape[2:])), classes
+
+
+def resize_cams(cams: Tensor, tokens: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """CAMs at another resolution, bilinearly, from valid tokens alone.
+
+    What padding left empty would pull the pixels beside it below any threshold: there the valid tokens share the weight
+    of the others. Where no padding takes part the values are those of `F.interpolate`, bit for bit.
+
+    Args:
+        cams: normalised CAMs, (B, C, h, w).
+        tokens: which of them are valid, (B, h, w).
+        size: H and W.
+
+    Returns:
+        cams: (B, C, H, W).
+        reached: (B, H, W), False where no valid token says anything of a pixel, as behind the corner of an image.
+
+    Example:
+        >>> import torch
+        >>> cams, tokens = torch.tensor([[[[0.5, 0.75, 0.0]]]]), torch.tensor([[[True, True, False]]])
+        >>> [values.flatten().tolist() for values in resize_cams(cams, tokens, (1, 6))]
+        [[0.5, 0.5625, 0.6875, 0.75, 0.75, 0.0], [True, True, True, True, True, False]]
+    """
+
+    def resize(maps: Tensor) -> Tensor:
+        return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+    inside, outside = resize(torch.stack([tokens, ~tokens], dim=1).to(cams)).split(1, dim=1)
+    resized = resize(cams * tokens[:, None])
+    shared = resized / inside.clamp_min(torch.finfo(cams.dtype).tiny)
+    return torch.where(outside > 0, shared, resized), inside[:, 0] > 0
 
 
 def cam_pseudo_labels(

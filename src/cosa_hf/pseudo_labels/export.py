@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from cosa_hf._version import __version__
 from cosa_hf.data.images import Reading, UnreadableImageError, read_image, undecoded
+from cosa_hf.data.negatives import NEGATIVE
 from cosa_hf.data.tags import list_some
 from cosa_hf.digest import weights_sha256
 from cosa_hf.files import remove_unfinished, whole_file
@@ -103,7 +104,8 @@ def export_pseudo_labels(
     if source.endswith("_spread") and affinity_settings(model.config) is None:
         raise ValueError(f"source {source} needs a model whose config names an affinity; this one spreads nothing")
     check_classes(dataset, model.config)
-    dataset = undecoded(dataset.select_columns(["image", "labels", "image_id"]))
+    columns = ["image", "labels", "image_id", *([NEGATIVE] if NEGATIVE in dataset.column_names else [])]
+    dataset = undecoded(dataset.select_columns(columns))
     classes = segmenter.names[1:]
     settings: dict[str, Any] = {
         "source": source,
@@ -218,7 +220,10 @@ def _check_images(dataset: Dataset, class_threshold: float | None) -> str:
     twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
     if twice:
         raise ValueError(f"{list_some(twice)} more than once in the dataset: masks could not be told apart")
-    untagged = [image_id for image_id, tags in zip(image_ids, labels, strict=True) if not tags]
+    negative = dataset[NEGATIVE][:] if NEGATIVE in dataset.column_names else [False] * len(dataset)
+    untagged = [
+        image_id for image_id, tags, none in zip(image_ids, labels, negative, strict=True) if not (tags or none)
+    ]
     if untagged and class_threshold is None:
         raise ValueError(
             f"{len(untagged)} of {len(image_ids)} images have no tag: {list_some(untagged)}; tag them, take them off "

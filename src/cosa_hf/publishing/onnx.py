@@ -8,6 +8,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from cosa_hf.files import whole_file
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 
 OUTPUTS = ("logits", "cam_logits")
@@ -49,23 +50,25 @@ def export_onnx(model: CoSAForWeaklySupervisedSegmentation, path: str | Path, in
     # Batch 1 or a square would be taken for a constant.
     example = torch.rand(2, 3, 6 * stride, 4 * stride)
     batch, rows, columns = (torch.export.Dim(name) for name in ("batch", "rows", "columns"))
-    torch.onnx.export(
-        network,
-        (example,),
-        path,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-        input_names=["pixel_values"],
-        output_names=list(OUTPUTS),
-        dynamic_shapes=({0: batch, 2: stride * rows, 3: stride * columns},),
-    )
-    if int8:
-        _quantize(path)
-    difference = _difference(path, images, expected)
-    if difference > TOLERANCE and not int8:
-        path.unlink()
-        raise RuntimeError(f"ONNX and torch differ by {difference:.1e} of the largest output, above {TOLERANCE:.0e}")
+    with whole_file(path) as unfinished:
+        torch.onnx.export(
+            network,
+            (example,),
+            unfinished,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=["pixel_values"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=({0: batch, 2: stride * rows, 3: stride * columns},),
+        )
+        if int8:
+            _quantize(unfinished)
+        difference = _difference(unfinished, images, expected)
+        if difference > TOLERANCE and not int8:
+            raise RuntimeError(
+                f"ONNX and torch differ by {difference:.1e} of the largest output, above {TOLERANCE:.0e}"
+            )
     return difference
 
 

@@ -16,6 +16,7 @@ from cosa_hf.assignment.threshold import ThresholdConfig
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data.options import DataConfig
 from cosa_hf.data.views import ViewConfig
+from cosa_hf.files import whole_file
 from cosa_hf.objective.affinity import AffinityConfig
 from cosa_hf.objective.overall import ObjectiveConfig
 from cosa_hf.settings import Settings, setting
@@ -172,7 +173,8 @@ class RunConfig(DataConfig, ViewConfig, WeightsConfig, ScheduleConfig, OutputCon
 
     def to_yaml(self, path: str | Path) -> None:
         """Write all fields, so that the run can be repeated from the file alone."""
-        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+        with whole_file(Path(path)) as unfinished:
+            unfinished.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
 
     def require_held(self, earlier: "RunConfig") -> None:
         """Refuse to resume a run of the configuration `earlier` with other values of what a checkpoint brings back.

@@ -18,6 +18,7 @@ from cosa_hf.data.tags import list_some
 from cosa_hf.data.value_range import settled_reading
 from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.evaluation.figures import save_visualizations
+from cosa_hf.files import whole_file
 from cosa_hf.inference import Segmenter
 from cosa_hf.objective.overall import CoSAObjective, mask_targets
 from cosa_hf.objective.pseudo_labels import PseudoLabels
@@ -269,7 +270,8 @@ class Trainer:
                 "hardware": hardware(accelerator),
                 "seconds": round(self.progress.seconds),
             }
-            (output_dir / "run.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            with whole_file(output_dir / "run.json") as unfinished:
+                unfinished.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         accelerator.wait_for_everyone()
         if unreadable:
             accelerator.print(
