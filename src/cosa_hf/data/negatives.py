@@ -3,10 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cosa_hf.data.tag_text import NONE_OF_THE_CLASSES
 from cosa_hf.data.tags import name_some
-
-NONE_OF_THE_CLASSES = "-"
-"""Alone in place of tags, it says so. No tags at all say that nobody looked."""
 
 NEGATIVE = "negative"
 """The column that says so of a dataset's rows, bool; where it is not there, of none."""
@@ -42,4 +40,4 @@ def teaches(row: Mapping[str, Any]) -> bool:
     return bool(row["labels"] or row.get(NEGATIVE))
 
 
-__all__ = ["NEGATIVE", "NONE_OF_THE_CLASSES", "split_negatives", "teaches"]
+__all__ = ["NEGATIVE", "split_negatives", "teaches"]

@@ -11,7 +11,7 @@ from typing import Any
 from cosa_hf.data.formats import ENDINGS
 
 NONE_OF_THE_CLASSES = "-"
-"""Alone in place of tags: somebody looked, and the image has none of the classes."""
+"""Alone in place of tags: somebody looked, and the image has none of the classes. No tags: nobody looked."""
 
 SEPARATORS = "[,;|\n\r\t]"
 
