@@ -1,5 +1,6 @@
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -535,6 +536,13 @@ def test_a_segmenter_spreads_the_segmentation_of_tags_and_of_recognised_classes(
     assert torch.equal(mask > 0, confidence >= 0.4)
     assert set(mask.unique().tolist()) <= {0, 1, 3}
     assert torch.equal(one.label("seg_spread")[1], one.upsample(one.spread_seg).amax(0))
+    assert torch.equal(one.mask, one.label("seg_tags")[0])
+    spread = replace(segmenter, spread=True)
+    tagged, untagged = spread([noise, noise], tags=[["LABEL_1", "LABEL_3"], None])
+    assert torch.equal(tagged.mask, one.label("seg_tags_spread")[0])
+    assert torch.equal(untagged.mask, one.label("seg_spread")[0])
+    with pytest.raises(ValueError, match="choose one"):
+        replace(spread, crf=lambda logits, image: logits)
 
 
 def test_without_an_affinity_nothing_is_spread(model):
@@ -544,3 +552,5 @@ def test_without_an_affinity_nothing_is_spread(model):
     assert one.spread_cam is None
     with pytest.raises(ValueError, match="cam_spread, seg_spread, seg_tags_spread where its config names an affinity"):
         one.label("cam_spread")
+    with pytest.raises(ValueError, match="a model whose config names an affinity"):
+        replace(segmenter, spread=True)

@@ -284,6 +284,7 @@ class Segmentation:
         ground_truth: (H, W) int64 ids; None where there is none.
         cam_threshold: xi of the model, from where on a CAM is foreground.
         crf: refines the segmentation, not the CAMs.
+        spread: `mask` is of the spread segmentation.
 
     Example:
         >>> cam = torch.tensor([0.0, 0.0, 0.8, 0.4]).reshape(2, 1, 2)
@@ -307,10 +308,14 @@ class Segmentation:
     ground_truth: Tensor | None = None
     cam_threshold: float = 0.5
     crf: CRF | None = None
+    spread: bool = False
 
     @property
     def mask(self) -> Tensor:
-        """(H, W) int64 ids: those of `seg_tags` where there are tags, those of `seg` where there are none."""
+        """(H, W) int64 ids: those of `seg_tags` where there are tags, those of `seg` where there are none; spread ones
+        if the segmenter says so."""
+        if self.spread:
+            return self.label(f"{self._source}_spread")[0]
         return self._segment(self._source)[0].long()
 
     @property
@@ -423,9 +428,11 @@ class Segmenter:
         flip: also fuse the outputs for the mirrored images.
         batch_size: images per forward pass; changes speed and memory only.
         crf: refines segmentations, such as `evaluation.crf.DenseCRF()`, of large images at a bounded size (`crf_size`).
+        spread: masks are spread by the affinity that the model's config names, as the CAMs are.
 
     Raises:
-        ValueError: no scale, or one that is not positive; a batch size below 1.
+        ValueError: no scale, or one that is not positive; a batch size below 1; `spread` with a CRF, or for a model
+            without an affinity.
 
     Example:
         >>> from cosa_hf import demo_model
@@ -444,11 +451,18 @@ class Segmenter:
     flip: bool = False
     batch_size: int = 8
     crf: CRF | None = None
+    spread: bool = False
 
     def __post_init__(self) -> None:
         _check_scales(self.scales)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
+        if self.spread and self.crf is not None:
+            raise ValueError("masks are spread, or refined by a CRF: choose one")
+        if self.spread and affinity_settings(self.model.config) is None:
+            raise ValueError(
+                "spread masks need a model whose config names an affinity, as recipes like folder-clip make"
+            )
 
     @classmethod
     def from_pretrained(
@@ -467,7 +481,7 @@ class Segmenter:
             device: default: an accelerator if there is one.
             size: side of the square that images are resized to, in pixels; default: the processor's own.
             reading: what of it is set replaces the processor's own value range and bands.
-            settings: `scales`, `flip`, `batch_size` and `crf`, as above.
+            settings: `scales`, `flip`, `batch_size`, `crf` and `spread`, as above.
 
         Raises:
             FileNotFoundError, ValueError: as `load_model`; or as above.
@@ -617,6 +631,7 @@ class Segmenter:
                 ground_truth=each.ground_truth,
                 cam_threshold=threshold,
                 crf=self.crf,
+                spread=self.spread,
             )
             for index, each in enumerate(inputs)
         ]

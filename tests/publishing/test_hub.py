@@ -442,3 +442,14 @@ def test_a_network_of_ours_without_its_code_is_refused(network, tmp_path):
     shutil.rmtree(model)
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors, config\.json, preprocessor_config\.json"):
         stage(model, tmp_path / "staged", "org/net")
+
+
+def test_a_card_says_what_is_frozen_and_that_the_encoder_learned_language():
+    recipe = TrainingConfig.named("folder-clip")
+    config = CoSAConfig(backbone=recipe.backbone, id2label={0: "background", 1: "cat"})
+    text = str(model_card("org/cat", config, recipe))
+    assert "started from timm's weights, frozen, with language pretraining |" in text
+    assert "Backbone: mit." in text
+    plain = TrainingConfig.named("folder-lite0", frozen_blocks="2", backbone_weights="lite0.safetensors")
+    text = str(model_card("org/cat", CoSAConfig(backbone=plain.backbone, aux_layer=-2), plain))
+    assert "started from `lite0.safetensors`, 2 blocks frozen |" in text

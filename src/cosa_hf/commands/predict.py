@@ -26,7 +26,7 @@ from cosa_hf.inference import Segmenter
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
     check_names(args.images, args.output_dir, args.overwrite)
-    segmenter = Segmenter.from_pretrained(args.model, crf=crf_of(args), reading=reading_of(args))
+    segmenter = Segmenter.from_pretrained(args.model, crf=crf_of(args), spread=args.spread, reading=reading_of(args))
     tags = None if args.tags is None else known_tags(args.tags, segmenter.names)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     failed = []
@@ -92,5 +92,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_reading(parser)
     parser.add_argument(
         "--crf", action="store_true", help="refine the masks with a dense CRF, at 0.32 megapixels at most"
+    )
+    parser.add_argument(
+        "--spread", action="store_true", help="spread the masks by the encoder's affinity, of a model that names one"
     )
     return parser.parse_args(arguments)

@@ -176,6 +176,6 @@ def _evaluate_command(report: dict[str, Any]) -> str:
 def _encoder_weights(recipe: dict[str, Any] | None, encoder: Origin) -> str:
     if recipe is None or not recipe["pretrained"]:
         return "from random weights"
-    if recipe["backbone_weights"]:
-        return f"started from `{Path(recipe['backbone_weights']).name}`"
-    return f"started from {encoder.weights}"
+    source = f"`{Path(recipe['backbone_weights']).name}`" if recipe["backbone_weights"] else encoder.weights
+    frozen = {"0": "", "all": ", frozen"}.get(blocks := recipe.get("frozen_blocks", "0"), f", {blocks} blocks frozen")
+    return f"started from {source}{frozen}" + (", with language pretraining" if encoder.language else "")

@@ -162,6 +162,7 @@ class Origin(NamedTuple):
     weights: str
     hub_id: str | None
     license: str
+    language: bool = False  # it learned from images with their texts, which no image-level tag contains
 
 
 def encoder_origin(config: Any, recipe: Any = None) -> Origin:
@@ -169,7 +170,7 @@ def encoder_origin(config: Any, recipe: Any = None) -> Origin:
 
     Example:
         >>> encoder_origin(CoSAMSConfig(architecture="unet", encoder="resnet34.tv_in1k"))
-        Origin(weights="timm's weights", hub_id='timm/resnet34.tv_in1k', license='bsd-3-clause')
+        Origin(weights="timm's weights", hub_id='timm/resnet34.tv_in1k', license='bsd-3-clause', language=False)
     """
     name = network_name(config)
     if name == "upernet-swin-b":
@@ -177,7 +178,10 @@ def encoder_origin(config: Any, recipe: Any = None) -> Origin:
     if name is not None:
         known = timm.get_pretrained_cfg(name.split("/")[-1])
         hub_id, license = (known.hf_hub_id, known.license) if known else (None, None)
-        return Origin("timm's weights", hub_id, license or "see timm")
+        language = "clip" in name or "siglip" in name
+        if language and known and known.tag == "openai":
+            license = "mit"  # of OpenAI's weights; timm names its own
+        return Origin("timm's weights", hub_id, license or "see timm", language)
     source = recipe.network if recipe else "its source"
     return Origin(f"`{source}`", source if "/" in source else None, f"see {source}")
 
