@@ -63,14 +63,18 @@ def test_each_input_changes_its_own_tile_only():
     hot[0, 1, 1] = 1.0
     other = mask.copy()
     other[:30] = 1
-    base = visualization(image, cam, cam, mask, mask, NAMES)
+    spread = {"spread_cam": cam, "spread": mask}
+    base = visualization(image, cam, cam, mask, mask, NAMES, **spread)
     overlays = [
-        visualization(image, hot, cam, mask, mask, NAMES),
-        visualization(image, cam, hot, mask, mask, NAMES),
-        visualization(image, cam, cam, other, mask, NAMES),
-        visualization(image, cam, cam, mask, other, NAMES),
+        visualization(image, hot, cam, mask, mask, NAMES, **spread),
+        visualization(image, cam, hot, mask, mask, NAMES, **spread),
+        visualization(image, cam, cam, mask, mask, NAMES, **spread | {"spread_cam": hot}),
+        visualization(image, cam, cam, other, mask, NAMES, **spread),
+        visualization(image, cam, cam, mask, mask, NAMES, **spread | {"spread": other}),
+        visualization(image, cam, cam, mask, other, NAMES, **spread),
     ]
-    tile = base.width / 5
+    tile = base.width / 7
+    assert visualization(image, cam, cam, mask, mask, NAMES).width < base.width
     for place, drawn in enumerate(overlays, start=1):
         columns = np.flatnonzero((np.asarray(drawn) != np.asarray(base)).any(axis=(0, 2)))
         assert place * tile - 5 <= columns.min() < columns.max() < (place + 1) * tile + 5

@@ -34,6 +34,8 @@ def visualization(
     ground_truth: Any,
     names: Sequence[str],
     title: str | None = None,
+    spread_cam: Any = None,
+    spread: Any = None,
 ) -> Image.Image:
     """One image as a row: image, CAMs if there are any, prediction, ground truth; below it the colours of the classes.
 
@@ -45,6 +47,8 @@ def visualization(
         ground_truth: (H, W) ids, `ignored_id` = ignore.
         names: the K class names, background first.
         title: a line above the row, for instance the image id and its tags.
+        spread_cam: (C, h, w) CAMs spread by the encoder's affinity, of a model that has one.
+        spread: (H, W) ids of its spread segmentation (tags unknown).
 
     Returns:
         An RGB image, the same height for every landscape or portrait image.
@@ -58,19 +62,19 @@ def visualization(
         >>> row.mode, row.width > 5 * row.height
         ('RGB', True)
     """
-    prediction, ground_truth = _mask(prediction, image, names), _mask(ground_truth, image, names)
+    cams = {"CAM": cam, "aux CAM": aux_cam, "spread CAM": spread_cam}
+    masks = {"prediction (tags unknown)": prediction, "spread (tags unknown)": spread, "ground truth": ground_truth}
+    masks = {name: _mask(mask, image, names) for name, mask in masks.items() if mask is not None}
     tiles = {
         "image": image,
-        **{name: heat(image, one) for name, one in (("CAM", cam), ("aux CAM", aux_cam)) if one is not None},
-        "prediction (tags unknown)": _paint(image, prediction),
-        "ground truth": _paint(image, ground_truth),
+        **{name: heat(image, one) for name, one in cams.items() if one is not None},
+        **{name: _paint(image, mask) for name, mask in masks.items()},
     }
     size = _fit(image, (TILE_WIDTH, TILE_HEIGHT))
     # An upright image must not be narrower than its caption.
     column = max(size[0], *(int(_font().getlength(caption)) + GAP for caption in tiles))
-    legend = _legend(
-        np.union1d(np.unique(prediction), np.unique(ground_truth)), names, len(tiles) * (column + GAP) - GAP
-    )
+    seen = np.unique(np.concatenate([np.unique(mask) for mask in masks.values()]))
+    legend = _legend(seen, names, len(tiles) * (column + GAP) - GAP)
     top = GAP + (LINE_HEIGHT if title else 0)
     row = Image.new(
         "RGB",
@@ -108,6 +112,8 @@ def save_visualizations(segmenter: Segmenter, dataset: Dataset, directory: Path)
             one.ground_truth,
             names,
             title=f"{one.image_id}   tags: {tags}",
+            spread_cam=one.spread_cam,
+            spread=None if one.spread_seg is None else one.label("seg_spread")[0],
         ).save(directory / file_name(one.image_id, ".png"))
 
 
