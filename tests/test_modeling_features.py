@@ -371,7 +371,7 @@ def test_saved_and_loaded_again(tmp_path):
 def test_initial_values_of_the_heads():
     model = build(**FROZEN | {"decoder_channels": 64})
     assert model.decoder.hidden.weight.std().item() == pytest.approx(0.02, rel=0.2)
-    for bias in (model.classifier.bias, model.decoder.hidden.bias, model.decoder_input.norm.bias):
+    for bias in (model.decoder.hidden.bias, model.decoder.output.bias, model.decoder_input.norm.bias):
         assert (bias == 0).all()
     assert (model.decoder_input.norm.weight == 1).all()
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -9,7 +10,15 @@ from pathlib import Path
 from urllib.parse import quote
 from uuid import uuid4
 
-__all__ = ["check_output", "file_name", "remove_unfinished", "require_absent", "visible", "whole_file"]
+__all__ = [
+    "check_output",
+    "file_name",
+    "remove_unfinished",
+    "require_absent",
+    "visible",
+    "whole_directory",
+    "whole_file",
+]
 
 LONGEST_NAME = 200  # bytes; common file systems take 255
 
@@ -40,10 +49,35 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """`whole_file` for a directory, which may be there, but empty.
+
+    Example:
+        >>> with whole_directory(Path("model")) as unfinished:
+        ...     _ = (unfinished / "config.json").write_text("{}")
+        >>> [file.name for file in Path("model").iterdir()]
+        ['config.json']
+    """
+    unfinished = path.with_name(_UNFINISHED.replace("*", uuid4().hex))
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if path.exists():
+            path.rmdir()
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
 def remove_unfinished(directory: Path) -> None:
     """Delete what killed processes left behind, in `directory` and below."""
-    for path in directory.rglob(_UNFINISHED):
-        path.unlink()
+    for path in list(directory.rglob(_UNFINISHED)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_output(

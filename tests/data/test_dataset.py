@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from images_of import image_of
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from cosa_hf.data import TrainingDataset, Views, load_shapes, load_voc
@@ -142,7 +143,7 @@ def test_nothing_readable_is_an_error(voc_dir):
 
 
 def test_a_mask_of_another_size_is_named(voc_dir):
-    image_of(5, 5, "L").save(voc_dir / "SegmentationClassAug/2007_02.png")
+    Image.new("L", (5, 5)).save(voc_dir / "SegmentationClassAug/2007_02.png")
     stream = TrainingDataset(load_voc(voc_dir, "train", masks=True), VIEWS, length=3, seed=0, masks=True)
     (problem,) = {item["unreadable"] for item in _items(stream)} - {""}
     assert "mask of image '2007_02' is 5x5" in problem

@@ -32,7 +32,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 #: What makes a training of seconds of any recipe.
 CUT = {
     "max_steps": 2, "warmup_steps": 1, "lr_warmup_steps": 1, "ema_momentum": 0.2, "batch_size": 2, "num_workers": 0,
-    "backbone": "test_vit", "crop_size": 48, "input_size": 48, "pretrained": False, "tracker": "none", "eval_every": 0,
+    "backbone": "test_vit", "affinity_blocks": [-2],
+    "crop_size": 48, "input_size": 48, "pretrained": False, "tracker": "none", "eval_every": 0,
 }  # fmt: skip
 
 

@@ -29,6 +29,8 @@ for name, dataset in {
     assert back.features == dataset.features, back.features
     assert rows(back) == rows(dataset)
     stream = stream_hub(options, "train")
+    assert not any(row["negative"] for row in stream)  # a stream cannot know beforehand whether there is one
+    stream = stream.remove_columns("negative")
     assert stream.features == dataset.remove_columns("mask").features, stream.features
     assert rows(stream) == rows(dataset.remove_columns("mask"))
 """

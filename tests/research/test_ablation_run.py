@@ -249,7 +249,7 @@ def test_results_are_one_line_a_figure_and_the_markdown_their_mean(trainings, pr
     (table_csv, everything, markdown), summary = write_results("4b", TABLE, changes, planned, failed, tmp_path)
     assert [path.name for path in (table_csv, everything, markdown)] == ["4b-val.csv", "4b-val.json", "4b-val.md"]
     lines = list(csv.DictReader(table_csv.open()))
-    assert len(lines) == 2 * 2 * 8
+    assert len(lines) == 2 * 2 * 10
     assert lines[0] == {
         **{"table": "4b", "row": "with CSC", "seed": "0", "split": "val", "metric": "seg", "value": "52.0"},
         **{"network": "assignment", "run": str(tmp_path / "4b-with-CSC-seed-0")},

@@ -59,3 +59,16 @@ def test_fp16_trains_on_a_cpu(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "mixed_precision: fp16" in (tmp_path / "recipe.yaml").read_text()
     assert (tmp_path / "assignment/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_frozen_encoder_is_timed_beside_a_bare_one():
+    small = ("--backbone", "test_vit", "--affinity_blocks", "-2", "--size", "64", "--images", "20", "--steps", "2")
+    run = benchmark("frozen.py", *small)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == [
+        "| encoding", "| timm, bare", "| F and F†", "| F, F† and attention", "| training step", "| encodes its images",
+        "| reads cached features",
+    ]  # fmt: skip
+    assert "reading 20 images of a cache" in run.stdout

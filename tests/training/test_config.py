@@ -24,7 +24,7 @@ NAMES = """
     separation_scope reliability_weighting perplexity_alpha perplexity_beta perplexity_epsilon dense_energy_weight
     dense_energy_scale feature_layer attention aux_attention pooling pooling_sharpness classifier_bias
     frozen_blocks cache_features standardize_features decoder decoder_inputs decoder_dropout affinity affinity_layer
-    affinity_blocks affinity_temperature affinity_power affinity_steps value_range bands
+    affinity_blocks affinity_temperature affinity_power affinity_steps value_range bands mask_values cam_threshold
 """
 
 RANGES = {
@@ -45,7 +45,7 @@ RANGES = {
         scale_min scale_max label_scales learning_rate head_lr_multiplier spl_temperature pooling_sharpness
         affinity_temperature affinity_power
     """,
-    "above 0, below 1": "threshold",
+    "above 0, below 1": "threshold cam_threshold",
     "above 0, most 0.999": "perplexity_alpha",  # perplexity is 0 at full distance for 1 and infinite for 0
     "above 0, most 1": "dense_energy_scale",
     "most -1": "feature_layer aux_layer affinity_layer affinity_blocks",  # counted from the end

@@ -53,7 +53,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise ValueError(f"--output {target}: call it metadata.csv, the name that --dataset folder reads")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists: move it away, or pass --overwrite")
-    check_output(target)
+    check_output(target, replace=True)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

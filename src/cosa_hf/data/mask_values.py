@@ -27,6 +27,7 @@ def with_mask_values(dataset: Dataset, mask_values: Sequence[str]) -> Dataset:
             read or holds a value that is not named; names it.
 
     Example:
+        >>> from PIL import Image
         >>> from cosa_hf.data.tags import tag_features
         >>> binary = Image.fromarray(np.array([[0, 255]], dtype=np.uint8))
         >>> rows = {"image": [binary], "labels": [[0]], "image_id": ["a"], "mask": [binary]}

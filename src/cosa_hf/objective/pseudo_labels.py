@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cosa_hf.objective.precision import at_least_float32
 
+LEAST_SHARE = 1e-5  # of valid tokens in a pixel: what is less is rounding
+
 
 @dataclass(frozen=True)
 class PseudoLabels:
@@ -108,7 +110,7 @@ def resize_cams(cams: Tensor, tokens: Tensor, size: Sequence[int]) -> tuple[Tens
     inside, outside = resize(torch.stack([tokens, ~tokens], dim=1).to(cams)).split(1, dim=1)
     resized = resize(cams * tokens[:, None])
     shared = resized / inside.clamp_min(torch.finfo(cams.dtype).tiny)
-    return torch.where(outside > 0, shared, resized), inside[:, 0] > 0
+    return torch.where(outside > 0, shared, resized), inside[:, 0] > LEAST_SHARE
 
 
 def cam_pseudo_labels(
