@@ -2,7 +2,7 @@
 features beside one that encodes, and the memory of the cache's reader.
 
     python research/benchmarks/frozen.py
-    python research/benchmarks/frozen.py --backbone test_vit --size 64 --images 100 --steps 3
+    python research/benchmarks/frozen.py --backbone test_vit --affinity_blocks -2 --size 64 --images 100 --steps 3
 
 CPU time of one thread, so that other load hardly counts; random weights and drawn images, so nothing is downloaded.
 """
@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(1)
     changes = {
-        "dataset": "shapes", "backbone": args.backbone, "pretrained": False, "crop_size": args.size,
-        "input_size": args.size, "num_workers": 0, "tracker": "none",
+        "dataset": "shapes", "train_split": "train", "backbone": args.backbone, "pretrained": False, "crop_size": args.size,
+        "input_size": args.size, "num_workers": 0, "tracker": "none", "affinity_blocks": args.affinity_blocks,
     }  # fmt: skip
     print("| encoding | images/s | of a bare forward pass |\n|---|---|---|")
     encoding(changes, args)
@@ -107,6 +107,13 @@ def reader_memory(images: int, size: int) -> float:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="vit_base_patch16_clip_quickgelu_224", help="a plain ViT of timm")
+    parser.add_argument(
+        "--affinity_blocks",
+        type=int,
+        nargs="+",
+        default=[-7, -6, -5, -4, -3],
+        help="(default: %(default)s)",
+    )
     parser.add_argument("--size", type=int, default=352, help="side of an image in pixels (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="counted measurements of each (default: %(default)s)")
     parser.add_argument("--images", type=int, default=10_000, help="that the reader reads (default: %(default)s)")

@@ -27,9 +27,8 @@ def here(tmp_path, monkeypatch):
 
 def photo(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), tuple(61 * byte % 256 for byte in (len(str(path)), *path.name.encode()[:2]))).save(
-        path
-    )  # no two alike
+    color = tuple(61 * byte % 256 for byte in (len(str(path)), *path.name.encode()[:2]))  # no two alike
+    Image.new("RGB", (8, 8), color).save(path)
 
 
 def tags_of(root, split="train"):
