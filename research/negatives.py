@@ -53,13 +53,13 @@ def cut(source: Path, target: Path) -> None:
             writer.writerows((name, "defect" if defect else mark, *rest) for name, defect, *rest in rows)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--backbone_weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not args.output.exists():
         cut(args.source, args.output)
     for seed in args.seeds:

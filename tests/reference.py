@@ -210,7 +210,7 @@ def upsample_valid(maps: Array, tokens: Array, size: tuple[int, int]) -> tuple[A
             result[image, c] += share * maps[image, c, y, x]
     reached &= upsample(tokens.astype(float), size) > 1e-5  # in float32 less is rounding
     total = upsample(tokens.astype(float), size)
-    result /= np.where(total > 0, total, 1)[:, None]
+    result = np.where(reached[:, None], result / np.where(total > 0, total, 1)[:, None], 0)
     return result, reached
 
 

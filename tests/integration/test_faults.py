@@ -184,14 +184,15 @@ class Convert(Model):
 
     def run(self) -> None:
         options = ("--dataset", "voc", "--backbone", "test_vit", "--aux_layer", -2)
-        report(run_command("convert", "checkpoint", self.released, self.root / "converted", *options))
+        if not (self.root / "converted").exists():  # what is there is whole, and not written again
+            report(run_command("convert", "checkpoint", self.released, self.root / "converted", *options))
 
     def left(self) -> dict[str, Any]:
         CoSAImageProcessor.from_pretrained(self.root / "converted")
         return dict(CoSAForWeaklySupervisedSegmentation.from_pretrained(self.root / "converted").state_dict())
 
     def check(self, expected: dict[str, Any]) -> None:
-        with suppress(OSError, SafetensorError):  # not there, or refused by who reads it
+        if (self.root / "converted").exists():
             assert_equal(self.left(), expected)
 
 

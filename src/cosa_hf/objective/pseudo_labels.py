@@ -109,8 +109,9 @@ def resize_cams(cams: Tensor, tokens: Tensor, size: Sequence[int]) -> tuple[Tens
 
     inside, outside = resize(torch.stack([tokens, ~tokens], dim=1).to(cams)).split(1, dim=1)
     resized = resize(cams * tokens[:, None])
-    shared = resized / inside.clamp_min(torch.finfo(cams.dtype).tiny)
-    return torch.where(outside > 0, shared, resized), inside[:, 0] > LEAST_SHARE
+    reached = inside > LEAST_SHARE
+    shared = torch.where(reached, resized / inside.clamp_min(LEAST_SHARE), 0)
+    return torch.where(outside > 0, shared, resized), reached[:, 0]
 
 
 def cam_pseudo_labels(
