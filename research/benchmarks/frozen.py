@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     changes = {
         "dataset": "shapes", "train_split": "train", "backbone": args.backbone, "pretrained": False,
-        "crop_size": args.size, "input_size": args.size, "num_workers": 0, "tracker": "none", "affinity_blocks": args.affinity_blocks,
+        "crop_size": args.size, "input_size": args.size, "num_workers": 0, "tracker": "none",
+        "affinity_blocks": args.affinity_blocks,
     }  # fmt: skip
     print("| encoding | images/s | of a bare forward pass |\n|---|---|---|")
     encoding(changes, args)

@@ -43,7 +43,7 @@ class SegmentationConfig(PreTrainedConfig):
             self.label2id = {name: int(index) for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
         self._check_labels()
-        if self.semantic_loss_ignore_index == 255 < self.num_labels:
+        if self.semantic_loss_ignore_index == 255 and self.num_classes >= 255:
             self.semantic_loss_ignore_index = 65535
         if self.output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride={self.output_stride} must be 8, 16 or 32.")

@@ -534,8 +534,9 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
     def initialize_weights(self) -> None:
         super().initialize_weights()
         if self.config.classifier_bias:
-            for head in (self.classifier, self.aux_classifier):
-                init.constant_(head.bias, PRIOR_LOGIT)
+            for bias in (self.classifier.bias, self.aux_classifier.bias):
+                assert bias is not None
+                init.constant_(bias, PRIOR_LOGIT)
         if self.config.standardize_features:  # a checkpoint without them leaves whatever was in memory
             for name in ("feature", "aux_feature"):
                 init.zeros_(getattr(self, f"{name}_mean"))

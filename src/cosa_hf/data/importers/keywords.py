@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from PIL import Image, IptcImagePlugin
+from PIL import Image, ImageFile, IptcImagePlugin
 
 from cosa_hf.data.importers.rows import ImportOptions, Row
 
@@ -48,7 +48,7 @@ def recognises(path: Path) -> bool:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def _iptc(image: Image.Image) -> list[str]:
+def _iptc(image: ImageFile.ImageFile) -> list[str]:
     found = (IptcImagePlugin.getiptcinfo(image) or {}).get(_IPTC_KEYWORDS, [])
     return [_text(word) for word in (found if isinstance(found, list) else [found])]
 
