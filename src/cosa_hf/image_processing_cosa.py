@@ -237,7 +237,7 @@ def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch
     ids = torch.zeros(size, dtype=torch.int32, device=logits.device)
     for label, plane in enumerate(logits.detach().float()):
         scores = F.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
-        ids[scores > best] = label
+        ids.masked_fill_(scores > best, label)  # indexing would list the pixels, 16 bytes each
         torch.maximum(best, scores, out=best)
     return ids, best
 

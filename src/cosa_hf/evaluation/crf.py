@@ -8,7 +8,7 @@ import itertools
 import math
 import operator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -178,9 +178,10 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor]:
     offsets = ((elevated - nearest) / (d + 1)).gather(1, rank.argsort(dim=1)).flip(1)
     shares = offsets - offsets.roll(1, dims=1)
     shares[:, 0] += 1
-    colors = torch.arange(d + 1, device=features.device)[:, None]  # a corner's coordinates are k modulo d + 1
-    steps = colors - (d + 1) * (rank[:, None] > d - colors)
-    return nearest.long()[:, None] + steps, shares
+    # Coordinates are small, and there are (d + 1)^2 of each point: int32, which halves what they take.
+    colors = torch.arange(d + 1, device=features.device, dtype=torch.int32)[:, None]  # k modulo d + 1 at a corner
+    steps = colors - (d + 1) * (rank.int()[:, None] > d - colors).int()
+    return steps.add_(nearest.int()[:, None]), shares
 
 
 def _codes(corners: Tensor) -> tuple[Tensor, list[int]]:
@@ -188,14 +189,17 @@ def _codes(corners: Tensor) -> tuple[Tensor, list[int]]:
 
     Corners one step outside of all that occur still have numbers of their own.
     """
-    coordinates = corners[..., :-1]  # the last is minus the sum of the others
+    coordinates = corners[..., :-1].unbind(-1)  # the last is minus the sum of the others
     margin = corners.shape[-1]
-    low = coordinates.amin(dim=(0, 1)) - margin
-    sizes = (coordinates.amax(dim=(0, 1)) + margin - low + 1).tolist()
+    lows = [int(each.min()) - margin for each in coordinates]
+    sizes = [int(each.max()) + margin - low + 1 for each, low in zip(coordinates, lows, strict=True)]
     strides = list(itertools.accumulate(sizes, operator.mul, initial=1))
     if strides.pop() >= 2**63:
         raise ValueError("the image is too large, or a width of the CRF too small, for its lattice")
-    return ((coordinates - low) * torch.tensor(strides, device=corners.device)).sum(dim=-1), strides
+    codes: Any = 0
+    for each, low, stride in zip(coordinates, lows, strides, strict=True):
+        codes += (each.long() - low) * stride
+    return codes, strides
 
 
 def _find(codes: Tensor, wanted: Tensor) -> Tensor:
