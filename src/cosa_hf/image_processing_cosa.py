@@ -50,7 +50,9 @@ def to_rgb(image: Image.Image, value_range: Sequence[float] | None = None) -> Im
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    rgb.info.pop("exif", None)  # followed. Damaged, Pillow ignores it in a JPEG file, but not in a copy
+    return rgb
 
 
 def is_deep(image: Image.Image) -> bool:
