@@ -31,7 +31,7 @@ SHORT = (
     "--num_workers 0 --mixed_precision no --eval_every 0 --checkpoint_every 0 --tracker none"
 )
 CUT = {
-    "train": f"{NETWORK} --warmup_steps 1 {SHORT}",
+    "train": f"{NETWORK} --affinity_blocks -2 --warmup_steps 1 {SHORT}",
     "multistage": f"--network largefov/test_resnet {RANDOM} --decoder_channels 16 {SHORT}",
     "convert checkpoint": "--backbone test_vit",
     "evaluate": "--scales 1",
@@ -129,7 +129,9 @@ def run_here(monkeypatch, command, arguments):
 def test_commands_run(page, clone, tmp_path, monkeypatch):
     monkeypatch.chdir(shutil.copytree(clone, tmp_path / "clone", symlinks=True))
     for command, arguments in asked(page, Path.cwd()):
-        if command == "train" and "--output_dir" in arguments:  # a page that trains does not have this run before
+        if (
+            command in ("train", "multistage") and "--output_dir" in arguments
+        ):  # a page that trains does not have this run before
             shutil.rmtree(arguments[arguments.index("--output_dir") + 1], ignore_errors=True)
         sends = command == "push" and "--dry_run" not in arguments  # test_push_to_hub.py has a Hub
         if command not in ELSEWHERE and not sends:

@@ -45,7 +45,7 @@ from cosa_hf.training.features import EncodedImages
 from cosa_hf.training.trainer import train
 
 KILLS = int(os.environ.get("COSA_HF_FAULTS", 6))
-DISKS = max(4, 2 * KILLS // 5)
+DISKS = max(2, 2 * KILLS // 5)
 COMMANDS = ("caching", "training", "label", "export", "push", "convert")
 REPO = "org/cosa-tiny"
 

@@ -83,7 +83,7 @@ def left(config: TrainingConfig) -> dict[str, Any]:
 
 
 def assert_equal(one: Any, other: Any, tolerance: float = 0.0, where: str = "") -> None:
-    """Two nested states are the same, bit for bit, or to an absolute tolerance; the message says where they differ."""
+    """Two nested states are the same, bit for bit, or to a tolerance, of numbers above 1 a relative one."""
     assert type(one) is type(other), where
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
@@ -96,4 +96,6 @@ def assert_equal(one: Any, other: Any, tolerance: float = 0.0, where: str = "") 
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, other) or (tolerance and (one - other).abs().max() <= tolerance), where
     else:
-        assert one == other or (tolerance and abs(one - other) <= tolerance), f"{where}: {one} and {other}"
+        assert one == other or (tolerance and abs(one - other) <= tolerance * max(1, abs(other))), (
+            f"{where}: {one} and {other}"
+        )
