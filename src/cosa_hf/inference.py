@@ -28,7 +28,7 @@ from cosa_hf.data.images import Reading, ignored_id, open_image, read_image, rea
 from cosa_hf.data.tags import class_names, multi_hot, parse_tags, tag_ids
 from cosa_hf.image_processing_cosa import upsampled_argmax
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.objective.affinity import affinity_settings, spread_cams, spread_segmentation
+from cosa_hf.objective.affinity import affinity_settings, foreground, spread_cams
 from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.pseudo_labels import cam_pseudo_labels, normalize_cams
 
@@ -613,11 +613,10 @@ class Segmenter:
         )
         spread = spread_seg = spread_seg_tags = nothing
         if fused.affinity is not None:
-            affinity: Any = (fused.affinity, self.model.config)
-            spread = spread_cams((cams + aux_cams) / 2, *affinity)
             recognised = (fused.cls_logits >= 0).to(labels.dtype)
-            spread_seg = spread_segmentation(fused.seg_logits, recognised, *affinity)
-            spread_seg_tags = spread_segmentation(fused.seg_logits, labels, *affinity)
+            parts = [foreground(fused.seg_logits, tags) for tags in (recognised, labels)]
+            joined = torch.cat([(cams + aux_cams) / 2, *parts], dim=1)  # the affinity is made once for all
+            spread, spread_seg, spread_seg_tags = spread_cams(joined, fused.affinity, self.model.config).chunk(3, dim=1)
         scores = nothing if fused.cls_logits is None else fused.cls_logits
         maps: dict[str, Any] = {"labels": labels, "seg_logits": fused.seg_logits, "cls_logits": scores}
         maps |= {"cam": cams, "aux_cam": aux_cams, "spread_cam": spread}

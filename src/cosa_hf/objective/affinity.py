@@ -201,8 +201,24 @@ def spread_segmentation(
         >>> spread_segmentation(logits, tags, features, config).flatten(2).any(dim=2).int().tolist()
         [[1, 0, 0], [0, 1, 1]]
     """
-    probabilities = restrict_to_labels(at_least_float32(seg_logits), labels).softmax(dim=1)[:, 1:]
-    return spread_cams(probabilities, source, config, valid)
+    return spread_cams(foreground(seg_logits, labels), source, config, valid)
+
+
+def foreground(seg_logits: Tensor, labels: Tensor) -> Tensor:
+    """Probabilities of the tagged classes, beside one another and the background: what `spread_segmentation` spreads.
+
+    Args:
+        seg_logits: S, (B, K, h, w), background first.
+        labels: multi-hot tags, (B, C).
+
+    Returns:
+        (B, C, h, w); classes without a tag are zero.
+
+    Example:
+        >>> foreground(torch.zeros(1, 3, 1, 1), torch.tensor([[1, 0]])).flatten().tolist()
+        [0.5, 0.0]
+    """
+    return restrict_to_labels(at_least_float32(seg_logits), labels).softmax(dim=1)[:, 1:]
 
 
 def _spread(cams: Tensor, source: Tensor, config: Any, valid: Tensor | None) -> Tensor:
@@ -215,6 +231,6 @@ def _spread(cams: Tensor, source: Tensor, config: Any, valid: Tensor | None) -> 
 
 
 __all__ = [
-    "AffinityConfig", "affinity_settings", "attention_affinity", "feature_affinity", "normalize_rows", "spread",
-    "spread_cams", "spread_segmentation",
+    "AffinityConfig", "affinity_settings", "attention_affinity", "feature_affinity", "foreground", "normalize_rows",
+    "spread", "spread_cams", "spread_segmentation",
 ]  # fmt: skip
