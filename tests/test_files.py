@@ -1,6 +1,6 @@
 import pytest
 
-from cosa_hf.files import check_output, file_name, remove_unfinished, whole_file
+from cosa_hf.files import CONFIG, check_output, file_name, remove_unfinished, whole_file, whole_model
 
 
 def test_what_is_there_is_not_written_over(tmp_path):
@@ -65,3 +65,41 @@ def test_what_killed_processes_left_is_removed_everywhere(tmp_path):
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["other.png", "other.png"]
+
+
+def test_a_model_is_there_when_all_of_it_is(tmp_path):
+    """Saved for the first time, over an empty directory and over another model; what else lies there stays."""
+    model = tmp_path / "model"
+    for number in "12":
+        with whole_model(model) as unfinished:
+            for name in (CONFIG, "model.safetensors"):
+                (unfinished / name).write_text(number)
+            before = sorted(path.name for path in model.iterdir() if path != unfinished)
+            assert before == ([] if number == "1" else [CONFIG, "mine.txt", "model.safetensors"])
+        (model / "mine.txt").touch()
+    assert {path.name: path.read_text() for path in model.iterdir()} == {
+        CONFIG: "2", "model.safetensors": "2", "mine.txt": "",
+    }  # fmt: skip
+    with pytest.raises(TypeError), whole_model(tmp_path / "broken") as unfinished:
+        (unfinished / CONFIG).write_text(b"new")  # opens the file and then refuses
+    assert list((tmp_path / "broken").iterdir()) == []
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_saving_a_model_goes_on_after_a_kill_at_any_file(moved, tmp_path):
+    """Some of the files are in their places then: the directory is not empty, and yet not to be refused."""
+    model, names = tmp_path / "model", ["model.safetensors", "preprocessor_config.json", CONFIG]
+    killed = whole_model(model)  # never left
+    unfinished = killed.__enter__()
+    for name in names:
+        (unfinished / name).write_text("half")
+    for name in names[:moved]:
+        (unfinished / name).replace(model / name)
+    assert not (model / CONFIG).exists()
+    check_output(model, directory=True)
+    with whole_model(model) as unfinished:
+        for name in names:
+            (unfinished / name).write_text("whole")
+    assert {path.name: path.read_text() for path in model.iterdir()} == dict.fromkeys(names, "whole")
+    with pytest.raises(FileExistsError):
+        check_output(model, directory=True)

@@ -19,7 +19,7 @@ from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data import load_shapes
 from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.training import checkpoints, setup
-from cosa_hf.training.checkpoints import moments
+from cosa_hf.training.checkpoints import moments, snapshots
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.trainer import Trainer, train
 
@@ -124,6 +124,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny, tmp_path, capsys
     assert_equal(expected, left(resumed))
     names = {path.name for path in newest.parent.iterdir()}
     assert names == {f"step-000000{step}.safetensors" for step in (4, 6)} | {"damaged-step-0000006.safetensors"}
+
+
+def test_a_snapshot_that_the_run_owed_when_it_ended_is_written_after_all(tiny):
+    fields = {"checkpoint_every": 2, "snapshot_every": 2, "max_steps": 4}
+    train(tiny(**fields))
+    run = Path(tiny().output_dir)
+    (run / "snapshots/step-0000004/assignment/config.json").unlink()  # its checkpoint was there before
+    assert list(snapshots(run)) == [2]
+    train(tiny(resume=True, **fields))
+    assert list(snapshots(run)) == [2, 4]
 
 
 def test_a_resume_opens_no_pickle(tiny, monkeypatch):
