@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from cosa_hf.files import CONFIG, check_output, file_name, remove_unfinished, whole_file, whole_model
@@ -17,6 +19,29 @@ def test_what_is_there_is_not_written_over(tmp_path):
     with pytest.raises(FileExistsError, match=r"1\.png is there already: choose another name, or remove \S*panels$"):
         check_output(panels, directory=True)
     check_output(report, replace=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "advice", "followed"),
+    [
+        ("report.json", "is there already: choose another name, or remove", "other.json"),
+        ("report.json", "is there already: choose another name, or remove", "report.json"),
+        ("report.json/new.json", "report.json is a file; choose another name", "new.json"),
+        ("panels", "panels is a directory; choose another name", "panels/new.json"),
+        ("locked/new.json", "no permission to write .*locked; choose another place", "panels/new.json"),
+    ],
+)
+def test_what_an_error_advises_works(path, advice, followed, tmp_path, monkeypatch):
+    (tmp_path / "report.json").touch()
+    for name in ("panels", "locked"):
+        (tmp_path / name).mkdir()
+    allowed = os.access  # a superuser may write everywhere
+    monkeypatch.setattr(os, "access", lambda place, mode: place.name != "locked" and allowed(place, mode))
+    with pytest.raises(OSError, match=advice):
+        check_output(tmp_path / path)
+    if followed == path:
+        (tmp_path / path).unlink()
+    check_output(tmp_path / followed)
 
 
 @pytest.mark.parametrize("end", ["", "ü" * 200])
