@@ -1,6 +1,8 @@
+import functools
 import os
 
 import pytest
+from safetensors import SafetensorError
 
 from cosa_hf.files import CONFIG, check_output, file_name, remove_unfinished, whole_file, whole_model
 
@@ -108,6 +110,14 @@ def test_a_model_is_there_when_all_of_it_is(tmp_path):
     with pytest.raises(TypeError), whole_model(tmp_path / "broken") as unfinished:
         (unfinished / CONFIG).write_text(b"new")  # opens the file and then refuses
     assert list((tmp_path / "broken").iterdir()) == []
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_model])
+@pytest.mark.parametrize("error", [functools.partial(OSError, 28), SafetensorError])
+def test_what_could_not_be_written_is_named(whole, error, tmp_path):
+    with pytest.raises(OSError, match="No space") as raised, whole(tmp_path / "model"):
+        raise error("No space left on device")
+    assert str(tmp_path / "model") in str(raised.value)
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])

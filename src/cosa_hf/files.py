@@ -10,6 +10,8 @@ from pathlib import Path
 from urllib.parse import quote
 from uuid import uuid4
 
+from safetensors import SafetensorError
+
 __all__ = [
     "check_output",
     "file_name",
@@ -46,8 +48,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        _name(error, path)
         raise
 
 
@@ -72,11 +75,23 @@ def whole_model(directory: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        (directory / CONFIG).unlink(missing_ok=True)
-        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG):
-            path.replace(directory / path.name)
-    finally:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        _name(error, directory)
+        raise
+    # Whatever ends this leaves `unfinished`, by which the directory is known as one to write to again.
+    (directory / CONFIG).unlink(missing_ok=True)
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG):
+        path.replace(directory / path.name)
+    unfinished.rmdir()
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """What was being written, for an error that does not say: that of a full disk."""
+    if isinstance(error, SafetensorError):
+        raise OSError(f"cannot write {path}: {error}") from error
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -199,8 +199,17 @@ def test_classes_that_may_be_something_else():
 
 
 def test_splits_must_have_the_same_classes():
-    with pytest.raises(ValueError, match="split 'val' has the classes"):
+    with pytest.raises(ValueError, match=r"split 'val' has the classes .*: give both the same --classes"):
         check_splits({"train": load_shapes("train", num_images=1), "val": _cats()}, progress=False)
+
+
+def test_splits_are_given_the_same_classes_as_the_error_says(folder):
+    places = {"train": folder / "train", "val": folder / "val"}
+    _tag(folder, dog=[])
+    with pytest.raises(ValueError, match="give both the same --classes"):
+        check_splits({split: load_folder(place) for split, place in places.items()}, progress=False)
+    classes = ["cat", "dog"]
+    check_splits({split: load_folder(place, classes=classes) for split, place in places.items()}, progress=False)
 
 
 def _png():

@@ -149,9 +149,12 @@ def test_a_resume_opens_no_pickle(tiny, monkeypatch):
 
 def test_no_complete_checkpoint_to_resume_from_is_said(tiny, tmp_path):
     resumed = tiny(resume=True)
-    with pytest.raises(FileNotFoundError, match="nothing to resume: no complete checkpoint"):
+    said = r"nothing to resume: no complete checkpoint .*start without --resume, and with --checkpoint_every N"
+    with pytest.raises(FileNotFoundError, match=said):
         train(resumed)
     train(tiny(max_steps=2, warmup_steps=2, checkpoint_every=2))
+    train(resumed)
+    (tmp_path / "run/checkpoints/step-0000006.safetensors").unlink(missing_ok=True)
     (path,) = (tmp_path / "run/checkpoints").iterdir()
     path.write_bytes(b"nonsense")
     with pytest.raises(FileNotFoundError, match="nothing to resume: no complete checkpoint"):
@@ -224,6 +227,7 @@ def test_what_would_not_be_the_same_run_is_refused(tiny, fields, refusal):
     train(tiny(checkpoint_every=3))
     with pytest.raises(ValueError, match=refusal):
         train(tiny(checkpoint_every=3, resume=True, **fields))
+    train(tiny(checkpoint_every=3, resume=True))  # what was to be kept is kept
 
 
 def test_other_classes_are_never_gone_on_with_and_other_images_only_where_they_are_meant(tiny, monkeypatch, capsys):

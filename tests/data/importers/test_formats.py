@@ -227,13 +227,13 @@ def test_annotations_of_voc_lie_in_the_directory_that_is_asked_for(exports):
 
 def test_a_photo_that_cannot_be_read_is_named(exports, tmp_path):
     (tmp_path / "1.jpg").write_bytes(b"not a photo")
-    (tmp_path / "2.jpg").write_bytes((exports / "lightroom/2.jpg").read_bytes())
+    (tmp_path / "2.png").write_bytes((exports / "lightroom/2.png").read_bytes())
     with pytest.raises(ValueError, match=r"1\.jpg cannot be read: .*; replace it or take it out"):
         imported("keywords", tmp_path)
     (tmp_path / "1.jpg").write_bytes((exports / "lightroom/1.jpg").read_bytes())
-    assert list(imported("keywords", tmp_path)) == ["1.jpg", "2.jpg"]
+    assert list(imported("keywords", tmp_path, tmp_path)) == ["1.jpg", "2.png"]
     (tmp_path / "1.jpg").unlink()
-    assert list(imported("keywords", tmp_path)) == ["2.jpg"]
+    assert list(imported("keywords", tmp_path, tmp_path)) == ["2.png"]
 
 
 def test_a_folder_in_brackets_is_named_and_can_be_renamed(exports, tmp_path):
