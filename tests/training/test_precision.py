@@ -21,7 +21,8 @@ def processor(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("instructions", "settled"), [((), "no"), (("avx512_f",), "no"), (("avx512_bf16",), "bf16"), (("amx_bf16",), "bf16")]
+    ("instructions", "settled"),
+    [((), "no"), (("avx512_f",), "no"), (("avx512_bf16",), "bf16"), (("amx_bf16",), "bf16")],
 )
 @pytest.mark.parametrize("config", [TrainingConfig(), MultistageConfig(pseudo_labels="labels")])
 def test_auto_is_bf16_where_the_processor_has_it(processor, config, instructions, settled):
