@@ -1,4 +1,8 @@
-"""Settings that all tests share."""
+"""Settings and fixtures that all tests share.
+
+Fixtures import what they need themselves: pytest-xdist reads this file before it starts a process that runs tests, and
+torch and transformers take seconds.
+"""
 
 import os
 import subprocess
@@ -9,26 +13,7 @@ import sys
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
 from hypothesis import settings
-from in_process import run_command
-from pets import CLASSES
-from transformers import (
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    Mask2FormerImageProcessor,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
-    SwinConfig,
-)
-
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-from cosa_hf.data import SHAPES_CLASSES, load_shapes
-from cosa_hf.inference import Segmenter
-from cosa_hf.multistage.config import MultistageConfig
-from cosa_hf.multistage.networks import build_network
-from cosa_hf.pseudo_labels.export import export_pseudo_labels
 
 # The same examples in every run: a check that fails now and then tells a contributor nothing about the change at hand.
 settings.register_profile("same every run", deadline=None, derandomize=True, max_examples=60)
@@ -40,6 +25,7 @@ settings.load_profile("same every run")
 @pytest.fixture
 def cosa_hf(capsys):
     """Runs a command that works, and returns what it prints."""
+    from in_process import run_command
 
     def cosa_hf(*arguments):
         capsys.readouterr()
@@ -54,6 +40,7 @@ def cosa_hf(capsys):
 @pytest.fixture
 def complaint(capsys):
     """What a command prints on stderr that ends with status 1 (2 with `usage`): errors, never a traceback."""
+    from in_process import run_command
 
     def complaint(*arguments, usage=False):
         capsys.readouterr()
@@ -66,6 +53,16 @@ def complaint(capsys):
         return printed.err
 
     return complaint
+
+
+@pytest.fixture
+def any_precision():
+    """A process has one precision; these tests want another."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +80,12 @@ def subprocess_of():
 @pytest.fixture(scope="session")
 def export(tmp_path_factory):
     """Exports CAM pseudo-labels of six drawn images, once for each format, by an untrained CoSA model."""
+    import torch
+
+    from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, Segmenter
+    from cosa_hf.data import SHAPES_CLASSES, load_shapes
+    from cosa_hf.pseudo_labels.export import export_pseudo_labels
+
     made = {}
 
     def directory(format):
@@ -104,6 +107,13 @@ def export(tmp_path_factory):
 @pytest.fixture(scope="session")
 def mask2former(tmp_path_factory):
     """A directory with a tiny Mask2Former of 150 classes, as one downloads them."""
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
     directory = tmp_path_factory.mktemp("mask2former")
     swin = SwinConfig(
         image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
@@ -124,6 +134,12 @@ def mask2former(tmp_path_factory):
 @pytest.fixture(params=["cosa-ms", "segformer"])
 def segmentation_only(request, tmp_path):
     """A directory with a tiny network of another kind than CoSA, untrained."""
+    from pets import CLASSES
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+
+    from cosa_hf.multistage.config import MultistageConfig
+    from cosa_hf.multistage.networks import build_network
+
     if request.param == "cosa-ms":
         recipe = MultistageConfig(
             network="largefov/test_resnet", pseudo_labels="labels", pretrained=False, decoder_channels=16

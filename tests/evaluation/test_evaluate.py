@@ -1,9 +1,6 @@
 """Protocols against a slow reference, on a model whose maps are written by hand."""
 
 import json
-import subprocess
-import sys
-import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -365,48 +362,3 @@ def test_table_shows_every_class_under_every_protocol(case):
     assert lines[-2] == f"classification: mean average precision {report['cls_map']:.1f}"
     assert "image-2" in lines[-1]
     assert len({len(line) for line in lines[:7]}) == 1
-
-
-def test_two_processes_score_every_image_once(tmp_path):
-    """Five images for two processes: the shares are uneven, the reports equal and those of one process."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        textwrap.dedent(
-            """
-            import json, sys
-            from accelerate import Accelerator
-            from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-            from cosa_hf.data import SHAPES_CLASSES, load_shapes
-            from cosa_hf.evaluation.evaluate import evaluate
-            from cosa_hf.inference import Segmenter
-            import torch
-
-            accelerator = Accelerator(cpu=True)
-            torch.manual_seed(0)
-            names = dict(enumerate(["background", *SHAPES_CLASSES]))
-            config = CoSAConfig(backbone="test_vit", id2label=names)
-            model = CoSAForWeaklySupervisedSegmentation(config)
-            processor = CoSAImageProcessor(size={"height": 64, "width": 64})
-            dataset = load_shapes("val", num_images=5, masks=True)
-            settings = dict(flip=True, batch_size=2)
-            alone = evaluate(Segmenter(model, processor, **settings), dataset, progress=False)
-            seen = []
-            model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
-            segmenter = Segmenter(accelerator.prepare(model), processor, **settings)
-            shared = evaluate(segmenter, dataset, progress=False, accelerator=accelerator)
-            assert shared["cls_map"] is not None
-            assert accelerator.num_processes == 2
-            assert shared == alone, (shared, alone)
-            with open(f"{sys.argv[1]}/rank-{accelerator.process_index}.json", "w") as file:
-                json.dump({"report": shared, "copies": sum(seen)}, file)
-            accelerator.end_training()
-            """
-        )
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, program, tmp_path], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    assert first["report"] == second["report"]
-    assert first["report"]["images"] == 5
-    assert (first["copies"], second["copies"]) == (6, 4)  # three and two images, each with its mirror image
