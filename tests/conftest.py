@@ -22,6 +22,11 @@ settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("same every run")
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first: whoever is done early then takes over many short ones, not waits for a long one."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def cosa_hf(capsys):
     """Runs a command that works, and returns what it prints."""
@@ -80,20 +85,17 @@ def subprocess_of():
 @pytest.fixture(scope="session")
 def export(tmp_path_factory):
     """Exports CAM pseudo-labels of six drawn images, once for each format, by an untrained CoSA model."""
-    import torch
+    from tiny import square, tiny_cosa
 
-    from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, Segmenter
-    from cosa_hf.data import SHAPES_CLASSES, load_shapes
+    from cosa_hf import Segmenter
+    from cosa_hf.data import load_shapes
     from cosa_hf.pseudo_labels.export import export_pseudo_labels
 
     made = {}
 
     def directory(format):
         if format not in made:
-            torch.manual_seed(0)
-            config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
-            model = CoSAForWeaklySupervisedSegmentation(config).eval()
-            segmenter = Segmenter(model, CoSAImageProcessor(size={"height": 48, "width": 48}))
+            segmenter = Segmenter(tiny_cosa(), square(48))
             made[format] = tmp_path_factory.mktemp("export") / format
             images = load_shapes("train", num_images=6, image_size=48)
             export_pseudo_labels(
@@ -135,22 +137,17 @@ def mask2former(tmp_path_factory):
 def segmentation_only(request, tmp_path):
     """A directory with a tiny network of another kind than CoSA, untrained."""
     from pets import CLASSES
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+    from tiny import save_segformer
 
     from cosa_hf.multistage.config import MultistageConfig
     from cosa_hf.multistage.networks import build_network
 
-    if request.param == "cosa-ms":
-        recipe = MultistageConfig(
-            network="largefov/test_resnet", pseudo_labels="labels", pretrained=False, decoder_channels=16
-        )
-        network, processor = build_network(recipe, ["background", *CLASSES])
-    else:
-        small = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
-        network = SegformerForSemanticSegmentation(
-            SegformerConfig(**small, decoder_hidden_size=8, id2label=dict(enumerate(["background", *CLASSES])))
-        )
-        processor = SegformerImageProcessor()
-    network.save_pretrained(tmp_path / "network")
-    processor.save_pretrained(tmp_path / "network")
+    names = ["background", *CLASSES]
+    if request.param == "segformer":
+        return save_segformer(tmp_path / "network", id2label=dict(enumerate(names)))
+    recipe = MultistageConfig(
+        network="largefov/test_resnet", pseudo_labels="labels", pretrained=False, decoder_channels=16
+    )
+    for part in build_network(recipe, names):
+        part.save_pretrained(tmp_path / "network")
     return tmp_path / "network"

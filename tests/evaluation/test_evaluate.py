@@ -8,9 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+from tiny import tiny_cosa, tiny_segformer
+from transformers import SegformerImageProcessor
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, CoSAOutput
+from cosa_hf import CoSAConfig, CoSAImageProcessor, CoSAOutput
 from cosa_hf.data.tags import tag_features
 from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.crf import DenseCRF
@@ -287,11 +288,10 @@ def test_classification_is_scored_over_the_images_with_tags(case):
 
 
 def test_a_network_that_only_segments_has_two_protocols_and_no_classification():
-    small = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
-    config = SegformerConfig(**small, decoder_hidden_size=8, id2label=dict(enumerate(["background", *NAMES])))
+    network = tiny_segformer(id2label=dict(enumerate(["background", *NAMES])))
     processor = SegformerImageProcessor(size={"height": 32, "width": 32})
     dataset = make_dataset([np.ones((6, 8), dtype=int)], [[0]])
-    report = evaluate(Segmenter(SegformerForSemanticSegmentation(config), processor), dataset, progress=False)
+    report = evaluate(Segmenter(network, processor), dataset, progress=False)
     assert [protocol for protocol in PROTOCOLS if protocol in report] == ["seg", "seg_tags"]
     assert report["cls_map"] is report["cls_ap"] is report["protocol"]["cam_threshold"] is None
     assert "classification" not in format_report(report)
@@ -299,11 +299,7 @@ def test_a_network_that_only_segments_has_two_protocols_and_no_classification():
 
 def test_a_model_with_an_affinity_has_spread_maps_in_its_report(case):
     _, dataset, (masks, _, _) = case
-    torch.manual_seed(0)
-    config = CoSAConfig(
-        backbone="test_vit", id2label=dict(enumerate(["background", *NAMES])), decoder_channels=8, affinity="features"
-    )
-    network = CoSAForWeaklySupervisedSegmentation(config)
+    network = tiny_cosa(NAMES, decoder_channels=8, affinity="features")
     whole = Segmenter(network, CoSAImageProcessor(size={"height": 48, "width": 64}))
     report = evaluate(whole, dataset, cam_threshold=0.6, progress=False)
     assert [protocol for protocol in PROTOCOLS if protocol in report] == list(PROTOCOLS)

@@ -8,20 +8,13 @@ import sys
 import datasets
 import numpy as np
 import pytest
-import torch
 from drawn import write_photos
 from in_process import ROOT, run_command, run_script
+from tiny import save_cosa, square, tiny_cosa
 
-from cosa_hf import (
-    CoSAConfig,
-    CoSAForWeaklySupervisedSegmentation,
-    CoSAImageProcessor,
-    Segmenter,
-    TrainingConfig,
-    export_pseudo_labels,
-)
+from cosa_hf import Segmenter, TrainingConfig, export_pseudo_labels
 from cosa_hf.cli import COMMANDS
-from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.data import load_shapes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "model_cards").glob("*.md"))]
 NOTES = [ROOT / "research/README.md", *sorted((ROOT / "research/notes").glob("*.md"))]
@@ -45,13 +38,8 @@ def blocks(page, *languages):
 def reader(tmp_path_factory):
     """The directory of somebody who has done what the pages say comes before."""
     directory = tmp_path_factory.mktemp("reader")
-    torch.manual_seed(0)
-    names = dict(enumerate(["background", *SHAPES_CLASSES]))
-    model = CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", decoder_channels=16, id2label=names))
-    processor = CoSAImageProcessor(size={"height": 64, "width": 64})
     for name in ("runs/demo/model", "runs/upernet/model", "org/cosa-voc"):
-        model.save_pretrained(directory / name)
-        processor.save_pretrained(directory / name)
+        save_cosa(directory / name, 64)
     shapes = load_shapes("val", num_images=2)
     shapes[0]["image"].save(directory / "runs/demo/unseen.png")
     shapes[0]["image"].save(directory / "photo.jpg")
@@ -59,7 +47,7 @@ def reader(tmp_path_factory):
     write_photos(directory / "photos", 3)
     np.save(directory / "cls_labels.npy", {"2007_000032": np.array([0.0, 1.0])}, allow_pickle=True)
     settings = {"source": "cam", "format": "parquet", "split": "train"}
-    export_pseudo_labels(Segmenter(model.eval(), processor), shapes, directory / "VOC2012-pseudo", **settings)
+    export_pseudo_labels(Segmenter(tiny_cosa(), square(64)), shapes, directory / "VOC2012-pseudo", **settings)
     return directory
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from in_process import run_command
 from PIL import Image
+from tiny import save_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, Segmenter, evaluate
+from cosa_hf import Segmenter, evaluate
 from cosa_hf.data import SHAPES_CLASSES, VOC_CLASSES, load_shapes
 from cosa_hf.evaluation.evaluate import format_report
 
@@ -65,10 +65,7 @@ def test_a_report_or_visualizations_are_not_replaced(model_dir, tmp_path, cosa_h
 @pytest.fixture
 def binary(tmp_path):
     """A model of one class, and two photos of it with masks of 0 and 255."""
-    torch.manual_seed(0)
-    config = CoSAConfig(backbone="test_vit", decoder_channels=16, id2label={0: "background", 1: "fat cat"})
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(tmp_path / "model")
-    CoSAImageProcessor(size={"height": 48, "width": 48}).save_pretrained(tmp_path / "model")
+    save_cosa(tmp_path / "model", 48, ["fat cat"])
     photos = tmp_path / "photos"
     photos.mkdir()
     lines = ["file_name,labels,mask_file_name,split"]
@@ -198,11 +195,7 @@ def test_zero_is_not_a_number_of_anything(flag, model_dir, complaint):
 
 @pytest.mark.skipif(not VOC.is_dir(), reason="needs the VOC images beside the repository")
 def test_voc_images_of_all_sizes_are_scored(tmp_path, cosa_hf):
-    torch.manual_seed(0)
-    names = dict(enumerate(["background", *VOC_CLASSES]))
-    config = CoSAConfig(backbone="test_vit", decoder_channels=32, id2label=names)
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(tmp_path / "model")
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "model")
+    save_cosa(tmp_path / "model", 64, VOC_CLASSES)
     cosa_hf(
         *("evaluate", tmp_path / "model", "--dataset", "voc", "--data_dir", VOC, "--split", "val", "--num_images", 5),
         *("--batch_size", 3, "--report", tmp_path / "report.json", "--panels", tmp_path / "panels"),

@@ -12,10 +12,11 @@ import yaml
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from tiny import save_cosa
 from transformers import pipeline
 
 import cosa_hf.commands.push
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.digest import weights_sha256
 from cosa_hf.inference import load_model
@@ -59,11 +60,7 @@ print(json.dumps({
 def run_dir(tmp_path_factory):
     """A training run as the loop leaves it, with random weights."""
     directory = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    names = ["background", *SHAPES_CLASSES]
-    config = CoSAConfig(backbone="test_vit", aux_layer=-2, decoder_channels=16, id2label=dict(enumerate(names)))
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory / "assignment")
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory / "assignment")
+    save_cosa(directory / "assignment", 64, aux_layer=-2)
     TrainingConfig(
         dataset="shapes", backbone="test_vit", pretrained=False, data_dir="/home/someone/data", output_dir="/tmp/mine"
     ).to_yaml(directory / "recipe.yaml")

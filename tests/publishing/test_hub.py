@@ -5,15 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import (
-    AutoModelForSemanticSegmentation,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
-)
+from tiny import save_cosa, save_segformer
+from transformers import AutoModelForSemanticSegmentation
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import VOC_CLASSES
@@ -33,12 +28,7 @@ NAMES = ["background", "cat", "dog"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run") / "online"
-    torch.manual_seed(0)
-    config = CoSAConfig(backbone="test_vit", aux_layer=-2, decoder_channels=16, id2label=dict(enumerate(NAMES)))
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory)
-    return directory
+    return save_cosa(tmp_path_factory.mktemp("run") / "online", 64, NAMES[1:], aux_layer=-2)
 
 
 def digest_of(model):
@@ -398,10 +388,7 @@ def test_a_network_of_transformers_has_no_code_to_carry(network, tmp_path):
 
 
 def test_a_network_from_a_directory_keeps_its_name_only(network, tmp_path):
-    small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
-    source = tmp_path / "segformer"
-    SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8)).save_pretrained(source)
-    SegformerImageProcessor().save_pretrained(source)
+    source = save_segformer(tmp_path / "segformer")
     stage(network(str(source), pretrained=True, decoder_channels=None), tmp_path / "staged", "org/net")
     text = (tmp_path / "staged" / "README.md").read_text()
     assert "| network | `segformer`, encoder started from `segformer` |" in text

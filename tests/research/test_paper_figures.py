@@ -6,10 +6,8 @@ import shutil
 
 import figures
 import pytest
-import torch
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+from tiny import save_segformer, square, tiny_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, SHAPES_COEXISTENCE, load_shapes
 from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.inference import Segmenter
@@ -19,22 +17,11 @@ from cosa_hf.training.config import TrainingConfig
 QUICK = ("--dataset", "shapes", "--num_images", "4", "--scales", "1", "--no_flip")
 
 
-def network(seed):
-    torch.manual_seed(seed)
-    config = CoSAConfig(
-        backbone="test_vit",
-        decoder_channels=16,
-        id2label=dict(enumerate(["background", *SHAPES_CLASSES])),
-        coexistence_classes=list(SHAPES_COEXISTENCE),
-    )
-    return CoSAForWeaklySupervisedSegmentation(config)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two finished runs of 20 steps, one with SA and a snapshot, one without; xi moves from 0.3 to 0.6."""
     directory = tmp_path_factory.mktemp("runs")
-    processor = CoSAImageProcessor(size={"height": 64, "width": 64})
+    networks = [tiny_cosa(seed=seed, coexistence_classes=list(SHAPES_COEXISTENCE)) for seed in range(4)]
     for name, swapping in (("with", True), ("without", False)):
         run = directory / name
         run.mkdir()
@@ -44,8 +31,8 @@ def runs(tmp_path_factory):
         lines = [{"step": 10, "xi": 0.3, "aux_xi": 0.4}, {"step": 20, "xi": 0.6, "aux_xi": 0.7}]
         (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (run / "run.json").write_text("{}")
-        save_networks(run, network(0), network(1), processor)
-    save_networks(snapshot_directory(directory / "with", 10), network(2), network(3), processor)
+        save_networks(run, *networks[:2], square(64))
+    save_networks(snapshot_directory(directory / "with", 10), *networks[2:], square(64))
     return directory
 
 
@@ -156,11 +143,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(place, tmp_path, monkey
 
 
 def test_a_network_without_cams_is_refused(tmp_path, monkeypatch):
-    small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
-    names = dict(enumerate(["background", *SHAPES_CLASSES]))
-    config = SegformerConfig(**small, decoder_hidden_size=8, id2label=names)
-    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "segformer")
-    SegformerImageProcessor().save_pretrained(tmp_path / "segformer")
+    save_segformer(tmp_path / "segformer", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
     with pytest.raises(SystemExit, match="error: a SegformerForSemanticSegmentation only segments and has no CAMs"):
         draw(monkeypatch, tmp_path / "out", "3", tmp_path / "segformer")
 
