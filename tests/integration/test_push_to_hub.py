@@ -126,15 +126,8 @@ def published(run_dir, online, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("of", "model_name", "model_files"),
-    [("run_dir", "assignment", MODEL_FILES), ("taught_dir", "model", TAUGHT_FILES)],
-    ids=["CoSA", "CoSA-MS"],
-)
-def test_evaluated_pushed_and_loaded_by_a_stranger(
-    of, model_name, model_files, run_dir, hub, tmp_path, request, cosa_hf
-):
-    model = request.getfixturevalue(of) / model_name
+def test_evaluated_pushed_and_loaded_by_a_stranger(run_dir, hub, tmp_path, cosa_hf):
+    model = run_dir / "assignment"
     shown = ("--report", tmp_path / "report.json", "--panels", tmp_path / "panels")
     few = ("--dataset", "shapes", "--num_images", 3, "--scales", 1, "--no_flip", "--num_panels", 2)
     cosa_hf("evaluate", model, *few, *shown)
@@ -148,7 +141,7 @@ def test_evaluated_pushed_and_loaded_by_a_stranger(
     (_, empty), (sha, files) = hub.repos[REPO]["commits"]
     assert set(empty) == {".gitattributes"}
     assert done.stdout.strip().endswith(sha)
-    assert set(files) == model_files | {
+    assert set(files) == MODEL_FILES | {
         *(".gitattributes", ".eval_results/seg.yaml", ".eval_results/seg_tags.yaml"),
         *("panels/val-00000.png", "panels/val-00001.png"),
     }
@@ -184,6 +177,15 @@ def assert_same_masks(model, photo, hub, home):
         assert np.array_equal(mask, there["segments"][segment["label"]])
         ids[mask > 0] = ["background", *SHAPES_CLASSES].index(segment["label"])
     assert np.array_equal(ids, there["mask"])
+
+
+@pytest.mark.slow
+def test_a_taught_network_is_loaded_by_a_stranger(taught_dir, run_dir, online, tmp_path):
+    stage(taught_dir / "model", tmp_path / "staged", REPO)
+    publish(tmp_path / "staged", REPO)
+    (_, (_, files)) = online.repos[REPO]["commits"]
+    assert set(files) == TAUGHT_FILES | {".gitattributes"}
+    assert_same_masks(taught_dir / "model", run_dir / "photo.png", online, tmp_path / "stranger")
 
 
 def test_failed_upload_leaves_the_old_revision(run_dir, online, published, tmp_path):

@@ -161,7 +161,7 @@ def test_reading_keeps_no_pages(tmp_path):
     store = FeatureStore(tmp_path, MADE_BY, {"tokens": (500_000,)})
     for number in range(100):
         store.write(str(number), {"tokens": torch.zeros(500_000)})
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     queue = context.Queue()
     process = context.Process(target=_resident, args=(tmp_path, queue))
     process.start()
