@@ -4,6 +4,7 @@ Fixtures import what they need themselves: pytest-xdist reads this file before i
 torch and transformers take seconds.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -25,6 +26,30 @@ settings.load_profile("same every run")
 def pytest_collection_modifyitems(items):
     """Slow tests first: whoever is done early then takes over many short ones, not waits for a long one."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_before():
+    """What takes most of a test's time and is the same in hundreds of them is done once.
+
+    That is to draw all of the embedded set, of which a command looks at a few images, and to find out what a backbone
+    gives, which is nearly all that building a tiny model takes.
+    """
+    from cosa_hf import data
+    from cosa_hf.modeling_cosa import CoSABackbone
+
+    probe, probed = CoSABackbone._probe, {}
+
+    def probe_once(self):
+        key = self.config.to_json_string(use_diff=False)
+        if key not in probed:
+            probed[key] = probe(self)
+        return probed[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_shapes", functools.cache(data.load_shapes))
+        patch.setattr(CoSABackbone, "_probe", probe_once)
+        yield
 
 
 @pytest.fixture
