@@ -23,16 +23,7 @@ from cosa_hf.inference import Segmenter
 from cosa_hf.objective.overall import CoSAObjective, mask_targets
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.targets import Targets
-from cosa_hf.training.checkpoints import (
-    Checkpoints,
-    Progress,
-    TrainedWeights,
-    TrainingData,
-    checkpoint_files,
-    save_networks,
-    snapshot_directory,
-    snapshots,
-)
+from cosa_hf.training.checkpoints import Checkpoints, checkpoint_files
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.features import MAPS
 from cosa_hf.training.guard import RunGuard
@@ -50,6 +41,8 @@ from cosa_hf.training.setup import (
     training_data,
     training_loader,
 )
+from cosa_hf.training.snapshots import save_networks, snapshot_directory, snapshots
+from cosa_hf.training.states import Progress, TrainedWeights, TrainingData
 from cosa_hf.training.telemetry import Telemetry, label_statistics, mixture_values
 
 
