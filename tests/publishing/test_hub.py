@@ -320,7 +320,8 @@ def test_a_class_name_cannot_break_the_card():
 def test_the_card_of_a_taught_network_tells_what_taught_it(network, tmp_path):
     model = network()
     report = write_report(model, tmp_path / "report.json", columns=["seg", "seg_tags"])
-    text = card_of(model, tmp_path, report=report)
+    stage(model, tmp_path / "staged", "org/net", report=report)
+    text = (tmp_path / "staged" / "README.md").read_text()
     card = ModelCard(text)
     assert [(each.metric_config, each.metric_value) for each in card.data.eval_results] == [
         ("seg", 40.13),
@@ -352,7 +353,7 @@ def test_the_card_of_a_taught_network_tells_what_taught_it(network, tmp_path):
         if path.is_file() and path.suffix != ".safetensors":
             assert "someone" not in path.read_text(), path
     published = MultistageConfig.from_yaml(tmp_path / "staged" / "recipe.yaml")
-    assert (published.pseudo_labels, published.data_dir, published.output_dir) == ("VOC2012-pseudo", None, "runs/cats")
+    assert (published.pseudo_labels, published.data_dir, published.output_dir) == ("VOC2012-pseudo", None, "runs/net")
 
 
 @pytest.mark.parametrize(
