@@ -12,8 +12,10 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
+# Once more beside the first: make demo OUTPUT_DIR=runs/again
+OUTPUT_DIR := runs/demo
 demo: setup
-	$(BIN)/cosa-hf demo --output_dir runs/demo
+	$(BIN)/cosa-hf demo --output_dir $(OUTPUT_DIR)
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal

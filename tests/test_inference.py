@@ -231,13 +231,19 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no model at .*nothing"):
         load_model(str(tmp_path / "nothing"), "cpu")
     CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", decoder_channels=8)).save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="has no image processor: save one beside it"):
+    said = r"has no image processor: save one beside it \(processor.save_pretrained\), or copy the preprocessor_config"
+    with pytest.raises(FileNotFoundError, match=said):
         load_model(str(tmp_path), "cpu")
+    CoSAImageProcessor().save_pretrained(tmp_path)
+    load_model(str(tmp_path), "cpu")
     weights = tmp_path / "model.safetensors"
-    for length in (weights.stat().st_size - 1, 1000, 0):
+    whole = weights.read_bytes()
+    for length in (len(whole) - 1, 1000, 0):
         os.truncate(weights, length)
         with pytest.raises(ValueError, match=f"^{weights} is damaged .*: copy or download it again"):
             load_model(str(tmp_path), "cpu")
+    weights.write_bytes(whole)
+    load_model(str(tmp_path), "cpu")
 
 
 NAMES = ["background", "cat", "dog", "sea horse"]
@@ -446,8 +452,9 @@ def test_what_cannot_be_segmented_is_named(cosa, photos, tmp_path):
             cosa(tmp_path / name)
     with pytest.raises(ValueError, match=r"'dgo' \(did you mean 'dog'\?\).*The classes are cat, dog, sea horse"):
         cosa(photos[0], tags=["dgo"])
-    with pytest.raises(ValueError, match="1 lists of tags for 2 images"):
+    with pytest.raises(ValueError, match="1 lists of tags for 2 images: give one each, None for unknown"):
         cosa(photos[:2], tags=[["cat"]])
+    assert len(cosa(photos[:2], tags=[["cat"], None])) == 2
     with pytest.raises(ValueError, match="no 'crf': sources are seg"):
         cosa(photos[0]).label("crf")
 

@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all, what they are called, and whether they can be written."""
+"""Files and models that are there completely or not at all, what they are called, and whether they can be written."""
 
 import os
 import re
@@ -10,17 +10,21 @@ from pathlib import Path
 from urllib.parse import quote
 from uuid import uuid4
 
+from safetensors import SafetensorError
+
 __all__ = [
     "check_output",
     "file_name",
     "remove_unfinished",
     "require_absent",
     "visible",
-    "whole_directory",
     "whole_file",
+    "whole_model",
 ]
 
 LONGEST_NAME = 200  # bytes; common file systems take 255
+
+CONFIG = "config.json"  # of a saved model
 
 _UNFINISHED = ".*.unfinished"
 
@@ -44,31 +48,50 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        _name(error, path)
         raise
 
 
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """`whole_file` for a directory, which may be there, but empty.
+def whole_model(directory: Path) -> Iterator[Path]:
+    """`whole_file` for a saved model, and what lies beside it.
+
+    A directory is a model's if it has a `config.json`: of a model that is replaced it goes first, of the new one it
+    comes last. Other files that are there stay.
 
     Example:
-        >>> with whole_directory(Path("model")) as unfinished:
-        ...     _ = (unfinished / "config.json").write_text("{}")
-        >>> [file.name for file in Path("model").iterdir()]
-        ['config.json']
+        >>> with whole_model(Path("model")) as unfinished:
+        ...     for name in (CONFIG, "model.safetensors"):
+        ...         (unfinished / name).touch()
+        ...     sorted(file.name for file in unfinished.iterdir()), Path("model", CONFIG).exists()
+        (['config.json', 'model.safetensors'], False)
+        >>> sorted(file.name for file in Path("model").iterdir())
+        ['config.json', 'model.safetensors']
     """
-    unfinished = path.with_name(_UNFINISHED.replace("*", uuid4().hex))
+    remove_unfinished(directory)
+    unfinished = directory / _UNFINISHED.replace("*", uuid4().hex)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        if path.exists():
-            path.rmdir()
-        unfinished.rename(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        _name(error, directory)
         raise
+    # Whatever ends this leaves `unfinished`, by which the directory is known as one to write to again.
+    (directory / CONFIG).unlink(missing_ok=True)
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG):
+        path.replace(directory / path.name)
+    unfinished.rmdir()
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """What was being written, for an error that does not say: that of a full disk."""
+    if isinstance(error, SafetensorError):
+        raise OSError(f"cannot write {path}: {error}") from error
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -88,7 +111,7 @@ def check_output(
     Makes nothing.
 
     Args:
-        path: to be written; a directory may be there, but empty.
+        path: to be written; a directory may be there, but empty, or as a killed process left it.
         directory: whether it is one.
         instead: how else to go on, for the message.
         replace: what is there was meant to be replaced.
@@ -107,7 +130,8 @@ def check_output(
         kind = "directory" if there.is_dir() else "file"
         raise FileExistsError(f"cannot write {path}: {there} is a {kind}; choose another name")
     if not replace:
-        require_absent(visible(path) if directory else [path], f"{instead}, or remove {path}")
+        there_already = [path] if not directory else [] if any(path.glob(_UNFINISHED)) else visible(path)
+        require_absent(there_already, f"{instead}, or remove {path}")
     if not os.access(there, os.W_OK):
         raise PermissionError(f"cannot write {path}: no permission to write {there}; choose another place")
 

@@ -50,7 +50,7 @@ def to_rgb(image: Image.Image, value_range: Sequence[float] | None = None) -> Im
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    rgb = image.convert("RGB")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")  # a copy already, and of a large photo one is enough
     rgb.info.pop("exif", None)  # followed. Damaged, Pillow ignores it in a JPEG file, but not in a copy
     return rgb
 
@@ -163,6 +163,10 @@ class CoSAImageProcessor(PilBackend):
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         if isinstance(image, Image.Image):
             image = to_rgb(image, self.value_range if is_deep(image) else None)  # type: ignore[arg-type]
+            size = kwargs.get("size")
+            if kwargs.get("do_resize") and size and size.height and size.width:
+                # Before it becomes an array, which of a large photo takes three more copies; the result is the same.
+                return self.resize(image, size, kwargs["resample"])
         elif self.value_range is not None and isinstance(image, np.ndarray) and image.dtype != np.uint8:
             image = to_8_bit(image, self.value_range)  # type: ignore[arg-type]
         return super().process_image(image, *args, **kwargs)
@@ -217,11 +221,22 @@ class CoSAImageProcessor(PilBackend):
         ]
 
 
-def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def upsampled_argmax(
+    logits: torch.Tensor, size: tuple[int, int], label_ids: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The largest upsampled logit at every pixel: its label id, `torch.int32`, and its value, `(height, width)` each.
+    The largest upsampled logit at every pixel: its label id and its value, `(height, width)` each.
 
-    One label at a time: all of them at once would take 4 GB for a phone's photo and COCO's 81 labels.
+    One label at a time, and ids that fit into them in 8 bits: all at once would take 4 GB for a phone's photo and
+    COCO's 81 labels, and `torch.int64` half a gigabyte.
+
+    Args:
+        logits: `(K, h, w)`.
+        size: `(height, width)`.
+        label_ids: of the K logits, by default 0 to K - 1.
+
+    Returns:
+        Ids, `torch.uint8` or, above 255, `torch.int32`, and logits, `torch.float32`.
 
     Example:
 
@@ -235,12 +250,14 @@ def upsampled_argmax(logits: torch.Tensor, size: tuple[int, int]) -> tuple[torch
 
     ```
     """
+    label_ids = range(len(logits)) if label_ids is None else label_ids
+    ids = torch.zeros(size, dtype=torch.uint8 if max(label_ids) < 256 else torch.int32, device=logits.device)
     best = torch.full(size, -torch.inf, device=logits.device)
-    ids = torch.zeros(size, dtype=torch.int32, device=logits.device)
-    for label, plane in enumerate(logits.detach().float()):
+    for label_id, plane in zip(label_ids, logits.detach().float(), strict=True):
         scores = F.interpolate(plane[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
-        ids.masked_fill_(scores > best, label)  # indexing would list the pixels, 16 bytes each
+        ids.masked_fill_(scores > best, label_id)  # indexing would list the pixels, 16 bytes each
         torch.maximum(best, scores, out=best)
+        del scores  # before the next are made
     return ids, best
 
 

@@ -1,9 +1,10 @@
 """From images to logits, CAMs and masks: the one path of prediction, evaluation, label export and the app."""
 
+import ctypes
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -384,14 +385,14 @@ class Segmentation:
         return ids if source == "seg" else ids[F.pad(self.labels.bool(), (1, 0), value=True)]
 
     def _segment(self, source: str) -> tuple[Tensor, Tensor]:
-        """Ids, int32, and their probabilities after a CRF or their logits without one."""
+        """Ids, of few bits, and their probabilities after a CRF or their logits without one."""
         ids = self._possible(source)
         logits = self.seg_logits[ids]  # dropping classes, rather than setting -inf, keeps nan out of the interpolation
         if self.crf is not None:
             smaller = self.image.resize(crf_size(self.image.size, len(ids)), Image.Resampling.BOX)
             logits = self.crf(_resized(logits, smaller), smaller)
-        winner, highest = upsampled_argmax(logits, (self.image.height, self.image.width))
-        return ids.int().index_select(0, winner.flatten()).view_as(winner), highest
+            _trim_heap()
+        return upsampled_argmax(logits, (self.image.height, self.image.width), ids.tolist())
 
 
 def crf_size(size: tuple[int, int], num_labels: int) -> tuple[int, int]:
@@ -403,6 +404,13 @@ def crf_size(size: tuple[int, int], num_labels: int) -> tuple[int, int]:
     """
     scale = min(1.0, math.sqrt(min(CRF_PIXELS, CRF_VALUES / num_labels) / math.prod(size)))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _trim_heap() -> None:
+    """Back to the system with what a CRF has freed: glibc keeps half a gigabyte of it, in pieces that are too small for
+    the maps of a large photo."""
+    with suppress(AttributeError, OSError, TypeError):  # of another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resized(maps: Tensor, image: Image.Image) -> Tensor:

@@ -131,6 +131,48 @@ def test_annotations_that_cannot_be_read(coco_dir, damage, message):
         load_coco(coco_dir, "val2014")
 
 
+@pytest.mark.parametrize(
+    ("part", "damage", "advice", "mended"),
+    [
+        ("images", {"id": 1}, "to more than one image: each needs its own", {"id": 2}),
+        ("images", {"file_name": "COCO_val2014_1.png"}, "each needs its own", {"file_name": "COCO_val2014_2.jpg"}),
+        ("annotations", {"image_id": "2"}, "ids must be equal in type too", {"image_id": 2}),
+        ("annotations", {"category_id": "1"}, "ids must be equal in type too", {"category_id": 1}),
+    ],
+)
+def test_what_an_error_advises_works(coco_dir, part, damage, advice, mended):
+    path = coco_dir / "annotations/instances_val2014.json"
+    content = json.loads(path.read_text())
+    described = content[part][1 if part == "images" else 2]
+    path.write_text(
+        json.dumps(content | {part: [{**one, **(damage if one is described else {})} for one in content[part]]})
+    )
+    with pytest.raises(ValueError, match=advice):
+        load_coco(coco_dir, "val2014")
+    described |= mended
+    path.write_text(json.dumps(content))
+    assert len(load_coco(coco_dir, "val2014")) == 3
+
+
+def test_directories_lie_side_by_side_as_the_error_says(coco_dir):
+    (coco_dir / "zips").mkdir()
+    (coco_dir / "annotations").rename(coco_dir / "zips/annotations")
+    with pytest.raises(
+        FileNotFoundError, match=r"expected COCO's annotations/, .* and val2014/, unzipped side by side"
+    ):
+        load_coco(coco_dir, "val2014")
+    (coco_dir / "zips/annotations").rename(coco_dir / "annotations")
+    assert len(load_coco(coco_dir, "val2014")) == 3
+
+
+def test_an_annotation_without_an_outline_is_removed_or_drawn_as_the_error_says():
+    drawn, empty = (0, box(0, 0, 2, 2)), {"id": 7, "area": 4.0, "segmentation": []}
+    with pytest.raises(ValueError, match=r"annotation 7 .* remove the annotation or draw its outline"):
+        render_mask(4, 4, [drawn, (1, empty)])
+    assert np.unique(render_mask(4, 4, [drawn])).tolist() == [0, 1]
+    assert np.unique(render_mask(4, 4, [drawn, (1, empty | box(2, 2, 4, 4))])).tolist() == [0, 1, 2]
+
+
 def test_annotations_with_the_signature_of_utf_8(coco_dir):
     path = coco_dir / "annotations/instances_val2014.json"
     path.write_text(path.read_text(), encoding="utf-8-sig")

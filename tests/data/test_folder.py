@@ -106,11 +106,8 @@ def test_splits_by_other_names(tmp_path, names):
 
 
 def test_directories_that_are_no_tags(tmp_path):
-    (tmp_path / "images").mkdir()
-    image_of(8, 9).save(tmp_path / "images/1.jpg")
-    with pytest.raises(ValueError, match=r"images is the directory of all images, so 'images' is not a tag: pass"):
-        load_folder(tmp_path)
-    (tmp_path / "images").rename(tmp_path / "fold1")
+    (tmp_path / "fold1").mkdir()
+    image_of(8, 9).save(tmp_path / "fold1/1.jpg")
     (tmp_path / "fold1/metadata.csv").write_text("file_name,labels\n1.jpg,cat\n")
     with pytest.raises(ValueError, match=r"fold1 has a table of its own, metadata.csv, so 'fold1' is not a tag: pass"):
         load_folder(tmp_path)
@@ -195,8 +192,10 @@ def test_masks_are_looked_for_when_asked_for_only(photos):
     with pytest.raises(ValueError, match=r"'a' holds the ids \[2\]"):
         read_mask(row, (20, 10), num_classes=1)
     jsonl(photos, [*rows, {"file_name": "b.png", "labels": "cat"}])
-    with pytest.raises(FileNotFoundError, match=r"names no mask for 1 image \(b.png\)"):
+    with pytest.raises(FileNotFoundError, match=r"names no mask for 1 image \(b.png\): give each a mask_file_name in"):
         load_folder(photos, masks=True)
+    jsonl(photos, [*rows, {"file_name": "b.png", "labels": "cat", "mask_file_name": "masks/a.png"}])
+    assert len(load_folder(photos, masks=True)) == 2
 
 
 def test_an_image_without_tags_is_kept_for_evaluation_and_counted_in_training(photos):
@@ -282,8 +281,11 @@ def test_two_directories_of_one_name_in_both_forms(tmp_path):
             pytest.skip("this file system takes both forms for one")
         directory.mkdir()
         image_of(4, 4).save(directory / f"{form}.png")
-    with pytest.raises(ValueError, match=r"two entries 'café' whose names differ in Unicode form alone"):
+    with pytest.raises(ValueError, match=r"'café' whose names differ in Unicode form alone: rename or merge them"):
         load_folder(tmp_path)
+    (directory / "NFD.png").rename(tmp_path / unicodedata.normalize("NFC", "café") / "NFD.png")
+    directory.rmdir()
+    assert rows_of(load_folder(tmp_path)) == {"café_NFC": ["café"], "café_NFD": ["café"]}
 
 
 def test_a_blank_split_is_none(photos):
@@ -450,6 +452,106 @@ def test_what_an_error_advises_works(before, refusal, after, photos):
     for name, content in after.items():
         (photos / name).write_text(content)
     assert rows_of(load_folder(photos))["a"] == ["cat", "dog"]
+
+
+CAT = {"cat/1.jpg": None}
+
+
+@pytest.mark.parametrize(
+    ("before", "refusal", "after"),
+    [
+        ({"1.jpg": None}, "has no tags: neither .* nor a sub-folder per tag", CAT),
+        ({"1.jpg": None}, "has no tags: neither .* tags.json", {"1.jpg": None, "tags.json": '{"1.jpg": "cat"}'}),
+        (CAT | {"dog/": None}, "dog is the sub-folder of a tag, but empty: remove it or fill it", CAT),
+        ({"cat/": None}, "cat is the sub-folder of a tag, but empty: remove it or fill it", CAT),
+        (CAT | {"cat/notes.txt": "x"}, r"\(cat/notes.txt\) that, by their names, are not images: take them out", CAT),
+        ({"cat/1.jpg": ""}, r"\(cat/1.jpg\) without content: replace or remove them", CAT),
+        (CAT | {"cat/2.jpg": ""}, r"\(cat/2.jpg\) without content: replace or remove them", CAT),
+        (
+            CAT | {"_classes.csv": "filename,cat\n1.jpg,1\n"},
+            "_classes.csv: `cosa-hf import one-hot .*` makes a table of tags of it; or move it away",
+            CAT,
+        ),
+        (
+            {"images/1.jpg": None},
+            "is the directory of all images, so 'images' is not a tag: write the images' tags into .*/metadata.csv",
+            {"images/1.jpg": None, "metadata.csv": "file_name,labels\nimages/1.jpg,cat\n"},
+        ),
+        ({"images/cat/1.jpg": None}, "so 'images' is not a tag: pass .*/images as --data_dir", CAT),
+        (
+            {"first/cat/1.jpg": None, "second/cat/1.jpg": None},
+            "first/cat is a directory inside the sub-folder .* all are called train, val and test",
+            {"train/cat/1.jpg": None, "val/cat/1.jpg": None},
+        ),
+        (
+            {"train/1.jpg": None, "val/1.jpg": None, "masks/1.png": None},
+            "beside them masks: move what is not a split out of it, or name the images in .*/metadata.csv",
+            {"train/1.jpg": None, "masks/1.png": None, "metadata.csv": "file_name,labels\ntrain/1.jpg,cat\n"},
+        ),
+        (
+            {"a.jpg": None, "a.png": None, "metadata.csv": "file_name,labels\na.jpg,cat\na.png,cat\n"},
+            "a.jpg and a.png would both be called 'a': rename one",
+            {"a.jpg": None, "b.png": None, "metadata.csv": "file_name,labels\na.jpg,cat\nb.png,cat\n"},
+        ),
+        (
+            {"1.jpg": None, "metadata.csv": "file_name,labels\n,cat\n1.jpg,cat\n"},
+            "line 2: the row names no file: write its file_name, or remove the row",
+            {"1.jpg": None, "metadata.csv": "file_name,labels\n1.jpg,cat\n"},
+        ),
+        (
+            {"1.jpg": None, "metadata.csv": "file_name,labels\n/photos/1.jpg,cat\n"},
+            "file_name '/photos/1.jpg' must be a path inside",
+            {"1.jpg": None, "metadata.csv": "file_name,labels\n1.jpg,cat\n"},
+        ),
+        (
+            {"1.jpg": None, "metadata.jsonl": '{"file_name": "1.jpg", "labels": "cat", "split": 1}'},
+            "split must be text, got 1",
+            {"1.jpg": None, "metadata.jsonl": '{"file_name": "1.jpg", "labels": "cat", "split": "train"}'},
+        ),
+        (
+            {"1.jpg": None, "tags.json": '["1.jpg", "cat"]'},
+            "must be an object, file name -> list of tags",
+            {"1.jpg": None, "tags.json": '{"1.jpg": ["cat"]}'},
+        ),
+        (
+            {"1.jpg": None, "metadata.csv": "file_name,labels\n1.jpg,3.0\n"},
+            "it is a number or an id; write the name of the class",
+            {"1.jpg": None, "metadata.csv": "file_name,labels\n1.jpg,cat\n"},
+        ),
+        (
+            {"1.jpg": None, "metadata.csv": "file_name,labels\n1.jpg,?\n"},
+            "neither letters nor digits; write the name of the class",
+            {"1.jpg": None, "metadata.csv": "file_name,labels\n1.jpg,cat\n"},
+        ),
+    ],
+)
+def test_what_an_error_advises_of_files_works(before, refusal, after, tmp_path):
+    def write(name, files):
+        for file, text in files.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if file.endswith("/"):
+                path.mkdir()
+            else:
+                image_of(8, 9).save(path) if text is None else path.write_text(text)
+        return tmp_path / name
+
+    with pytest.raises((ValueError, FileNotFoundError), match=refusal):
+        load_folder(write("before", before))
+    assert set(map(tuple, rows_of(load_folder(write("after", after))).values())) == {("cat",)}
+
+
+@pytest.mark.parametrize("by", ["directory", "column"])
+def test_a_split_is_made_as_the_error_says(by, tmp_path):
+    (tmp_path / "train/cat").mkdir(parents=True)
+    image_of(8, 9).save(tmp_path / "train/cat/1.jpg")
+    with pytest.raises(ValueError, match="a split is a directory of that name, or a `split` column in the metadata"):
+        load_folder(tmp_path, "val")
+    if by == "directory":
+        (tmp_path / "train").rename(tmp_path / "val")
+    else:
+        (tmp_path / "metadata.csv").write_text("file_name,labels,split\ntrain/cat/1.jpg,cat,val\n")
+    assert list(rows_of(load_folder(tmp_path, "val")).values()) == [["cat"]]
 
 
 def test_images_that_no_table_names_are_found(photos):

@@ -100,11 +100,14 @@ def test_missing_data_is_not_part_of_the_range(tmp_path):
 def test_bands_that_are_not_there_or_have_to_be_chosen(tmp_path):
     pytest.importorskip("tifffile")
     (tmp_path / "field.tif").write_bytes(tiff(BANDS, photometric="minisblack", planarconfig="contig"))
-    with pytest.raises(UnreadableImageError, match=r"has 5 bands; choose one or three, as in --bands 3 2 1$"):
-        open_image(tmp_path / "field.tif", RANGE)
-    assert open_image(tmp_path / "field.tif", Reading((0.0, 4095.0), (3, 2, 1))).size == (9, 6), "as advised"
-    with pytest.raises(UnreadableImageError, match=r"no known range; give one, as in --value_range 0 4095"):
-        open_image(tmp_path / "field.tif", Reading(None, (3, 2, 1)))
+    (tmp_path / "two.tif").write_bytes(tiff(BANDS[..., :2], photometric="minisblack", planarconfig="contig"))
+    for name, bands in (("field", (3, 2, 1)), ("two", (1,))):
+        advised = rf"bands; choose one or three, as in --bands {' '.join(map(str, bands))}$"
+        with pytest.raises(UnreadableImageError, match=advised):
+            open_image(tmp_path / f"{name}.tif", RANGE)
+        with pytest.raises(UnreadableImageError, match=r"no known range; give one, as in --value_range 0 4095"):
+            open_image(tmp_path / f"{name}.tif", Reading(None, bands))
+        assert open_image(tmp_path / f"{name}.tif", Reading((0.0, 4095.0), bands)).size == (9, 6), "as advised"
     image_of(4, 3).save(tmp_path / "photo.png")
     with pytest.raises(UnreadableImageError, match="has 3 bands, so there is no band 4"):
         open_image(tmp_path / "photo.png", Reading(None, (4, 3, 2)))
@@ -160,10 +163,29 @@ def test_a_missing_library_is_named_with_the_file(one_image, tmp_path, without, 
 
 def test_extras_that_errors_name_exist():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    code = Path(cosa_hf.data.formats.__file__).read_text()
-    assert {"heif", "tiff", "dicom"} <= set(project["optional-dependencies"])
+    code = "".join(path.read_text() for path in Path(cosa_hf.__file__).parent.rglob("*.py"))
     named = set(re.findall(r"cosa-hf\[(\w+)\]", code)) | set(re.findall(r'_require\(.*, "(\w+)"\)', code))
-    assert named == {"heif", "tiff", "dicom"}
+    assert {"heif", "tiff", "dicom", "coco", "onnx"} <= named <= set(project["optional-dependencies"])
+
+
+def test_what_an_error_advises_to_save_otherwise_is_read(tmp_path):
+    """A TIFF that lies on its side, and a deflated DICOM."""
+    for library in ("tifffile", "pydicom"):
+        pytest.importorskip(library)
+    options = {"photometric": "minisblack", "planarconfig": "contig"}
+    turned, upright = (tiff(BANDS, **options, extratags=[(274, 3, 1, place, True)]) for place in (6, 1))
+    plain = dicom(BANDS[..., 0])
+    deflated = plain.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99", 1)  # seen before it is inflated
+    stored = {
+        "field.tif": (turned, "stored turned; save it upright", upright),
+        "slice.dcm": (deflated, "save it uncompressed", plain),
+    }
+    for name, (before, advice, after) in stored.items():
+        (tmp_path / name).write_bytes(before)
+        with pytest.raises(UnreadableImageError, match=advice):
+            open_image(tmp_path / name, Reading((0.0, 4095.0), (1,)))
+        (tmp_path / name).write_bytes(after)
+        assert open_image(tmp_path / name, Reading((0.0, 4095.0), (1,))).size == (9, 6)
 
 
 def test_heic(tmp_path, without, monkeypatch):

@@ -46,6 +46,24 @@ def test_nothing_to_score_is_refused(masks, tags, classes, message):
         require_ground_truth(dataset(masks, tags, classes))
 
 
+MISSING = r"correct the masks or the tags, or score more images"
+
+
+@pytest.mark.parametrize(
+    ("before", "advice", "after"),
+    [
+        (([[0, 255]], [[0]]), r"Give them the ids 1\.\.2 of the classes", ([[0, 1]], [[0]])),
+        (([[0, 1]], [[0, 1]]), MISSING, ([[2, 1]], [[0, 1]])),
+        (([[0, 1]], [[0, 1]]), MISSING, ([[0, 1]], [[0]])),
+        (([[0, 1]], [[0, 1]]), MISSING, ([[0, 1], [0, 2]], [[0, 1], [1]])),
+    ],
+)
+def test_what_an_error_advises_works(before, advice, after):
+    with pytest.raises(ValueError, match=advice):
+        require_ground_truth(dataset(*before, ["cat", "dog"]))
+    require_ground_truth(dataset(*after, ["cat", "dog"]))
+
+
 @pytest.mark.parametrize(
     ("masks", "tags", "classes"),
     [

@@ -143,6 +143,49 @@ def test_what_cannot_be_read_is_named(parquet, tmp_path):
         load_hub(twice, "train")
 
 
+@pytest.mark.parametrize(
+    ("options", "advice", "followed"),
+    [
+        ({}, "no column 'image': pass --image_column", {"image_column": "photo", "label_column": "kind"}),
+        ({"image_column": "photo"}, "no column 'labels': pass --label_column", {"label_column": "kind"}),
+        ({"image_column": "photo", "label_column": "number"}, "pass another --label_column", {"label_column": "kind"}),
+        (
+            {"image_column": "photo", "label_column": "kind", "classes": ["cat"]},
+            r"leave out --classes \(got \['cat'\]\)",
+            {"classes": None},
+        ),
+        (
+            {"image_column": "photo", "label_column": "kind", "masks": True},
+            "no column 'mask': pass --mask_column",
+            {"mask_column": "annotation"},
+        ),
+    ],
+)
+def test_what_an_error_advises_of_columns_works(parquet, options, advice, followed):
+    masks = [_png(to_palette_image(np.full((8, 10 + n), n))) for n in range(2)]
+    more = {"annotation": (masks, ImageFeature()), "number": ([1.0, 2.0], Value("float64"))}
+    name, masks = parquet([0, 1], PETS, **more).dataset_name, options.pop("masks", False)
+    with pytest.raises(ValueError, match=advice):
+        load_hub(DatasetOptions(dataset_name=name, **options), "train", masks)
+    assert len(load_hub(DatasetOptions(dataset_name=name, **options | followed), "train", masks)) == 2
+
+
+def test_what_an_error_advises_of_values_works(parquet):
+    """Each time the same rows, written as the error says."""
+    with pytest.raises(ValueError, match=r"expected ClassLabel, text, or a list of one of them; .* or cast it"):
+        load_hub(parquet([0.0, 1.0], Value("float64")), "train")
+    assert load_hub(parquet([0, 1], PETS), "train")["labels"][:] == [[0], [1]]
+    ids = (["a", "a"], Value("string"))
+    with pytest.raises(ValueError, match=r"1 image_id \(a\) more than once: rename that column"):
+        load_hub(parquet([0, 1], PETS, image_id=ids), "train")
+    assert load_hub(parquet([0, 1], PETS, camera=ids), "train")["image_id"][:] == ["00000000", "00000001"]
+    options = parquet(["owl", "cat"], Value("string"))
+    with pytest.raises(ValueError, match="holds text: a stream needs --classes"):
+        stream_hub(options, "train")
+    options.classes = ["cat", "owl"]
+    assert [row["labels"] for row in undecoded(stream_hub(options, "train"))] == [[1], [0]]
+
+
 def test_a_path_that_is_a_pattern_is_named_and_can_be_renamed(parquet, tmp_path):
     options = parquet(["owl"], Value("string"))
     brackets = tmp_path / "pets [1]"

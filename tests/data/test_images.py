@@ -119,8 +119,11 @@ def test_255_in_eight_bits_is_not_taken_for_one_of_many_classes(tmp_path, one_im
 def test_mask_in_colour_is_refused(tmp_path, one_image, jpeg):
     image_of(64, 48).save(tmp_path / "mask.png")
     example = undecoded(one_image(jpeg, tmp_path / "mask.png"))[0]
-    with pytest.raises(ValueError, match="'photo' has mode 'RGB'"):
+    with pytest.raises(ValueError, match="'photo' has mode 'RGB': expected class ids in a grayscale or palette PNG"):
         read_mask(example, (64, 48), num_classes=2)
+    for mode in ("L", "P", "I;16"):
+        Image.new(mode, (64, 48), 1).save(tmp_path / "mask.png")
+        assert np.unique(read_mask(example, (64, 48), num_classes=2)).tolist() == [1], "as it says"
 
 
 def test_confidence_is_a_grey_image_of_the_images_size():

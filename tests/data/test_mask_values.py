@@ -73,6 +73,22 @@ def test_what_does_not_fit_is_named(folder, mask_values, message):
         load(folder, mask_values)
 
 
+def test_what_the_errors_advise_reads_the_masks(folder):
+    """From ids that are none to a name for each value, an error at a time."""
+    for number in range(2):
+        values = np.array(Image.open(folder / f"{number}_mask.png"))
+        values[values == 255] = 77
+        values[2] = 9
+        Image.fromarray(values).save(folder / f"{number}_mask.png")
+    with pytest.raises(ValueError, match=r"say which: --mask_values 0=background 9=CLASS") as said:
+        read_mask(load(folder, None)[0], (4, 3), num_classes=1)
+    named = str(said.value).replace("CLASS", "ignore").split("--mask_values ")[1].split()
+    with pytest.raises(ValueError, match=r"holds the values 77, .*: name these too, =ignore those that do not count"):
+        load(folder, named)
+    masks = [read_mask(row, (4, 3), num_classes=1) for row in load(folder, [*named, "77=cat"])]
+    assert [np.unique(mask).tolist() for mask in masks] == [[0, 1, 255]] * 2
+
+
 def test_masks_that_nobody_asks_for_are_not_read(folder):
     (folder / "0_mask.png").write_bytes(b"never opened")
     options = DatasetOptions(mask_values=BINARY)

@@ -1,6 +1,6 @@
 import pytest
 
-from cosa_hf.data import COEXISTENCE_CLASSES, class_names, load_dataset_by_name
+from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, class_names, load_dataset_by_name
 
 
 def test_known_names(voc_dir):
@@ -22,3 +22,24 @@ def test_directory_must_fit(tmp_path):
         load_dataset_by_name("voc", None, "train")
     with pytest.raises(ValueError, match="'shapes' is generated"):
         load_dataset_by_name("shapes", tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "data_dir", "options", "advice", "followed"),
+    [
+        ("shapes", "somewhere", {}, "leave data_dir out", {"data_dir": None}),
+        ("voc", None, {}, "needs data_dir", {"data_dir": "voc"}),
+        ("hub", None, {}, "needs dataset_name, a name on the Hub or a local path", {"dataset_name": "saved"}),
+        ("hub", "saved", {"dataset_name": "saved"}, "and no data_dir", {"data_dir": None, "dataset_name": "saved"}),
+        ("imagenet", None, {}, "known: voc, coco, shapes, folder, hub", {"name": "shapes"}),
+        ("shapes", None, {"classes": ["cat"]}, "has classes of its own", {"classes": None}),
+    ],
+)
+def test_what_an_error_advises_works(name, data_dir, options, advice, followed, voc_dir, monkeypatch):
+    monkeypatch.chdir(voc_dir.parent)
+    voc_dir.rename("voc")
+    load_dataset_by_name("voc", "voc", "train").to_parquet("saved/train.parquet")
+    with pytest.raises(ValueError, match=advice):
+        load_dataset_by_name(name, data_dir, "train", options=DatasetOptions(**options))
+    name, data_dir = followed.pop("name", name), followed.pop("data_dir", data_dir)
+    assert len(load_dataset_by_name(name, data_dir, "train", options=DatasetOptions(**options | followed)))

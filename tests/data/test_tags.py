@@ -25,6 +25,12 @@ def test_tags_are_compared_in_one_unicode_form():
         assert tag_ids([["cafe\u0301"], ["caf\u00e9"]], classes, ["a", "b"]) == [[0], [0]]
 
 
+def test_the_tag_that_was_meant_is_one():
+    with pytest.raises(ValueError, match=r"'dgo' \(did you mean 'dog'\?\) of 1 image \(a\)\. The classes are cat, dog"):
+        tag_ids([["dgo"]], ["cat", "dog"], ["a"])
+    assert tag_ids([["dog"]], ["cat", "dog"], ["a"]) == [[1]]
+
+
 def test_no_key_twice_at_any_depth():
     assert parse_json('[{"a": 1}, {"a": {"a": 2}}]', "x") == [{"a": 1}, {"a": {"a": 2}}]
     with pytest.raises(ValueError, match=r"^x cannot be read: the key 'b' occurs twice: join what they say under one"):

@@ -7,6 +7,7 @@ from PIL import Image, ImageFilter
 from cosa_hf.data import views as views_module
 from cosa_hf.data.appearance import AppearanceConfig, apply_appearance
 from cosa_hf.data.views import Views
+from cosa_hf.image_processing_cosa import to_rgb
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -241,8 +242,9 @@ def test_refuses_what_it_cannot_do():
         Views(8, (0.5,), (0.5,))
     with pytest.raises(ValueError, match="scale_range"):
         Views(8, HALF, HALF, scale_range=(2.0, 0.5))
-    with pytest.raises(ValueError, match="mode 'L'"):
+    with pytest.raises(ValueError, match="mode 'L': convert it with to_rgb first"):
         Views(8, HALF, HALF)(Image.new("L", (8, 8)))
+    Views(8, HALF, HALF)(to_rgb(Image.new("L", (8, 8))))
     with pytest.raises(ValueError, match=r"mask is \(8, 7\)"):
         Views(8, HALF, HALF)(Image.new("RGB", (8, 8)), Image.new("L", (8, 7)))
 

@@ -129,6 +129,7 @@ def test_a_directory_above_gives_a_hint(voc_dir, above):
         voc_dir = voc_dir.rename(voc_dir.parent / "VOCdevkit/VOC2012")
     with pytest.raises(FileNotFoundError, match=f"found {voc_dir}: pass that"):
         load_voc(voc_dir.parents[above - 1], "train")
+    assert len(load_voc(voc_dir, "train")) == 3
 
 
 def test_missing_list_names_those_there_are(voc_dir):
@@ -164,8 +165,10 @@ def test_missing_mask(voc_dir):
 
 def test_image_without_an_entry_in_the_tags(voc_dir):
     (voc_dir / "image_labels.json").write_text(json.dumps({"2007_01": [], "2007_02": ["train"]}))
-    with pytest.raises(ValueError, match=r"no entry for 1 image \(2007_03\)"):
+    with pytest.raises(ValueError, match=r"no entry for 1 image \(2007_03\); an image without classes needs \[\]"):
         load_voc(voc_dir, "train")
+    (voc_dir / "image_labels.json").write_text(json.dumps({"2007_01": [], "2007_02": ["train"], "2007_03": []}))
+    assert load_voc(voc_dir, "train")["labels"][:] == [[], [18], []]
 
 
 def test_image_without_an_annotation(voc_dir):
@@ -197,6 +200,8 @@ def test_malformed_tags(voc_dir, content, message):
     (voc_dir / "image_labels.json").write_text(content)
     with pytest.raises(ValueError, match=rf"image_labels\.json:? {message}"):
         load_voc(voc_dir, "train")
+    (voc_dir / "image_labels.json").write_text('{"2007_01": ["cat"], "2007_02": [], "2007_03": []}')
+    assert load_voc(voc_dir, "train")["labels"][:] == [[7], [], []]
 
 
 def test_files_with_the_signature_of_utf_8(voc_dir):
@@ -249,8 +254,10 @@ def test_classes_of_its_own_without_a_list_of_them(voc_dir):
     assert class_names(dataset) == ["scratch", "cats"], "blank lines and blanks are no classes"
     assert dataset["labels"][:] == [[0, 1], [], [1]]
     Path(path).write_text("scratch\ncats\nscratch\n")
-    with pytest.raises(ValueError, match=r"classes.txt has 1 class \(scratch\) more than once"):
+    with pytest.raises(ValueError, match=r"classes.txt has 1 class \(scratch\) more than once: leave one line of each"):
         load_voc(voc_dir, "train")
+    Path(path).write_text("scratch\ncats\n")
+    assert class_names(load_voc(voc_dir, "train")) == ["scratch", "cats"]
     Path(path).unlink()
     (voc_dir / "image_labels.json").write_text('{"2007_01": ["[cat"], "2007_02": [], "2007_03": []}')
     with pytest.raises(ValueError, match=r"image_labels.json, image '2007_01': '\[cat' is not a tag"):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,9 @@ def test_a_report_or_visualizations_are_not_replaced(model_dir, tmp_path, cosa_h
     assert "val-00000.png is there already: choose another --panels, or remove" in said
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     cosa_hf(*words, *other, "--panels", tmp_path / "others")
+    shutil.rmtree(tmp_path / "panels")
+    (tmp_path / "report.json").unlink()
+    cosa_hf(*words, *outputs)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +30,21 @@ from hub_server import Hub
 from huggingface_hub import constants
 from in_process import run_command
 from runs_of import assert_equal, left, load_few_shapes, tiny_config
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
-from cosa_hf.inference import Segmenter
+from cosa_hf.files import CONFIG
+from cosa_hf.inference import Segmenter, load_model
 from cosa_hf.pseudo_labels.export import RECORD, export_pseudo_labels
 from cosa_hf.training import setup
-from cosa_hf.training.checkpoints import read_checkpoint
+from cosa_hf.training.checkpoints import read_checkpoint, snapshots
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.features import EncodedImages
 from cosa_hf.training.trainer import train
 
-KILLS = int(os.environ.get("COSA_HF_FAULTS", 6))
+COMMANDS = ("caching", "training", "label", "export", "push", "convert", "stage")
+KILLS = int(os.environ.get("COSA_HF_FAULTS", len(COMMANDS)))
 DISKS = max(2, 2 * KILLS // 5)
-COMMANDS = ("caching", "training", "label", "export", "push", "convert")
 REPO = "org/cosa-tiny"
 
 
@@ -83,13 +81,13 @@ class Caching:
 
 
 class Training:
-    """Six steps, a checkpoint after every two, and resumed where there is one."""
+    """Six steps, a checkpoint and a snapshot after every two, and resumed where there is a checkpoint."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def config(self, **fields) -> TrainingConfig:
-        return tiny_config(output_dir=str(self.root / "run"), checkpoint_every=2, **fields)
+        return tiny_config(output_dir=str(self.root / "run"), checkpoint_every=2, snapshot_every=2, **fields)
 
     def run(self) -> None:
         setup.load_dataset_by_name = load_few_shapes
@@ -98,7 +96,8 @@ class Training:
 
     def left(self) -> dict[str, Any]:
         summary = json.loads((self.root / "run/run.json").read_text())
-        return left(self.config()) | {"recommended": summary["recommended"]}
+        kept = {step: networks(place) for step, place in snapshots(self.root / "run").items()}
+        return left(self.config()) | {"recommended": summary["recommended"], "snapshots": kept}
 
     def check(self, expected: dict[str, Any]) -> None:
         run = self.root / "run"
@@ -107,15 +106,20 @@ class Training:
             lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
             logged = [json.loads(line)["step"] for line in lines if line.endswith("\n")]
             assert max(logged, default=0) - max(kept, default=0) <= 2
-        for name in ("online", "assignment"):
-            with suppress(FileNotFoundError, SafetensorError):  # not there, or refused by who reads it
-                assert_equal(load_file(run / name / "model.safetensors"), expected["weights"][name])
+        for step, place in snapshots(run).items():
+            assert_equal(networks(place), expected["snapshots"][step])
+        assert_equal(networks(run), {name: expected["weights"][name] for name in networks(run)})
         if (run / "recipe.yaml").exists():
             assert TrainingConfig.from_yaml(run / "recipe.yaml") == self.config()
         if (run / "run.json").exists():
             assert json.loads((run / "run.json").read_text())["recommended"] == expected["recommended"]
-            assert_equal({name: load_file(run / name / "model.safetensors") for name in expected["weights"]},
-                         expected["weights"])  # fmt: skip
+            assert_equal(networks(run), expected["weights"])
+
+
+def networks(place: Path) -> dict[str, Any]:
+    """The weights of those that are there; each of them loads."""
+    there = {name: place / name for name in ("online", "assignment") if (place / name / CONFIG).exists()}
+    return {name: dict(load_model(str(path), "cpu")[0].state_dict()) for name, path in there.items()}
 
 
 class Label:
@@ -159,7 +163,8 @@ class Export(Model):
     """The authors' layout."""
 
     def run(self) -> None:
-        report(run_command("export", self.model, self.root / "back.pth", "--format", "official"))
+        if not (self.root / "back.pth").exists():  # what is there is whole, and not written again
+            report(run_command("export", self.model, self.root / "back.pth", "--format", "official"))
 
     def left(self) -> dict[str, Any]:
         return torch.load(self.root / "back.pth", weights_only=True)["model"]
@@ -184,16 +189,30 @@ class Convert(Model):
 
     def run(self) -> None:
         options = ("--dataset", "voc", "--backbone", "test_vit", "--aux_layer", -2)
-        if not (self.root / "converted").exists():  # what is there is whole, and not written again
+        if not (self.root / "converted" / CONFIG).exists():
             report(run_command("convert", "checkpoint", self.released, self.root / "converted", *options))
 
     def left(self) -> dict[str, Any]:
-        CoSAImageProcessor.from_pretrained(self.root / "converted")
-        return dict(CoSAForWeaklySupervisedSegmentation.from_pretrained(self.root / "converted").state_dict())
+        return dict(load_model(str(self.root / "converted"), "cpu")[0].state_dict())
 
     def check(self, expected: dict[str, Any]) -> None:
-        if (self.root / "converted").exists():
+        if (self.root / "converted" / CONFIG).exists():
             assert_equal(self.left(), expected)
+
+
+class Stage(Model):
+    """What would be published, in a directory."""
+
+    def run(self) -> None:
+        if not (self.root / "staged" / CONFIG).exists():
+            report(run_command("push", self.model, "--repo_id", REPO, "--dry_run", self.root / "staged"))
+
+    def left(self) -> dict[str, Any]:
+        return {path.name: path.read_bytes() for path in (self.root / "staged").glob("[!.]*")}
+
+    def check(self, expected: dict[str, Any]) -> None:
+        if (self.root / "staged" / CONFIG).exists():
+            assert self.left() == expected
 
 
 class Push(Model):
@@ -230,7 +249,7 @@ class Complaint(Exception):
     """A command ended with its one line instead of a traceback."""
 
 
-KINDS = dict(zip(COMMANDS, (Caching, Training, Label, Export, Push, Convert), strict=True))
+KINDS = dict(zip(COMMANDS, (Caching, Training, Label, Export, Push, Convert, Stage), strict=True))
 
 
 WRITING = ("os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate")
@@ -268,7 +287,7 @@ def in_child(
         AcceleratorState._reset_state(True)
         task()
         status = 0
-    except (Complaint, OSError, SafetensorError) as error:
+    except (Complaint, OSError) as error:
         status = 1
         print(repr(error), file=sys.stderr)
     except BaseException:

@@ -73,6 +73,8 @@ def test_what_it_says(here, cosa_hf, complaint):
     assert "next: cosa-hf check --dataset folder --data_dir roboflow" in said
     assert complaint(*line) == "error: roboflow/metadata.csv exists: move it away, or pass --overwrite\n"
     assert "2 classes" in cosa_hf(*line, "--overwrite")
+    Path("roboflow/metadata.csv").rename("moved.csv")
+    assert "2 classes" in cosa_hf(*line)
     assert "call it metadata.csv" in complaint(*line[:-1], "roboflow/tags.csv")
     assert complaint("import", "csv", "gone.csv", *line[3:], "--overwrite") == "error: no file gone.csv\n"
     names = ("--names", "openimages/names.csv", "--output", "openimages/metadata.csv")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation
 from transformers.trainer_jit_checkpoint import CheckpointManager
 
+from cosa_hf import CoSAImageProcessor
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.labels import labels_to_learn
 from cosa_hf.multistage.networks import build_network
@@ -54,6 +55,16 @@ def test_a_run_leaves_a_model_its_scores_and_what_its_labels_were_made_by(tiny, 
     run = json.loads((directory / "run.json").read_text())
     assert (run["recommended"], run["images"], run["unreadable_replaced"]) == ("model", 6, [])
     assert run["pseudo_labels"] == json.loads((export("parquet") / "export.json").read_text())
+
+
+def test_half_a_model_is_none(tiny, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CoSAImageProcessor, "save_pretrained", full_disk)  # the weights are written before
+    with pytest.raises(OSError, match="No space left"):
+        train_multistage(tiny(max_steps=1, lr_warmup_steps=0))
+    assert list((Path(tiny().output_dir) / "model").iterdir()) == []
 
 
 @pytest.mark.parametrize("network", ["largefov/test_resnet", "upernet/test_resnet", "mask2former"])

@@ -196,6 +196,8 @@ def test_coco_json_tells_images_of_equal_names_apart(segmenter, columns, tmp_pat
     with pytest.raises(ValueError, match=r"1\.jpg more than once among the images' files.*export png or parquet"):
         export(segmenter, dataset, tmp_path / "other", format="coco-json")
     assert not (tmp_path / "other").exists()
+    for format in ("png", "parquet"):
+        assert export(segmenter, dataset, tmp_path / format, format=format) == 2
 
 
 def test_parquet_of_a_split_that_cannot_be_read_back_is_refused(segmenter, dataset, tmp_path):
@@ -217,9 +219,14 @@ def test_without_pycocotools_coco_json_says_what_to_install(segmenter, dataset, 
 def test_images_without_a_tag_are_named_and_refused(segmenter, columns, tmp_path):
     columns["labels"][1] = columns["labels"][3] = []
     dataset = Dataset.from_dict(columns, features=tag_features(CLASSES))
-    with pytest.raises(ValueError, match=r"2 of 5 images have no tag: IMG 12%, turned; .*--tags predicted"):
+    said = r"2 of 5 images have no tag: IMG 12%, turned; tag them, take them off the split, or .*\(--tags predicted\)"
+    with pytest.raises(ValueError, match=said):
         export(segmenter, dataset, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert export(segmenter, dataset.select([0, 2, 4]), tmp_path / "out") == 3
+    assert export(segmenter, dataset, tmp_path / "predicted", class_threshold=0.5) == 5
+    columns["labels"][1] = columns["labels"][3] = [0]
+    assert export(segmenter, Dataset.from_dict(columns, features=tag_features(CLASSES)), tmp_path / "tagged") == 5
 
 
 def test_predicted_tags_are_for_images_without_one(segmenter, columns, tmp_path):
@@ -271,8 +278,10 @@ def test_settings_are_recorded_and_others_refused(segmenter, dataset, columns, t
             export(replace(segmenter, **{name: other}), dataset, tmp_path / "out", threshold=0.3)
     columns["labels"][0] = [1]
     retagged = Dataset.from_dict(columns, features=tag_features(CLASSES))
-    with pytest.raises(ValueError, match="dataset_sha256: "):
+    with pytest.raises(ValueError, match=r"repeat them or choose another directory\n  dataset_sha256: "):
         export(segmenter, retagged, tmp_path / "out", threshold=0.3)
+    assert export(segmenter, retagged, tmp_path / "other", threshold=0.3) == 5
+    assert export(segmenter, dataset, tmp_path / "out", threshold=0.3) == 0
 
 
 def test_another_model_is_another_export(segmenter, dataset, tmp_path):
@@ -291,9 +300,10 @@ def test_a_directory_with_other_files_is_not_touched(segmenter, dataset, tmp_pat
     mask = tmp_path / "VOC2012" / "SegmentationClassAug" / "plain.png"
     mask.parent.mkdir(parents=True)
     mask.write_bytes(b"drawn by hand")
-    with pytest.raises(FileExistsError, match=r"not empty and has no export\.json"):
+    with pytest.raises(FileExistsError, match=r"not empty and has no export\.json: choose another directory"):
         export(segmenter, dataset, tmp_path / "VOC2012")
     assert tree(tmp_path / "VOC2012") == {"SegmentationClassAug/plain.png": b"drawn by hand"}
+    assert export(segmenter, dataset, tmp_path / "another") == 5
 
 
 @pytest.mark.parametrize(
@@ -353,8 +363,11 @@ def test_an_unreadable_image_stops_no_other_shard(content, segmenter, dataset, c
     with pytest.raises(ValueError, match=r"(?s)image 'pets/übung' .*2\.jpg.*replaced, the same command goes on"):
         export(segmenter, dataset, tmp_path / "out")
     assert {path.stem for path in (tmp_path / "out" / "SegmentationClassAug").iterdir()} >= {"plain", "long"}
+    with pytest.raises(ValueError, match="this export was interrupted; run the same export again, it goes on"):
+        load_pseudo_labels(str(tmp_path / "out"))
     broken.write_bytes(good)
     assert export(segmenter, dataset, tmp_path / "out") == 2
+    assert len(load_pseudo_labels(str(tmp_path / "out")).dataset) == 5
     assert set(masks_in_png(tmp_path / "out")) == set(columns["image_id"])
 
 
@@ -367,6 +380,8 @@ def test_every_unreadable_image_of_a_shard_is_named_once(segmenter, dataset, col
     assert len(lines) == 4
     for line, image_id in zip(lines, ("plain", "IMG 12%", "long"), strict=False):
         assert f"image {image_id!r}" in line
+    assert "take the image off the split's list" in lines[0]
+    assert export(segmenter, dataset.select([2, 3]), tmp_path / "anew") == 2
 
 
 @pytest.mark.parametrize(
@@ -376,6 +391,7 @@ def test_a_broken_record_is_named(record, segmenter, dataset, tmp_path):
     (tmp_path / "export.json").write_text(record)
     with pytest.raises(ValueError, match=r"export\.json is not as an export writes it.*: take another directory"):
         export(segmenter, dataset, tmp_path)
+    assert export(segmenter, dataset.select([0]), tmp_path / "another") == 1
 
 
 @pytest.mark.parametrize(

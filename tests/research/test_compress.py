@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from tiny import square, tiny_cosa
 
 from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.files import CONFIG
 
 
 @pytest.fixture
@@ -65,11 +66,21 @@ def test_what_half_precision_cannot_hold_is_refused(redundant, tmp_path):
     assert not (tmp_path / "half").exists()
 
 
-def test_command(redundant, tmp_path, capsys):
+def full_disk(*_):
+    raise OSError("No space left on device")
+
+
+def test_command(redundant, tmp_path, capsys, monkeypatch):
     redundant.save_pretrained(tmp_path / "model")
     square(64).save_pretrained(tmp_path / "model")
     options = ["--decoder_channels", "8", "--dataset", "shapes", "--split", "val", "--num_images", "3"]
-    main([str(tmp_path / "model"), str(tmp_path / "small"), *options])
+    command = [str(tmp_path / "model"), str(tmp_path / "small"), *options]
+    with monkeypatch.context() as patch:
+        patch.setattr(CoSAImageProcessor, "save_pretrained", full_disk)
+        with pytest.raises(SystemExit):
+            main(command)
+    assert not (tmp_path / "small" / CONFIG).exists(), "half a model is none"
+    main(command)
     assert capsys.readouterr().out.endswith("M parameters\n")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "model")]
     assert sizes[0] < sizes[1] / 2

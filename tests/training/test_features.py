@@ -2,11 +2,14 @@
 
 import json
 import multiprocessing
+import re
+import shutil
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from in_process import run_command
 
 from cosa_hf.training import features
 from cosa_hf.training.features import FeatureStore, clear
@@ -105,24 +108,47 @@ def test_a_full_disk_is_refused_beforehand(tmp_path, monkeypatch):
     store = store_in(tmp_path)
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(total=10_000, free=580))
     store.require_room(1)
-    with pytest.raises(OSError, match=r"features of 2 images take 0.0 GB.*cosa-hf cache --clear"):
+    with pytest.raises(OSError, match=r"features of 2 images take 0.0 GB"):
         store.require_room(2)
+
+
+def test_room_is_found_as_the_error_says(tmp_path, monkeypatch):
+    """On another disk, or by removing old caches."""
+
+    def usage(directory):
+        used = sum(path.stat().st_size for path in tmp_path.glob("full/*/*.f16"))
+        return SimpleNamespace(total=10_000, free=10_000 if "other" in directory.parts else 660 - used)
+
+    monkeypatch.setattr(features.shutil, "disk_usage", usage)
+    store_in(tmp_path / "full", size=96).write("a", maps_of(1))
+    said = (
+        r"name another disk with cache_features DIR, remove old caches \(cosa-hf (cache --clear --cache_dir .*)\), or"
+    )
+    with pytest.raises(OSError, match=said) as raised:
+        store_in(tmp_path / "full").require_room(2)
+    store_in(tmp_path / "other").require_room(2)
+    assert run_command(*re.search(said, str(raised.value))[1].split()) == 0
+    store_in(tmp_path / "full").require_room(2)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])
 def test_a_damaged_cache_is_named(tmp_path, text):
     store = store_in(tmp_path)
     (store.directory / "about.json").write_text(text)
-    with pytest.raises(ValueError, match=r"about.json is damaged .* remove"):
+    with pytest.raises(ValueError, match=rf"about.json is damaged .*: remove {store.directory}, it is made again"):
         store_in(tmp_path)
+    shutil.rmtree(store.directory)
+    store_in(tmp_path).write("a", maps_of(1))
 
 
 def test_a_cache_of_another_version_is_named(tmp_path, monkeypatch):
     store = store_in(tmp_path)
     about = json.loads((store.directory / "about.json").read_text()) | {"format": 0, "cosa_hf": "0.0.9"}
     (store.directory / "about.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=r"written by cosa_hf 0.0.9, in another format"):
+    with pytest.raises(ValueError, match=r"written by cosa_hf 0.0.9, in another format: remove it, it is made again"):
         store_in(tmp_path)
+    shutil.rmtree(store.directory)
+    store_in(tmp_path).write("a", maps_of(1))
 
 
 def test_maps_that_do_not_fit_are_refused(tmp_path):

@@ -20,7 +20,7 @@ from cosa_hf.data import load_shapes
 from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.training import checkpoints, setup
 from cosa_hf.training.config import TrainingConfig
-from cosa_hf.training.snapshots import moments
+from cosa_hf.training.snapshots import moments, snapshots
 from cosa_hf.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
@@ -126,6 +126,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny, tmp_path, capsys
     assert names == {f"step-000000{step}.safetensors" for step in (4, 6)} | {"damaged-step-0000006.safetensors"}
 
 
+def test_a_snapshot_that_the_run_owed_when_it_ended_is_written_after_all(tiny):
+    fields = {"checkpoint_every": 2, "snapshot_every": 2, "max_steps": 4}
+    train(tiny(**fields))
+    run = Path(tiny().output_dir)
+    (run / "snapshots/step-0000004/assignment/config.json").unlink()  # its checkpoint was there before
+    assert list(snapshots(run)) == [2]
+    train(tiny(resume=True, **fields))
+    assert list(snapshots(run)) == [2, 4]
+
+
 def test_a_resume_opens_no_pickle(tiny, monkeypatch):
     train(tiny(checkpoint_every=4))
 
@@ -139,9 +149,12 @@ def test_a_resume_opens_no_pickle(tiny, monkeypatch):
 
 def test_no_complete_checkpoint_to_resume_from_is_said(tiny, tmp_path):
     resumed = tiny(resume=True)
-    with pytest.raises(FileNotFoundError, match="nothing to resume: no complete checkpoint"):
+    said = r"nothing to resume: no complete checkpoint .*start without --resume, and with --checkpoint_every N"
+    with pytest.raises(FileNotFoundError, match=said):
         train(resumed)
     train(tiny(max_steps=2, warmup_steps=2, checkpoint_every=2))
+    train(resumed)
+    (tmp_path / "run/checkpoints/step-0000006.safetensors").unlink(missing_ok=True)
     (path,) = (tmp_path / "run/checkpoints").iterdir()
     path.write_bytes(b"nonsense")
     with pytest.raises(FileNotFoundError, match="nothing to resume: no complete checkpoint"):
@@ -214,6 +227,7 @@ def test_what_would_not_be_the_same_run_is_refused(tiny, fields, refusal):
     train(tiny(checkpoint_every=3))
     with pytest.raises(ValueError, match=refusal):
         train(tiny(checkpoint_every=3, resume=True, **fields))
+    train(tiny(checkpoint_every=3, resume=True))  # what was to be kept is kept
 
 
 def test_other_classes_are_never_gone_on_with_and_other_images_only_where_they_are_meant(tiny, monkeypatch, capsys):

@@ -35,7 +35,8 @@ def written_run(tmp_path, entries, snapshots=(10,)):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     for step in snapshots:
-        (tmp_path / "snapshots" / f"step-{step:07d}").mkdir(parents=True)
+        (tmp_path / f"snapshots/step-{step:07d}/assignment").mkdir(parents=True)
+        (tmp_path / f"snapshots/step-{step:07d}/assignment/config.json").touch()
     return moments(tmp_path)
 
 

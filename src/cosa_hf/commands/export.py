@@ -6,6 +6,7 @@ the authors' code loads.
 """
 
 import argparse
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -31,8 +32,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     checkpoint = to_official(cast(CoSAForWeaklySupervisedSegmentation, model))
     args.target.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()  # torch itself does not say that a disk is full
+    torch.save(checkpoint, content)
     with whole_file(args.target) as unfinished:
-        torch.save(checkpoint, unfinished)
+        unfinished.write_bytes(content.getbuffer())
     print(f"{args.target}: a checkpoint for the authors' code; its encoder.head, unused, is zero")
 
 

@@ -123,7 +123,8 @@ def check_splits(
         names = names or class_names(dataset)
         if class_names(dataset) != names:
             raise ValueError(
-                f"split {split!r} has the classes {class_names(dataset)}, another one {names}: fix --classes"
+                f"split {split!r} has the classes {class_names(dataset)}, another one {names}: give both the same "
+                "--classes"
             )
         counts: Counter = Counter()
         in_masks: set[int] = set()

@@ -207,10 +207,10 @@ def _read(root: Path, split: str | None = None) -> Iterator[_Entry]:
         table = next((name for name, file in files.items() if _is_table(Path(file.path))), None)
         if table or tag.casefold() in _NO_TAGS:
             why = f"has a table of its own, {table}" if table else "is the directory of all images"
-            raise ValueError(
-                f"{entry.path} {why}, so {tag!r} is not a tag: pass {entry.path} as --data_dir; if it is a split, call "
-                "it train, val or test"
-            )
+            advice = f"pass {entry.path} as --data_dir; if it is a split, call it train, val or test"
+            if not table and not any(file.is_dir() for file in files.values()):
+                advice = f"write the images' tags into {root / 'metadata.csv'}"
+            raise ValueError(f"{entry.path} {why}, so {tag!r} is not a tag: {advice}")
         try:
             tags = parse_tags([tag])
         except ValueError as error:

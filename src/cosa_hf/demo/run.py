@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import pipeline
 
 from cosa_hf.data.shapes import load_shapes
-from cosa_hf.files import check_output
+from cosa_hf.files import check_output, whole_model
 from cosa_hf.training.config import TrainingConfig
 
 COMMAND = ("-m", "cosa_hf.cli")
@@ -44,7 +44,8 @@ def run(output_dir: Path, recipe: str) -> None:
     trained, baseline = train_both(output_dir, recipe, steps)
 
     model, report_path, panels = output_dir / "model", output_dir / "report.json", output_dir / "panels"
-    shutil.copytree(trained, model)
+    with whole_model(model) as unfinished:
+        shutil.copytree(trained, unfinished, dirs_exist_ok=True)
     visualizations = ("--panels", panels, "--num_panels", "6")
     command("evaluate", model, *ON_UNSEEN_IMAGES, "--report", report_path, *visualizations)
     command("evaluate", baseline, *ON_UNSEEN_IMAGES, "--report", baseline.parent / "report.json")

@@ -73,6 +73,7 @@ class DenseCRF:
         if self.backend not in ("pydensecrf", "torch"):
             raise ValueError(f"unknown backend {self.backend!r} of the CRF; known: pydensecrf, torch")
 
+    @torch.no_grad()
     def __call__(self, logits: Tensor, image: Image.Image) -> Tensor:
         """The classes' probabilities after inference.
 
@@ -104,8 +105,11 @@ class DenseCRF:
         unary = log_probabilities.flatten(1).T.contiguous()  # (N, K)
         beliefs = unary.exp()
         for _ in range(self.iterations):
-            beliefs = (unary + sum(weight * kernel(beliefs) for weight, kernel in kernels)).softmax(dim=1)
-        return beliefs.T.reshape(logits.shape)
+            energy = unary.clone()
+            for weight, kernel in kernels:
+                energy.add_(kernel(beliefs), alpha=weight)
+            torch.softmax(energy, dim=1, out=beliefs)
+        return beliefs.T.view(logits.shape)
 
     def _compiled(self, log_probabilities: Tensor, image: Image.Image) -> Tensor:
         from pydensecrf.densecrf import DenseCRF2D
@@ -144,18 +148,16 @@ class _Gaussian:
         # A step along direction j is +1 in every coordinate, and -d in the j-th; the last one is not in the code.
         steps = [sum(strides) - (len(strides) + 1) * stride for stride in (*strides, 0)]
         self.neighbours = [torch.stack([_find(codes, codes + sign * step) for sign in (1, -1)], 1) for step in steps]
-        self.scale = self._filter(torch.ones_like(features[:, :1])).rsqrt()
+        scale = self(torch.ones_like(features[:, :1])).rsqrt()  # D^-1/2, (N, 1)
+        self.shares *= scale
+        self.dealt *= scale[self.points, 0]
 
     def __call__(self, values: Tensor) -> Tensor:
         """Values (N, K) to (N, K)."""
-        return self.scale * self._filter(self.scale * values)
-
-    def _filter(self, values: Tensor) -> Tensor:
         lattice = F.embedding_bag(self.points, values, self.starts, mode="sum", per_sample_weights=self.dealt)
+        lattice = F.pad(lattice, (0, 0, 0, 1))  # a corner that no point touches holds nothing: the row of zeros
         for neighbours in self.neighbours:
-            # A corner that no point touches holds nothing: the row of zeros at the end.
-            padded = F.pad(lattice, (0, 0, 0, 1))
-            lattice = lattice + F.embedding_bag(neighbours, padded, mode="sum") / 2
+            lattice[:-1].add_(F.embedding_bag(neighbours, lattice, mode="sum"), alpha=0.5)
         return F.embedding_bag(self.corners, lattice, mode="sum", per_sample_weights=self.shares)
 
 

@@ -22,6 +22,7 @@ SMALL_TILE = (128, 128)  # what an image of a comparison has to fit into, width 
 GAP = 6
 FONT_SIZE = 13
 LINE_HEIGHT = 20
+CHUNK = 256  # rows of an overlay that are painted at a time
 INK = (40, 40, 40)
 PAPER = (255, 255, 255)
 
@@ -183,9 +184,10 @@ def overlay(image: Image.Image, mask: Any, names: Sequence[str]) -> Image.Image:
     mask = _mask(mask, image, names)
     # Photographs come with thousands of pixels: the text grows with them.
     legend = _legend(np.unique(mask), names, image.width, max(FONT_SIZE, image.width // 45))
-    painted = _paint(image, mask)
     result = Image.new("RGB", (image.width, image.height + legend.height), PAPER)
-    result.paste(painted, (0, 0))
+    for top in range(0, image.height, CHUNK):  # blending all of a phone's photo would take half a gigabyte
+        rows = slice(top, min(top + CHUNK, image.height))
+        result.paste(_paint(image.crop((0, rows.start, image.width, rows.stop)), mask[rows]), (0, top))
     result.paste(legend, (0, image.height))
     return result
 

@@ -24,6 +24,7 @@ from cosa_hf.data.value_range import settled_reading
 from cosa_hf.data.views import Views
 from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.evaluation.figures import save_visualizations
+from cosa_hf.files import whole_file, whole_model
 from cosa_hf.inference import Segmenter
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.labels import collate, labels_to_learn, weighted_loss
@@ -170,8 +171,9 @@ class MultistageTrainer(Trainer):
         unreadable = sorted(set(gather_object(sorted(self.unreadable))))
         self.save_state()
         if self.args.should_save:
-            self.network.save_pretrained(self.output_dir / MODEL)
-            self.processor.save_pretrained(self.output_dir / MODEL)
+            with whole_model(self.output_dir / MODEL) as unfinished:
+                self.network.save_pretrained(unfinished)
+                self.processor.save_pretrained(unfinished)
             run = {
                 "recommended": MODEL,
                 "reason": "the weights after the last step",
@@ -181,7 +183,8 @@ class MultistageTrainer(Trainer):
                 "seconds": round(self.state.log_history[-1]["seconds"]),
                 "pseudo_labels": exported.record or None,
             }
-            (self.output_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+            with whole_file(self.output_dir / "run.json") as record:
+                record.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         self.accelerator.wait_for_everyone()
         return self.output_dir / MODEL
 

@@ -16,7 +16,7 @@ from huggingface_hub import (
 from transformers import AutoConfig
 
 from cosa_hf.digest import weights_sha256
-from cosa_hf.files import check_output
+from cosa_hf.files import check_output, whole_model
 from cosa_hf.inference import load_model
 from cosa_hf.publishing.card import HEADLINES, model_card
 from cosa_hf.publishing.kinds import check_network, read_recipe
@@ -81,28 +81,28 @@ def stage(
     if notes and not Path(notes).is_file():
         raise FileNotFoundError(f"no notes {notes}")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in model_files:
-        shutil.copyfile(model / name, folder / name)
-    if settings:
-        settings.to_yaml(folder / "recipe.yaml")
-    if images:
-        (folder / "panels").mkdir()
-    for image in images:
-        shutil.copyfile(image, folder / "panels" / image.name)
-    if scores:
-        _write_eval_results(scores, folder / ".eval_results", benchmark)
-    model_card(
-        repo_id,
-        config,
-        settings,
-        run=run,
-        report=scores,
-        weights_sha256=digest,
-        panels=[image.name for image in images],
-        license=license,
-        notes=Path(notes).read_text(encoding="utf-8").strip() if notes else None,
-    ).save(folder / "README.md")
+    with whole_model(folder) as unfinished:
+        for name in model_files:
+            shutil.copyfile(model / name, unfinished / name)
+        if settings:
+            settings.to_yaml(unfinished / "recipe.yaml")
+        if images:
+            (unfinished / "panels").mkdir()
+        for image in images:
+            shutil.copyfile(image, unfinished / "panels" / image.name)
+        if scores:
+            _write_eval_results(scores, unfinished / ".eval_results", benchmark)
+        model_card(
+            repo_id,
+            config,
+            settings,
+            run=run,
+            report=scores,
+            weights_sha256=digest,
+            panels=[image.name for image in images],
+            license=license,
+            notes=Path(notes).read_text(encoding="utf-8").strip() if notes else None,
+        ).save(unfinished / "README.md")
 
 
 def publish(folder: str | Path, repo_id: str, private: bool = False) -> str:

@@ -105,7 +105,8 @@ class FeatureStore:
             raise OSError(
                 f"the features of {images} images take {needed / 1e9:.1f} GB, and {self.directory} has "
                 f"{max(0.0, free) / 1e9:.1f} GB to spare: name another disk with cache_features DIR, remove old caches "
-                "(cosa-hf cache --clear), or encode anew in every step with cache_features never"
+                f"(cosa-hf cache --clear --cache_dir {self.directory.parent}), or encode anew in every step with "
+                "cache_features never"
             )
 
     def write(self, key: str, maps: Mapping[str, Tensor]) -> None:

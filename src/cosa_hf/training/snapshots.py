@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from cosa_hf.files import CONFIG, whole_model
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.training.config import TrainingConfig
@@ -36,8 +37,9 @@ def save_networks(
 ) -> None:
     """Write `directory/online` and `directory/assignment`, each a model that loads by itself."""
     for name, network in (("online", online), ("assignment", assignment)):
-        network.save_pretrained(directory / name)
-        processor.save_pretrained(directory / name)
+        with whole_model(directory / name) as unfinished:
+            network.save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
 
 
 def snapshot_directory(output_dir: Path, step: int) -> Path:
@@ -47,8 +49,9 @@ def snapshot_directory(output_dir: Path, step: int) -> Path:
 
 def snapshots(output_dir: Path) -> dict[int, Path]:
     """The snapshots that a run has kept so far, by step."""
-    found = (output_dir / "snapshots").glob("step-[0-9]*")
-    return {int(path.name.removeprefix("step-")): path for path in sorted(found)}
+    found = (output_dir / "snapshots").glob(f"step-[0-9]*/assignment/{CONFIG}")  # which is written last
+    places = sorted(path.parents[1] for path in found)
+    return {int(path.name.removeprefix("step-")): path for path in places}
 
 
 def moments(output_dir: Path) -> list[Moment]:

@@ -212,6 +212,7 @@ class Trainer:
         if config.resume:
             resume(config, self.checkpoints, self.progress, self.accelerator)
             self.loader = self.accelerator.skip_first_batches(self.loader, self.progress.step)
+            self._snapshot()  # the run may have ended between the checkpoint and it
         if self.accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
             dataclasses.replace(config, resume=False).to_yaml(output_dir / "recipe.yaml")
@@ -224,8 +225,7 @@ class Trainer:
             self.telemetry.write(step, self._evaluate(self.evaluated))
         if config.checkpoint_every and step % config.checkpoint_every == 0:
             self.checkpoints.save(step)
-        if config.snapshot_every and step % config.snapshot_every == 0:
-            self._save(snapshot_directory(Path(config.output_dir), step))
+        self._snapshot()
 
     def _evaluate(self, dataset: Dataset) -> dict[str, float]:
         """mIoU at one scale (not the protocol), and visualizations. The run is not changed by it."""
@@ -239,6 +239,11 @@ class Trainer:
                 save_visualizations(segmenter, shown, directory)
         names = [name for name in ("seg", "seg_tags", "cam", "cam_aux") if name in report]
         return {f"eval/{name}": report[name]["miou"] for name in names}
+
+    def _snapshot(self) -> None:
+        every, step = self.config.snapshot_every, self.progress.step
+        if every and step % every == 0:
+            self._save(snapshot_directory(Path(self.config.output_dir), step))
 
     def _save(self, directory: Path) -> None:
         if self.accelerator.is_main_process:

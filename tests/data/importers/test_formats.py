@@ -183,10 +183,57 @@ def test_an_export_that_cannot_be_read_says_where(format, name, content, message
         imported(format, write(tmp_path / name, content), photos)
 
 
-def test_a_photo_that_cannot_be_read_is_named(tmp_path):
+ONE_TASK = [{"left": "1.jpg", "right": "2.jpg", "choice": "cat"}]
+
+
+@pytest.mark.parametrize(
+    ("format", "content", "advice", "options"),
+    [
+        ("csv", "image,label,class\n1.jpg,3,cat\n", "pass --tag_column with one of label,", {"tag_column": "class"}),
+        ("csv", "image,kind\n1.jpg,cat\n", "pass --tag_column with one of kind", {"tag_column": "kind"}),
+        ("csv", "photo,label\n1.jpg,cat\n", "pass --file_column with one of photo, label", {"file_column": "photo"}),
+        ("csv", "image,label\n1.jpg,3\n", "pass --names with a CSV file of their names", {"names": {"3": "cat"}}),
+        ("csv", "image,label\n1.jpg,/m/01yrx\n", "pass --names with the file of", {"names": {"/m/01yrx": "cat"}}),
+        ("one-hot", "image,id,cat\n1.jpg,7,1\n", "pass --classes with the columns that are", {"classes": ["cat"]}),
+        ("label-studio", [{"photo": "1", "choice": "cat"}], "pass --file_column with one of", {"file_column": "photo"}),
+        ("label-studio", ONE_TASK, "2 images: pass --file_column with one of left, right", {"file_column": "left"}),
+    ],
+)
+def test_what_an_error_advises_works(format, content, advice, options, photos, tmp_path):
+    path = write(tmp_path / ("x.json" if format == "label-studio" else "x.csv"), content)
+    with pytest.raises(ValueError, match=advice):
+        imported(format, path, photos)
+    assert imported(format, path, photos, **options) == {"1.jpg": ("cat", "")}
+
+
+def test_names_of_ids_are_completed_as_the_errors_say(photos, tmp_path):
+    export, names = write(tmp_path / "x.csv", "image,label\n1.jpg,3\n"), tmp_path / "names.csv"
+    with pytest.raises(ValueError, match=r"names.csv, line 1: expected an id and a name, as in 3,cat; got 'dog'"):
+        read_names(write(names, "dog"))
+    with pytest.raises(ValueError, match=r"--names has no name for 3: add the line 3,NAME to its file"):
+        imported("csv", export, photos, names=read_names(write(names, "4,dog\n")))
+    table = imported("csv", export, photos, names=read_names(write(names, "4,dog\n3,NAME\n")))
+    assert table == {"1.jpg": ("NAME", "")}
+
+
+def test_annotations_of_voc_lie_in_the_directory_that_is_asked_for(exports):
+    root = exports / "own-voc"
+    (root / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no XML files: pass the directory of the annotations"):
+        imported("voc", root / "empty", root)
+    (root / "empty").rmdir()
+    assert imported("voc", root / "Annotations", root) == TABLES["own-voc"]
+
+
+def test_a_photo_that_cannot_be_read_is_named(exports, tmp_path):
     (tmp_path / "1.jpg").write_bytes(b"not a photo")
-    with pytest.raises(ValueError, match=r"1\.jpg cannot be read"):
+    (tmp_path / "2.png").write_bytes((exports / "lightroom/2.png").read_bytes())
+    with pytest.raises(ValueError, match=r"1\.jpg cannot be read: .*; replace it or take it out"):
         imported("keywords", tmp_path)
+    (tmp_path / "1.jpg").write_bytes((exports / "lightroom/1.jpg").read_bytes())
+    assert list(imported("keywords", tmp_path, tmp_path)) == ["1.jpg", "2.png"]
+    (tmp_path / "1.jpg").unlink()
+    assert list(imported("keywords", tmp_path, tmp_path)) == ["2.png"]
 
 
 def test_a_folder_in_brackets_is_named_and_can_be_renamed(exports, tmp_path):

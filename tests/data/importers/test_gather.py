@@ -65,6 +65,43 @@ def test_no_contradictions(photos):
         gathered(photos, Row("line 2", ["a.jpg"], split="train"), Row("line 3", ["a.jpg"], split="val"))
 
 
+CAT, DOG = ["cat"], ["dog"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "advice", "moved", "mended"),
+    [
+        (
+            [Row("line 2", ["b.jpg"], CAT)],
+            "b.jpg could be train/b.jpg or val/b.jpg: rename one of them, here and in the export",
+            ("val/b.jpg", "val/d.jpg"),
+            [Row("line 2", ["d.jpg"], CAT)],
+        ),
+        (
+            [Row("line 2", ["x/a.jpg"], CAT), Row("line 3", ["y/a.jpg"], DOG)],
+            "x/a.jpg and y/a.jpg would both be a.jpg: rename one of them",
+            ("val/c.png", "d.jpg"),
+            [Row("line 2", ["x/a.jpg"], CAT), Row("line 3", ["y/d.jpg"], DOG)],
+        ),
+        (
+            [Row("line 2", ["a.jpg"], CAT), Row("line 3", ["a.jpg"], absent=CAT)],
+            "has the tag 'cat' in line 2 and not in line 3: correct one of them",
+            None,
+            [Row("line 2", ["a.jpg"], CAT), Row("line 3", ["a.jpg"], absent=DOG)],
+        ),
+        ([Row("line 2", ["d.jpg"], CAT)], "put them there", ("a.jpg", "d.jpg"), [Row("line 2", ["d.jpg"], CAT)]),
+    ],
+)
+def test_what_an_error_advises_works(photos, rows, advice, moved, mended):
+    with pytest.raises((ValueError, FileNotFoundError), match=advice):
+        gathered(photos, *rows)
+    if moved:
+        (photos / moved[0]).rename(photos / moved[1])
+    images, missing = gathered(photos, *mended)
+    assert len(images) == len({image.file for image in images}) == len({row.files[0] for row in mended})
+    assert not missing
+
+
 def test_verified_are_those_that_lack_every_class(photos):
     rows = [
         Row("1", ["a.jpg"], ["cat"]),
