@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
 from cosa_hf.inference import MultiScaleOutput, forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.objective.affinity import spread_cams, spread_segmentation
+from cosa_hf.objective.affinity import foreground, spread_cams
 from cosa_hf.objective.guidance import seg2cam_target
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.precision import at_least_float32
@@ -134,19 +134,19 @@ class AssignmentNetwork(nn.Module):
         tokens = valid_tokens(valid, fused.cam_logits)
         cams = normalize_cams(fused.cam_logits, labels, tokens)
         aux_cams = normalize_cams(fused.aux_cam_logits, labels, tokens)
+        seg_logits = fused.seg_logits
         if fused.affinity is not None:
-            both = torch.cat([cams, aux_cams], dim=1)
-            cams, aux_cams = spread_cams(both, fused.affinity, self.network.config, tokens).chunk(2, dim=1)
+            joined = torch.cat([cams, aux_cams, foreground(seg_logits, labels)], dim=1)  # one affinity for all three
+            spread = spread_cams(joined, fused.affinity, self.network.config, tokens)
+            cams, aux_cams, probabilities = spread.chunk(3, dim=1)
         if self.threshold_config.dynamic_threshold:
             # Images without a class have no foreground to part from the background: theirs is known.
             tagged = tokens & labels.any(dim=1)[:, None, None]
             for threshold, maps in zip(self.thresholds, (cams, aux_cams), strict=True):
                 threshold.update(maps.amax(dim=1)[tagged], reduce)
         xi, aux_xi = (threshold.value for threshold in self.thresholds)
-        seg_logits = fused.seg_logits
         if fused.affinity is not None:
-            maps = spread_segmentation(seg_logits, labels, fused.affinity, self.network.config, tokens)
-            seg_logits = F.pad(maps, (0, 0, 0, 0, 1, 0), value=xi)  # background wins where no class reaches xi
+            seg_logits = F.pad(probabilities, (0, 0, 0, 0, 1, 0), value=xi)  # background wins where none reaches xi
         spl = seg2cam_target(self.config.guidance, seg_logits, labels, self.config.spl_temperature, masks)
         return PseudoLabels(cams, aux_cams, spl, xi, aux_xi)
 
