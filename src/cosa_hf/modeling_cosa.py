@@ -267,8 +267,6 @@ class CoSABackbone(nn.Module):
         """
         How much each token attends to each other one, softmax(q kᵀ / √d), on average over heads and blocks.
 
-        Computed from the blocks' queries and keys, one head at a time: timm's fused attention keeps its weights.
-
         Args:
             pixel_values: `(B, 3, H, W)`.
             blocks: Counted from the end.
@@ -860,16 +858,11 @@ def _has_plain_blocks(model: nn.Module) -> bool:
     )
 
 
-def _query_key_value(attention: Any, together: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Of a plain ViT block from what its `qkv` makes of its tokens, (B, N, 3 D): (B, heads, N, d) each."""
-    query, key, value = together.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    yield from (attention.q_norm(query), attention.k_norm(key), value)
-
-
 def _dense_tokens(model: Any, tokens: torch.Tensor, attention: str) -> torch.Tensor:
     """The last block's values, plain or mixed by their own attention, without residual and MLP: (B, N, D)."""
     block = model.blocks[-1]
-    *_, value = _query_key_value(block.attn, block.attn.qkv(block.norm1(tokens)))
+    together = block.attn.qkv(block.norm1(tokens)).unflatten(2, (3, block.attn.num_heads, -1))  # queries, keys, values
+    value = together[:, :, 2].transpose(1, 2)  # (B, heads, N, d)
     if attention == "value-value":
         value = F.scaled_dot_product_attention(value, value, value)
     return model.norm(block.ls1(block.attn.proj(value.transpose(1, 2).flatten(2))))
@@ -877,27 +870,33 @@ def _dense_tokens(model: Any, tokens: torch.Tensor, attention: str) -> torch.Ten
 
 @contextmanager
 def _attention_of(blocks: Sequence[Any]) -> Iterator[Any]:
-    """The attention of each of the blocks, (B, N, N), as it comes by in a forward pass: timm's own keeps it inside."""
+    """The attention of each of the blocks, the mean over heads, (B, N, N), as it comes by in a forward pass.
+
+    timm's fused attention keeps its weights; its other one sends them through a dropout, so that they are made once.
+    """
     found: list[torch.Tensor] = []
-
-    def keep(block: Any) -> Any:
-        return lambda _, __, together: found.append(_attention(block.attn, together))
-
-    handles = [block.attn.qkv.register_forward_hook(keep(block)) for block in blocks]
+    fused = {block.attn: block.attn.fused_attn for block in blocks}
+    handles = [
+        attention.attn_drop.register_forward_pre_hook(lambda _, given: found.append(_mean_over_heads(*given)))
+        for attention in fused
+    ]
     try:
+        for attention in fused:
+            attention.fused_attn = False
         yield found
     finally:
-        for handle in handles:
+        for handle, (attention, before) in zip(handles, fused.items(), strict=True):
             handle.remove()
+            attention.fused_attn = before
 
 
-def _attention(attention: Any, together: torch.Tensor) -> torch.Tensor:
-    """softmax(q kᵀ / √d), the mean over heads, (B, N, N), of which no more than two are in memory at a time."""
-    query, key, _ = _query_key_value(attention, together)
-    total: Any = 0
-    for q, k in zip((query * attention.scale).unbind(1), key.unbind(1), strict=True):
-        total = total + (q @ k.mT).softmax(dim=2, dtype=torch.promote_types(q.dtype, torch.float32))
-    return total / query.shape[1]
+def _mean_over_heads(attention: torch.Tensor) -> torch.Tensor:
+    """(B, N, N) in float32 at least, summed in place: `mean` takes twice as long."""
+    first, *others = attention.unbind(1)
+    total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+    for each in others:
+        total += each
+    return total / attention.shape[1]
 
 
 def _without_gradient(model: nn.Module) -> Iterator[str]:
