@@ -67,7 +67,9 @@ class ScheduleConfig(Settings):
     weight_decay: float = setting(0.01, "weight decay of the optimiser", least=0)
     max_grad_norm: float = setting(0.0, "clip the gradient's norm to this; 0: do not clip", least=0)
     seed: int = setting(0, "seed of weights, order and views", least=0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "Accelerate's precision")
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = setting(
+        "no", "Accelerate's precision; auto: bf16 where the device computes it itself, else no"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,19 +23,11 @@ from cosa_hf.inference import Segmenter
 from cosa_hf.objective.overall import CoSAObjective, mask_targets
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.targets import Targets
-from cosa_hf.training.checkpoints import (
-    Checkpoints,
-    Progress,
-    TrainedWeights,
-    TrainingData,
-    checkpoint_files,
-    save_networks,
-    snapshot_directory,
-    snapshots,
-)
+from cosa_hf.training.checkpoints import Checkpoints, checkpoint_files
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.features import MAPS
 from cosa_hf.training.guard import RunGuard
+from cosa_hf.training.precision import computes_bf16, settle_precision
 from cosa_hf.training.resume import require_unused, resume
 from cosa_hf.training.setup import (
     build_optimizer,
@@ -49,6 +41,8 @@ from cosa_hf.training.setup import (
     training_data,
     training_loader,
 )
+from cosa_hf.training.snapshots import save_networks, snapshot_directory, snapshots
+from cosa_hf.training.states import Progress, TrainedWeights, TrainingData
 from cosa_hf.training.telemetry import Telemetry, label_statistics, mixture_values
 
 
@@ -84,7 +78,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig) -> None:
-        self.config = config
+        self.config = config = settle_precision(config)
         self.accelerator = make_accelerator(config)
         if not config.resume:
             output_dir = Path(config.output_dir)
@@ -302,6 +296,8 @@ class Trainer:
             )
         if self.untagged:
             say(f"left out {len(self.untagged)} images without a tag: {list_some(self.untagged)} (all in run.json)")
+        if config.mixed_precision == "bf16" and not computes_bf16():
+            say("bf16 is emulated on this device and takes many times as long as fp32: --mixed_precision auto or no")
         if config.supervision == "tags" and config.reads_masks:
             say(
                 "ORACLE: guidance gt reads the ground-truth masks of the training images (Fig. 1). This run is not "
