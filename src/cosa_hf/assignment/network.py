@@ -124,13 +124,10 @@ class AssignmentNetwork(nn.Module):
             masks: class ids, (B, H, W), for the guidance `gt` alone.
             batch_size: images per forward pass, to save memory; default: all.
             reduce: mean over processes, which so have the same xi.
-            encoded: the frozen encoder's maps of the images by name, see `training.features.encode`.
+            encoded: what the backbone's frozen part made of the images, in their place; it is seen as it is.
         """
-        if encoded is None:
-            assert weak is not None
-            fused = self._forward(weak, batch_size or len(weak))
-        else:
-            fused = self._forward_heads(**encoded)
+        inputs: Any = {"weak": weak} if encoded is None else encoded
+        fused = self._forward(inputs, batch_size or len(labels))
         tokens = valid_tokens(valid, fused.cam_logits)
         cams = normalize_cams(fused.cam_logits, labels, tokens)
         aux_cams = normalize_cams(fused.aux_cam_logits, labels, tokens)
@@ -159,25 +156,24 @@ class AssignmentNetwork(nn.Module):
         yield network
         network.train(was_training)
 
-    def _forward(self, weak: Tensor, batch_size: int) -> MultiScaleOutput:
-        """All maps of the network that labels."""
+    def _forward(self, inputs: dict[str, Tensor], batch_size: int) -> MultiScaleOutput:
+        """All maps of the network that labels, `batch_size` images at a time."""
+        pieces = zip(*(maps.split(batch_size) for maps in inputs.values()), strict=True)
         with self._labelling_network() as network:
-            fused = [
-                forward_multiscale(network, images, self.config.label_scales, cam_fusion=self.config.cam_fusion)
-                for images in weak.split(batch_size)
-            ]
+            fused = [self._fused(network, **dict(zip(inputs, piece, strict=True))) for piece in pieces]
         parts: Any = zip(*(vars(each).values() for each in fused), strict=True)
         joined: Any = [None if maps[0] is None else torch.cat(maps) for maps in parts]
         return MultiScaleOutput(*joined)
 
-    def _forward_heads(
-        self, features: Tensor, aux_features: Tensor, affinity: Tensor | None = None
+    def _fused(
+        self, network: CoSAForWeaklySupervisedSegmentation, weak: Tensor | None = None, **encoded: Tensor
     ) -> MultiScaleOutput:
-        """The same of features that are known: one view, as they are."""
-        with self._labelling_network() as network:
-            outputs = network.forward_heads(features, aux_features)
+        """Of images over scales and flips, or of what is encoded already, one view as it is."""
+        if weak is not None:
+            return forward_multiscale(network, weak, self.config.label_scales, cam_fusion=self.config.cam_fusion)
+        outputs = network(encoded=encoded, output_affinity=network.config.affinity != "none")
         maps = {name: at_least_float32(outputs[name]) for name in ("cls_logits", "cam_logits", "aux_cam_logits")}
-        return MultiScaleOutput(at_least_float32(cast(Tensor, outputs.logits)), **maps, affinity=affinity)
+        return MultiScaleOutput(at_least_float32(outputs.logits), **maps, affinity=outputs.affinity)
 
     @torch.no_grad()
     def distance(self, online: CoSAForWeaklySupervisedSegmentation) -> float:
