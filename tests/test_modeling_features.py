@@ -266,6 +266,7 @@ def test_of_a_frozen_encoder_all_maps_are_made_beforehand(name):
         assert torch.equal(found, each)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # as in test_modeling_cosa
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_rest_learns_from_tokens_as_from_images(checkpointing):
     model = build(aux_layer=-2).train()

@@ -204,8 +204,8 @@ def encoded_images(
         )
     if model.backbone.frozen_layer is None:
         raise ValueError(
-            f"frozen_blocks {config.frozen_blocks} of {config.backbone} cannot be cached, only blocks of a plain ViT can: "
-            "pass --cache_features never, or --frozen_blocks all"
+            f"frozen_blocks {config.frozen_blocks} of {config.backbone} cannot be cached: only a plain ViT goes on "
+            "from there. Pass --cache_features never, or --frozen_blocks all"
         )
     assert isinstance(dataset, Dataset)
     root = default_directory() if chosen == "auto" else Path(chosen)
