@@ -236,7 +236,7 @@ class CoSABackbone(nn.Module):
             return f"timm cannot return feature maps of backbone {name!r}: {own}"
         return f"backbone {name!r} takes images of {width}x{height}, not of any size: choose another"
 
-    def _wanted(self, affinity: bool = True) -> "_Wanted":
+    def _wanted(self, affinity: bool = True) -> _Wanted:
         """F, F† and, with `affinity`, what tokens are alike by, if the config names it."""
         config = self.config
         maps: dict[str, tuple[int, str]] = {
@@ -247,12 +247,12 @@ class CoSABackbone(nn.Module):
             maps["affinity"] = (config.affinity_layer, "standard")
         return _Wanted(maps, config.affinity_blocks if affinity and config.affinity == "attention" else [])
 
-    def _split(self, affinity: bool) -> "tuple[_Wanted, _Wanted]":
+    def _split(self, affinity: bool) -> tuple[_Wanted, _Wanted]:
         """What of this the frozen part makes, and what the blocks after it do."""
         assert self.frozen_layer is not None, "nothing to go on from"
         return self._wanted(affinity).split(self.frozen_layer)
 
-    def _maps(self, model: Any, source: "torch.Tensor | _Tokens", wanted: "_Wanted") -> dict[str, torch.Tensor]:
+    def _maps(self, model: Any, source: torch.Tensor | _Tokens, wanted: _Wanted) -> dict[str, torch.Tensor]:
         """Maps by name, of images or of what the frozen blocks have made of them."""
         if self._is_pyramid:
             return self._levels(model, source, wanted.maps)
@@ -291,7 +291,7 @@ class CoSABackbone(nn.Module):
             for name, level in found.items()
         }
 
-    def _outputs_of_images(self, model: Any, pixel_values: torch.Tensor, layers: set[int]) -> "dict[int, _Tokens]":
+    def _outputs_of_images(self, model: Any, pixel_values: torch.Tensor, layers: set[int]) -> dict[int, _Tokens]:
         """What the layers of a ViT make; 0 is its final norm."""
         indices = sorted({min(layer, -1) for layer in layers})
         options: dict[str, Any] = self._intermediates | {"indices": indices}
@@ -308,7 +308,7 @@ class CoSABackbone(nn.Module):
             outputs[0] = outputs[-1].replaced(normed)
         return outputs
 
-    def _outputs_of_tokens(self, model: Any, start: "_Tokens", layers: set[int]) -> "dict[int, _Tokens]":
+    def _outputs_of_tokens(self, model: Any, start: _Tokens, layers: set[int]) -> dict[int, _Tokens]:
         """The same of what the frozen blocks have made."""
         assert self.frozen_layer is not None
         outputs, tokens = {self.frozen_layer: start}, start.joined
@@ -376,7 +376,7 @@ class CoSABackbone(nn.Module):
         if rest.maps or rest.blocks:
             for name, each in self._maps(self.model, _Tokens(encoded["tokens"], encoded["prefix"]), rest).items():
                 maps[name] = maps[name] + each if name in maps else each  # attention of frozen and of other blocks
-        return tuple(maps[name] for name in MAPS if name in maps and (affinity or name != "affinity"))
+        return tuple(maps[name] for name in (MAPS if affinity else MAPS[:2]) if name in maps)
 
     def train(self, mode: bool = True) -> "CoSABackbone":
         """Switches the mode of all but batch norm, as a few crops are too few for statistics, and frozen modules."""
@@ -961,17 +961,19 @@ def _attention_of(blocks: Sequence[Any]) -> Iterator[Any]:
     """
     found: list[torch.Tensor] = []
     fused = {block.attn: block.attn.fused_attn for block in blocks}
-    handles = [
-        attention.attn_drop.register_forward_pre_hook(lambda _, given: found.append(_mean_over_heads(*given)))
-        for attention in fused
-    ]
+
+    def keep(_: nn.Module, given: tuple[torch.Tensor]) -> None:
+        found.append(_mean_over_heads(*given))
+
+    handles = [block.attn.attn_drop.register_forward_pre_hook(keep) for block in blocks]
     try:
         for attention in fused:
             attention.fused_attn = False
         yield found
     finally:
-        for handle, (attention, before) in zip(handles, fused.items(), strict=True):
+        for handle in handles:
             handle.remove()
+        for attention, before in fused.items():
             attention.fused_attn = before
 
 

@@ -126,8 +126,7 @@ class AssignmentNetwork(nn.Module):
             reduce: mean over processes, which so have the same xi.
             encoded: what the backbone's frozen part made of the images, in their place; it is seen as it is.
         """
-        inputs: Any = {"weak": weak} if encoded is None else encoded
-        fused = self._forward(inputs, batch_size or len(labels))
+        fused = self._forward(weak, encoded, batch_size or len(labels))
         tokens = valid_tokens(valid, fused.cam_logits)
         cams = normalize_cams(fused.cam_logits, labels, tokens)
         aux_cams = normalize_cams(fused.aux_cam_logits, labels, tokens)
@@ -156,24 +155,21 @@ class AssignmentNetwork(nn.Module):
         yield network
         network.train(was_training)
 
-    def _forward(self, inputs: dict[str, Tensor], batch_size: int) -> MultiScaleOutput:
-        """All maps of the network that labels, `batch_size` images at a time."""
-        pieces = zip(*(maps.split(batch_size) for maps in inputs.values()), strict=True)
+    def _forward(self, weak: Tensor | None, encoded: dict[str, Tensor] | None, batch_size: int) -> MultiScaleOutput:
+        """All maps of the network that labels: over scales and flips, or of the one view that is encoded."""
         with self._labelling_network() as network:
-            fused = [self._fused(network, **dict(zip(inputs, piece, strict=True))) for piece in pieces]
+            if encoded is None:
+                assert weak is not None
+                fused = [
+                    forward_multiscale(network, images, self.config.label_scales, cam_fusion=self.config.cam_fusion)
+                    for images in weak.split(batch_size)
+                ]
+            else:
+                pieces = zip(*(maps.split(batch_size) for maps in encoded.values()), strict=True)
+                fused = [_one_view(network, dict(zip(encoded, piece, strict=True))) for piece in pieces]
         parts: Any = zip(*(vars(each).values() for each in fused), strict=True)
         joined: Any = [None if maps[0] is None else torch.cat(maps) for maps in parts]
         return MultiScaleOutput(*joined)
-
-    def _fused(
-        self, network: CoSAForWeaklySupervisedSegmentation, weak: Tensor | None = None, **encoded: Tensor
-    ) -> MultiScaleOutput:
-        """Of images over scales and flips, or of what is encoded already, one view as it is."""
-        if weak is not None:
-            return forward_multiscale(network, weak, self.config.label_scales, cam_fusion=self.config.cam_fusion)
-        outputs = network(encoded=encoded, output_affinity=network.config.affinity != "none")
-        maps = {name: at_least_float32(outputs[name]) for name in ("cls_logits", "cam_logits", "aux_cam_logits")}
-        return MultiScaleOutput(at_least_float32(outputs.logits), **maps, affinity=outputs.affinity)
 
     @torch.no_grad()
     def distance(self, online: CoSAForWeaklySupervisedSegmentation) -> float:
@@ -184,6 +180,12 @@ class AssignmentNetwork(nn.Module):
         )
         total = sum(parameter.square().sum() for parameter in online.parameters())
         return float((cast(Tensor, apart) / total).sqrt())
+
+
+def _one_view(network: CoSAForWeaklySupervisedSegmentation, encoded: dict[str, Tensor]) -> MultiScaleOutput:
+    outputs = network(encoded=encoded, output_affinity=network.config.affinity != "none")
+    maps = {name: at_least_float32(outputs[name]) for name in ("cls_logits", "cam_logits", "aux_cam_logits")}
+    return MultiScaleOutput(at_least_float32(outputs.logits), **maps, affinity=outputs.affinity)
 
 
 __all__ = ["AssignmentNetwork", "TeacherConfig"]
