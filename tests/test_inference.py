@@ -16,7 +16,7 @@ from cosa_hf.data.images import UnreadableImageError
 from cosa_hf.inference import Segmenter, crf_size, forward_multiscale, has_cams, load_model, segmentation_logits
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
-from cosa_hf.objective.affinity import spread_cams, spread_segmentation
+from cosa_hf.objective.affinity import foreground, spread_cams
 from cosa_hf.objective.pseudo_labels import restrict_to_labels
 
 # Name of a fused field, and of what it is made from in one output of the model.
@@ -530,7 +530,7 @@ def test_a_segmenter_spreads_the_segmentation_of_tags_and_of_recognised_classes(
     recognised = (one.cls_logits >= 0).float()
     assert recognised.tolist() == [1, 0, 0]
     for maps, labels in ((one.spread_seg_tags, one.labels), (one.spread_seg, recognised)):
-        expected = spread_segmentation(one.seg_logits[None], labels[None], source, spreading.config)[0]
+        expected = spread_cams(foreground(one.seg_logits[None], labels[None]), source, spreading.config)[0]
         torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-4)
     mask, confidence = one.label("seg_tags_spread", threshold=0.4)
     torch.testing.assert_close(confidence, one.upsample(one.spread_seg_tags).amax(0))

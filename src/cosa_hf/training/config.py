@@ -276,8 +276,8 @@ class FrozenConfig(Settings):
     )
     cache_features: str = setting(
         "auto",
-        "frozen_blocks all: encode each image once, plain and mirrored, to disk; auto: on a machine without GPU, "
-        "below the Hub's cache; never; or a directory",
+        "with frozen blocks: run them once an image, plain and mirrored, and keep what they make on disk; auto: on a "
+        "machine without GPU, below the Hub's cache; never; or a directory",
     )
 
     def __post_init__(self) -> None:

@@ -184,16 +184,16 @@ def encoded_images(
     dataset: Dataset | IterableDataset,
     accelerator: Accelerator,
 ) -> EncodedImages | None:
-    """The images as a frozen encoder sees them, encoded once; None for a run that encodes in every step.
+    """The images as the encoder's frozen part sees them, encoded once; None for a run that encodes in every step.
 
     Raises:
         ValueError: settings that need the images themselves.
         OSError: no room on the disk.
     """
     chosen = config.cache_features
-    if config.frozen_blocks != "all":
+    if config.frozen_blocks == "0":
         if chosen not in ("auto", "never"):
-            raise ValueError(f"cache_features {chosen} needs frozen_blocks all, got {config.frozen_blocks}")
+            raise ValueError(f"cache_features {chosen} needs frozen_blocks, a number or all, got 0")
         return None
     if chosen == "never" or (chosen == "auto" and accelerator.device.type != "cpu"):
         return None
@@ -206,6 +206,11 @@ def encoded_images(
         raise ValueError(
             f"{unfit[0]} {getattr(config, unfit[0])} needs the images in every step, which cached features do not "
             "give: leave it out, or pass --cache_features never"
+        )
+    if model.backbone.frozen_layer is None:
+        raise ValueError(
+            f"frozen_blocks {config.frozen_blocks} of {config.backbone} cannot be cached: only a plain ViT goes on "
+            "from there. Pass --cache_features never, or --frozen_blocks all"
         )
     assert isinstance(dataset, Dataset)
     root = default_directory() if chosen == "auto" else Path(chosen)
@@ -223,18 +228,17 @@ def standardize(
     """Mean and deviation of the features over the first images, where the model's config asks for them."""
     if not model.config.standardize_features:
         return
+    device, training = next(model.parameters()).device, model.training
+    maps: Iterable[Any]  # generators: they run below, in eval mode and without gradient
     if encoded is not None:
         found = encoded.first(STANDARDIZED_OVER)
-        model.set_feature_statistics((maps["features"].float(), maps["aux_features"].float()) for maps in found)
-        return
-    device, training = next(model.parameters()).device, model.training
-    reading = Reading.of(processor)
+        maps = (model.backbone.complete({name: each.to(device).float() for name, each in one.items()}) for one in found)
+    else:
+        images = _readable(itertools.islice(undecoded(dataset), STANDARDIZED_OVER), Reading.of(processor))
+        maps = (model.backbone(processor(one, return_tensors="pt")["pixel_values"].to(device)) for one in images)
     model.eval()
     with torch.no_grad():
-        model.set_feature_statistics(
-            model.backbone(processor(image, return_tensors="pt")["pixel_values"].to(device))
-            for image in _readable(itertools.islice(undecoded(dataset), STANDARDIZED_OVER), reading)
-        )
+        model.set_feature_statistics(maps)
     model.train(training)
 
 

@@ -19,12 +19,12 @@ from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.evaluation.figures import save_visualizations
 from cosa_hf.files import whole_file
 from cosa_hf.inference import Segmenter
+from cosa_hf.modeling_cosa import ENCODED
 from cosa_hf.objective.overall import CoSAObjective, mask_targets
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.targets import Targets
 from cosa_hf.training.checkpoints import Checkpoints, checkpoint_files
 from cosa_hf.training.config import TrainingConfig
-from cosa_hf.training.features import MAPS
 from cosa_hf.training.guard import RunGuard
 from cosa_hf.training.precision import computes_bf16, settle_precision
 from cosa_hf.training.resume import require_unused, resume
@@ -160,7 +160,7 @@ class Trainer:
         with bf16 if self.config.bf16_assignment else self.accelerator.autocast():
             return self.teacher.label(
                 batch.get("weak"), batch["labels"], batch["valid"], batch.get("mask"), self.config.batch_size,
-                self.mean, encoded={name: batch[name] for name in MAPS if name in batch} or None,
+                self.mean, encoded_part(batch),
             )  # fmt: skip
 
     def targets(self, labels: PseudoLabels | None, batch: dict[str, Any]) -> Targets | None:
@@ -315,11 +315,15 @@ class Trainer:
             )
 
 
-def student_inputs(micro: dict[str, Any]) -> dict[str, Tensor]:
-    """What the online network sees: the strong view, or features that are known already."""
-    if "features" in micro:
-        return {name: micro[name] for name in ("features", "aux_features")}
-    return {"pixel_values": micro["strong"]}
+def encoded_part(batch: dict[str, Any]) -> dict[str, Tensor] | None:
+    """What the encoder's frozen part has made of the images beforehand; None of a batch of views."""
+    return {name: batch[name] for name in ENCODED if name in batch} or None
+
+
+def student_inputs(micro: dict[str, Any]) -> dict[str, Any]:
+    """What the online network sees: the strong view, or what the frozen part of it has made already."""
+    encoded = encoded_part(micro)
+    return {"pixel_values": micro["strong"]} if encoded is None else {"encoded": encoded}
 
 
 def micro_batches(
