@@ -1,5 +1,7 @@
 """What a run builds from its configuration."""
 
+import torch
+
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.setup import build_student
 
@@ -16,3 +18,5 @@ def test_the_students_config_has_every_choice_of_the_recipe():
     assert {name: getattr(student.config, name) for name in chosen} == chosen
     assert student.config.id2label == {0: "background", 1: "cat", 2: "dog"}
     assert student.decoder.hidden.weight.shape == (8, 128, 1, 1)
+    patches = student.backbone.model.patch_embed.proj.weight
+    assert patches.is_contiguous(memory_format=torch.channels_last)  # convolutions are faster
