@@ -29,6 +29,7 @@ from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.labels import collate, labels_to_learn, weighted_loss
 from cosa_hf.multistage.networks import build_network, encoder_of
 from cosa_hf.pseudo_labels.load import Exported
+from cosa_hf.training.precision import settle_precision
 from cosa_hf.training.resume import require_unused
 from cosa_hf.training.setup import evaluation_data, hardware
 
@@ -48,6 +49,7 @@ def train_multistage(config: MultistageConfig) -> Path:
         FloatingPointError: the loss is no longer finite; the message names the images.
         SystemExit: after SIGTERM, once a checkpoint is saved.
     """
+    config = settle_precision(config)
     checkpoint, arguments = _checkpoint(config), _arguments(config)
     terminate = signal.getsignal(signal.SIGTERM)
     set_seed(config.seed)

@@ -28,7 +28,7 @@ class _Data(NamedTuple):
 
 _DATA = {
     "voc": _Data(
-        "PASCAL VOC 2012 (train_aug: with the images of SBD)",
+        "PASCAL VOC 2012",
         "VOCdevkit/VOC2012",
         "photographs from Flickr, under Flickr's terms of use; the owners keep their rights.",
         "PASCAL VOC holds Flickr photographs of 2012 and earlier, mostly European and American scenes; a third of them "
