@@ -33,7 +33,17 @@ def test_help_of_each_command_shows_an_example(name, capsys):
     assert "None)" not in shown
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--learning_speed", "1"], ["predict"]])
+def test_help_tells_what_an_option_is_by_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "MODEL directory of a saved model, or its name on the Hub" in shown
+    assert "--batch_size BATCH_SIZE images per forward pass (default: 8)" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["train", "--learning_speed", "1"], ["predict"], ["import", "coco", "export.json"]]
+)
 def test_usage_errors_end_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def test_a_training_ends_with_all_its_processes(tmp_path, monkeypatch):
     while is_running(training) or is_running(worker):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_sigterm_ends_it_with_the_status_of_one_killed(tmp_path, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(demo, "train_both", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            demo.run(tmp_path / "demo", "shapes-tiny")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == 143
 
 
 def test_a_directory_with_something_in_it_is_left_alone(tmp_path, complaint):

@@ -31,8 +31,8 @@ from cosa_hf.pseudo_labels.load import check_masks, load_pseudo_labels
 
 
 def export(segmenter, dataset, output_dir, **settings):
-    settings = {"source": "cam", "format": "png", "split": "train", "shard_size": 2} | settings
-    return export_pseudo_labels(segmenter, dataset, output_dir, progress=False, **settings)
+    settings = {"source": "cam", "format": "png", "split": "train", "shard_size": 2, "progress": False} | settings
+    return export_pseudo_labels(segmenter, dataset, output_dir, **settings)
 
 
 def expected_masks(segmenter, dataset, protocol, threshold=0.4):
@@ -108,8 +108,9 @@ def test_spread_cams_of_a_model_that_spreads_nothing_are_refused(segmenter, data
     assert not (tmp_path / "out").exists()
 
 
-def test_png_is_a_voc_directory_with_links_to_the_images(segmenter, dataset, columns, tmp_path):
-    export(segmenter, dataset, tmp_path / "out")
+def test_png_is_a_voc_directory_with_links_to_the_images(segmenter, dataset, columns, tmp_path, capsys):
+    export(segmenter, dataset, tmp_path / "out", progress=True)
+    assert "5/5 [" in capsys.readouterr().err
     read = load_voc(tmp_path / "out", "train", masks=True)
     assert class_names(read) == CLASSES
     assert read["labels"][:] == columns["labels"]

@@ -177,13 +177,14 @@ def no_room():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_ends_the_run_and_says_from_where_to_go_on(tiny, monkeypatch, no_room):
+def test_a_full_disk_ends_the_run_and_says_from_where_to_go_on(tiny, monkeypatch, capsys, no_room):
     on_call(checkpoints, "save_file", 2, lambda call: no_room() or call(), monkeypatch.setattr)
     config = tiny(checkpoint_every=2)
     with pytest.raises(OSError, match=r"cannot write the checkpoint of step 4 .*too large.* step-0000002") as caught:
         train(config)
     assert names_of(config) == ["step-0000002"]
     assert "step-0000002.safetensors with --resume" in caught.value.__notes__[0]
+    assert "\nerror: cannot write the checkpoint of step 4" in capsys.readouterr().err  # nor is there room at the end
 
 
 @pytest.mark.parametrize("name", ["init_trackers", "log", "end_training"])

@@ -21,6 +21,8 @@ def test_the_students_config_has_every_choice_of_the_recipe():
     assert {name: getattr(student.config, name) for name in chosen} == chosen
     assert student.config.id2label == {0: "background", 1: "cat", 2: "dog"}
     assert student.decoder.hidden.weight.shape == (8, 128, 1, 1)
+    patches = student.backbone.model.patch_embed.proj.weight
+    assert patches.is_contiguous(memory_format=torch.channels_last)  # convolutions are faster
 
 
 def learning_rates(config: TrainingConfig) -> Callable[[int], float]:
