@@ -31,6 +31,8 @@ from transformers import AutoModelForImageSegmentation, AutoModelForSemanticSegm
 folder, photos, options = sys.argv[1], sys.argv[2:], {options}
 config = AutoConfig.from_pretrained(folder, **options)
 processor = AutoImageProcessor.from_pretrained(folder, **options)
+twin = AutoImageProcessor.from_pretrained(folder, backend="torchvision", **options)
+assert (processor.backend, twin.backend) == ("pil", "torchvision")
 models = [
     auto_class.from_pretrained(folder, **options)
     for auto_class in (AutoModel, AutoModelForSemanticSegmentation, AutoModelForImageSegmentation)
@@ -38,6 +40,8 @@ models = [
 digests, masks = [], []
 for photo in photos:
     image = Image.open(photo)
+    pixels = [each(image, do_normalize=False, return_tensors="pt").pixel_values for each in (processor, twin)]
+    assert (pixels[0] - pixels[1]).abs().max() < 1.01 / 255
     with torch.no_grad():
         logits = [model(**processor(image, return_tensors="pt")).logits for model in models]
     assert all(torch.equal(each, logits[0]) for each in logits)
@@ -52,7 +56,7 @@ segments = [
     for photo in photos
 ]
 {afterwards}
-modules = sorted({{type(each).__module__.split(".")[0] for each in (config, processor, segmenter.model)}})
+modules = sorted({{type(each).__module__.split(".")[0] for each in (config, processor, twin, segmenter.model)}})
 print(json.dumps({{"digests": digests, "masks": masks, "segments": segments, "modules": modules}}))
 """
 INSTALLED = READER.format(preparation="import cosa_hf", options="{}", afterwards="")
@@ -65,6 +69,7 @@ copy = folder + "-copy"
 models[0].save_pretrained(copy)
 processor.save_pretrained(copy)
 again = AutoModelForSemanticSegmentation.from_pretrained(copy, **options)
+assert AutoImageProcessor.from_pretrained(copy, backend="torchvision", **options).to_dict() == twin.to_dict()
 image = AutoImageProcessor.from_pretrained(copy, **options)(Image.open(photos[-1]), return_tensors="pt")
 with torch.no_grad():
     assert torch.equal(again(**image).logits, logits[0])
