@@ -36,6 +36,8 @@ def stage(
     recipe: str | Path | None = None,
     benchmark: str | None = None,
     license: str = "apache-2.0",
+    license_name: str | None = None,
+    license_link: str | None = None,
     notes: str | Path | None = None,
 ) -> None:
     """Write into `folder` all that the repository `repo_id` is going to hold, and nothing else.
@@ -55,13 +57,15 @@ def stage(
         benchmark: data set on the Hub, "org/name", whose leaderboard the scores are for; the Hub shows
             `.eval_results` of registered benchmarks only. Default: the name in the report.
         license: identifier of the Hub for the weights' licence.
+        license_name: of the licence "other", which the Hub has no identifier for.
+        license_link: where that one can be read: an address, or a file, which is published as `LICENSE`.
         notes: a Markdown file that the card begins with.
 
     Raises:
         FileNotFoundError: a file of the model, or a file or directory that was named, is missing.
         FileExistsError: `folder` is not empty.
-        ValueError: the report is of other weights or broken, the recipe of another network, or transformers does not
-            know the model.
+        ValueError: the report is of other weights or broken, the recipe of another network, a licence named that the
+            Hub knows, or transformers does not know the model.
     """
     model, folder = Path(model), Path(folder)
     config = AutoConfig.from_pretrained(model) if (model / "config.json").is_file() else None
@@ -80,19 +84,10 @@ def stage(
     images = _images(Path(panels)) if panels else []
     if notes and not Path(notes).is_file():
         raise FileNotFoundError(f"no notes {notes}")
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in model_files:
-        shutil.copyfile(model / name, folder / name)
-    if settings:
-        settings.to_yaml(folder / "recipe.yaml")
-    if images:
-        (folder / "panels").mkdir()
-    for image in images:
-        shutil.copyfile(image, folder / "panels" / image.name)
-    if scores:
-        _write_eval_results(scores, folder / ".eval_results", benchmark)
-    model_card(
+    terms = Path(license_link) if license_link and "://" not in license_link else None
+    if terms and not terms.is_file():
+        raise FileNotFoundError(f"no license_link {terms}: give an address, https://..., or a file")
+    card = model_card(
         repo_id,
         config,
         settings,
@@ -101,8 +96,25 @@ def stage(
         weights_sha256=digest,
         panels=[image.name for image in images],
         license=license,
+        license_name=license_name,
+        license_link=f"LICENSE{terms.suffix}" if terms else license_link,
         notes=Path(notes).read_text(encoding="utf-8").strip() if notes else None,
-    ).save(folder / "README.md")
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in model_files:
+        shutil.copyfile(model / name, folder / name)
+    if terms:
+        shutil.copyfile(terms, folder / f"LICENSE{terms.suffix}")
+    if settings:
+        settings.to_yaml(folder / "recipe.yaml")
+    if images:
+        (folder / "panels").mkdir()
+    for image in images:
+        shutil.copyfile(image, folder / "panels" / image.name)
+    if scores:
+        _write_eval_results(scores, folder / ".eval_results", benchmark)
+    card.save(folder / "README.md")
 
 
 def publish(folder: str | Path, repo_id: str, private: bool = False) -> str:
