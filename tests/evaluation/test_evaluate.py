@@ -160,6 +160,17 @@ def test_scores_equal_the_slow_reference(case, batch_size, threshold):
     assert report["protocol"]["cam_threshold"] == threshold
 
 
+def test_true_negatives_count_where_the_classification_is_scored():
+    """The boat's logit is 1, that of the image without one 2: half of the precision that it has among tagged images."""
+    cam = np.zeros((2, 3, *GRID))
+    cam[0, 0], cam[1, 0] = 1, 2
+    model, masks = TableModel(np.zeros((2, 4, *GRID)), cam, cam), [np.eye(*GRID, dtype=int), np.zeros(GRID, int)]
+    for negative, precision, untagged in (False, 100, ["image-1"]), (True, 50, []):
+        dataset = make_dataset(masks, [[0], []]).add_column("negative", [False, negative])
+        report = score(model, dataset)
+        assert (report["cls_ap"]["boat"], report["untagged"]) == (precision, untagged)
+
+
 def test_predictions_are_the_images_own_size_and_in_order(case):
     model, dataset, (masks, tags, maps) = case
     predictions = list(segmenter(model, batch_size=2).predict(dataset))

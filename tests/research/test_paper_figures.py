@@ -16,8 +16,8 @@ from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImagePr
 from cosa_hf.data import SHAPES_CLASSES, SHAPES_COEXISTENCE, load_shapes
 from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.inference import Segmenter
-from cosa_hf.training.checkpoints import save_networks, snapshot_directory
 from cosa_hf.training.config import TrainingConfig
+from cosa_hf.training.snapshots import save_networks, snapshot_directory
 
 SCRIPT = Path(__file__).resolve().parents[2] / "research" / "figures.py"
 QUICK = ("--dataset", "shapes", "--num_images", "4", "--scales", "1", "--no_flip")

@@ -15,8 +15,9 @@ from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.training import checkpoints, setup, trainer
-from cosa_hf.training.checkpoints import Checkpoints, Progress
+from cosa_hf.training.checkpoints import Checkpoints
 from cosa_hf.training.guard import Phase, RunGuard
+from cosa_hf.training.states import Progress
 from cosa_hf.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from cosa_hf.assignment.network import TeacherConfig
 from cosa_hf.assignment.threshold import ThresholdConfig
 from cosa_hf.configuration_cosa import CoSAConfig
+from cosa_hf.data.appearance import AppearanceConfig
 from cosa_hf.data.options import DataConfig
 from cosa_hf.data.views import ViewConfig
 from cosa_hf.files import whole_file
@@ -288,8 +289,9 @@ class FrozenConfig(Settings):
 
 @dataclass(kw_only=True)
 class TrainingConfig(
-    RunConfig, TagsConfig, ModelConfig, FrozenConfig, TeacherConfig, AffinityConfig, ThresholdConfig, ObjectiveConfig
-):
+    RunConfig, TagsConfig, AppearanceConfig, ModelConfig, FrozenConfig, TeacherConfig, AffinityConfig, ThresholdConfig,
+    ObjectiveConfig,
+):  # fmt: skip
     """One run of CoSA. The defaults are the paper's for VOC (Sec. 4.1, Tab. 5, 8-10).
 
     Raises:
@@ -301,8 +303,8 @@ class TrainingConfig(
     """
 
     parts: ClassVar[tuple[Any, ...]] = (
-        DataConfig, TagsConfig, ViewConfig, ModelConfig, WeightsConfig, FrozenConfig, ScheduleConfig, TeacherConfig,
-        AffinityConfig, ThresholdConfig, ObjectiveConfig, OutputConfig,
+        DataConfig, TagsConfig, ViewConfig, AppearanceConfig, ModelConfig, WeightsConfig, FrozenConfig, ScheduleConfig,
+        TeacherConfig, AffinityConfig, ThresholdConfig, ObjectiveConfig, OutputConfig,
     )  # fmt: skip
     places: ClassVar[tuple[str, ...]] = (*RunConfig.places, "cache_features")
     in_checkpoint: ClassVar[tuple[str, ...]] = (

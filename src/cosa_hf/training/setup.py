@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,14 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from transformers import get_polynomial_decay_schedule_with_warmup
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, without_untagged
+from cosa_hf.data.appearance import AppearanceConfig
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.encoded import EncodedDataset
 from cosa_hf.data.ground_truth import require_ground_truth
@@ -120,7 +124,8 @@ def training_loader(
 ) -> DataLoader:
     """The whole run as one sequence of steps, each a batch here: position in it is all that a resume has to know."""
     scales = (config.scale_min, config.scale_max)
-    views = Views(config.crop_size, processor.image_mean, processor.image_std, scale_range=scales)
+    colors = config.part(AppearanceConfig)
+    views = Views(config.crop_size, processor.image_mean, processor.image_std, scales, colors)
     batch_size = config.batch_size * config.gradient_accumulation_steps
     items = config.max_steps * batch_size  # of one process
     reading = Reading.of(processor)
@@ -243,14 +248,16 @@ def _readable(rows: Iterable[dict[str, Any]], reading: Reading) -> Iterator[Imag
 
 
 def build_processor(
-    config: RunConfig, model: CoSAForWeaklySupervisedSegmentation, reading: Reading = PHOTOS
+    config: TrainingConfig, model: CoSAForWeaklySupervisedSegmentation, reading: Reading = PHOTOS
 ) -> CoSAImageProcessor:
     """The image processor that is saved beside the model."""
-    data_config = model.backbone.data_config
+    colors: Mapping[str, Sequence[float]] = model.backbone.data_config
+    if config.normalization == "imagenet":
+        colors = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     return CoSAImageProcessor(
         size={"height": config.input_size, "width": config.input_size},
-        image_mean=list(data_config["mean"]),
-        image_std=list(data_config["std"]),
+        image_mean=list(colors["mean"]),
+        image_std=list(colors["std"]),
         **reading.settings,
     )
 
@@ -267,6 +274,17 @@ def build_optimizer(config: RunConfig, model: CoSAForWeaklySupervisedSegmentatio
         weight_decay=config.weight_decay,
         # One pass over the weights rather than a dozen. Under a gradient scaler it would skip steps unseen.
         fused=config.mixed_precision != "fp16",
+    )
+
+
+def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """A linear rise of all learning rates over `lr_warmup_steps`, then their polynomial decay to 0 at `max_steps`.
+
+    The decay counts from the end of the rise. Where it is to count from the first step, as in the released code, the
+    rates from there on are these times (1 - lr_warmup_steps / max_steps) ** lr_power.
+    """
+    return get_polynomial_decay_schedule_with_warmup(
+        optimizer, config.lr_warmup_steps, config.max_steps, lr_end=0.0, power=config.lr_power
     )
 
 

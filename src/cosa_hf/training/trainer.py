@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor
-from transformers import get_polynomial_decay_schedule_with_warmup
 
 from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data import class_names
@@ -23,16 +22,7 @@ from cosa_hf.inference import Segmenter
 from cosa_hf.objective.overall import CoSAObjective, mask_targets
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.targets import Targets
-from cosa_hf.training.checkpoints import (
-    Checkpoints,
-    Progress,
-    TrainedWeights,
-    TrainingData,
-    checkpoint_files,
-    save_networks,
-    snapshot_directory,
-    snapshots,
-)
+from cosa_hf.training.checkpoints import Checkpoints, checkpoint_files
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.features import MAPS
 from cosa_hf.training.guard import RunGuard
@@ -41,6 +31,7 @@ from cosa_hf.training.resume import require_unused, resume
 from cosa_hf.training.setup import (
     build_optimizer,
     build_processor,
+    build_schedule,
     build_student,
     encoded_images,
     evaluation_data,
@@ -50,6 +41,8 @@ from cosa_hf.training.setup import (
     training_data,
     training_loader,
 )
+from cosa_hf.training.snapshots import save_networks, snapshot_directory, snapshots
+from cosa_hf.training.states import Progress, TrainedWeights, TrainingData
 from cosa_hf.training.telemetry import Telemetry, label_statistics, mixture_values
 
 
@@ -107,9 +100,7 @@ class Trainer:
         self.color_steps = 255 * torch.tensor(self.processor.image_std, device=self.accelerator.device).view(3, 1, 1)
 
         optimizer = build_optimizer(config, self.student)
-        self.schedule = get_polynomial_decay_schedule_with_warmup(
-            optimizer, config.lr_warmup_steps, config.max_steps, lr_end=0.0, power=config.lr_power
-        )
+        self.schedule = build_schedule(config, optimizer)
         self.loader = training_loader(config, self.dataset, self.untagged, self.processor, self.accelerator, encoded)
         self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
         images = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
@@ -211,7 +202,7 @@ class Trainer:
         """What is logged as it is at a step."""
         threshold, aux_threshold = self.teacher.thresholds
         mixtures = mixture_values(threshold) | mixture_values(aux_threshold, "aux_")
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])
         return mixtures | {"an_on_distance": self.teacher.distance(self.student), "lr": rate}
 
     def _begin(self) -> None:
