@@ -1,12 +1,11 @@
 """The command `cosa-hf` as a whole: its help, its errors, its exit status."""
 
 import re
-import subprocess
 import sys
 import types
 
 import pytest
-from in_process import ROOT
+from in_process import ROOT, run_script
 
 from cosa_hf.cli import COMMANDS, main
 
@@ -86,9 +85,10 @@ def test_other_exceptions_pass(error, failing):
     assert raised.value is error
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
-def test_scripts_are_fronts_of_commands(script):
-    run = subprocess.run([sys.executable, ROOT / "scripts" / script, "--help"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert re.match(r"usage: cosa-hf \w+", run.stdout)
+def test_scripts_are_fronts_of_commands(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(monkeypatch, f"scripts/{script}", "--help")
+    assert stopped.value.code == 0
+    assert re.match(r"usage: cosa-hf \w+", capsys.readouterr().out)
+    assert str(ROOT / "scripts") not in sys.path

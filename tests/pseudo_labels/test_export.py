@@ -15,8 +15,9 @@ import torch
 from datasets import Dataset, load_dataset
 from pets import CLASSES
 from PIL import Image, ImageOps
+from tiny import square, tiny_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
 from cosa_hf.data import class_names, load_voc
 from cosa_hf.data.images import read_image, read_mask, undecoded
 from cosa_hf.data.tags import tag_features
@@ -420,11 +421,8 @@ def test_a_network_that_only_segments_labels_from_given_tags_alone(segmentation_
 
 @pytest.mark.parametrize("number", [254, 255, 300])
 def test_masks_have_the_bits_that_the_classes_need(columns, tmp_path, number):
-    torch.manual_seed(0)
     classes = [f"class {index}" for index in range(number)]
-    config = CoSAConfig(backbone="test_vit", decoder_channels=8, id2label=dict(enumerate(["background", *classes])))
-    processor = CoSAImageProcessor(size={"height": 48, "width": 48})
-    segmenter = Segmenter(CoSAForWeaklySupervisedSegmentation(config), processor)
+    segmenter = Segmenter(tiny_cosa(classes, decoder_channels=8), square(48))
     columns["labels"] = [[number - 1]] * 5
     dataset = Dataset.from_dict(columns, features=tag_features(classes))
     for format in ("png", "parquet"):
