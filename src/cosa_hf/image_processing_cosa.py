@@ -230,7 +230,7 @@ class CoSAImageProcessor(CoSAImageProcessing, PilBackend):
         size = kwargs.get("size")
         if isinstance(image, Image.Image) and kwargs.get("do_resize") and size and size.height and size.width:
             # Before it becomes an array, which of a large photo takes three more copies; the result is the same.
-            return self.resize(self._rgb(image), size, kwargs["resample"])
+            return self.resize(self._rgb(image), size, kwargs["resample"])  # type: ignore[arg-type]
         return super().process_image(image, *args, **kwargs)
 
 
