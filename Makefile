@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint format docs demo-model
+.PHONY: setup demo test test-all lint format docs demo-model
 
 setup: .venv/ready
 
@@ -20,8 +20,8 @@ demo: setup
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test-slow: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
+test-all: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow or not slow"
 
 lint: setup
 	$(BIN)/ruff check .

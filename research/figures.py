@@ -44,8 +44,8 @@ from cosa_hf.data import DatasetOptions
 from cosa_hf.files import check_output
 from cosa_hf.inference import require_cams
 from cosa_hf.progress import progress
-from cosa_hf.training.checkpoints import moments
 from cosa_hf.training.config import TrainingConfig
+from cosa_hf.training.snapshots import moments
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,15 @@ from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.evaluate import PROTOCOLS, evaluate
 from cosa_hf.files import check_output, whole_file
 from cosa_hf.inference import Segmenter
+from cosa_hf.training.precision import computes_bf16
 
 
 class SharedEncoder(nn.Module):
     """A backbone that remembers what it made of which images, in float16 on disk.
 
     Args:
-        backbone: the frozen encoder, in bf16 as `voc-clip` trains on it, or in float32.
-        bf16: which.
+        backbone: the frozen encoder, in the precision that `voc-clip` trains on it, or in float32.
+        bf16: whether that is bf16.
         directory: of its memory; one for each encoder and precision.
     """
 
@@ -59,9 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
     if len(encoders) > 1:
         raise ValueError(f"the models have {len(encoders)} encoders: give those that share a frozen one")
     (encoder,) = encoders
-    directory = args.features / f"{encoder[:16]}-{'float32' if args.float32 else 'bf16'}"
+    bf16 = computes_bf16() and not args.float32
+    directory = args.features / f"{encoder[:16]}-{'bf16' if bf16 else 'float32'}"
     directory.mkdir(parents=True, exist_ok=True)
-    dataset, shared = None, SharedEncoder(segmenters[0].model.backbone, not args.float32, directory)
+    dataset, shared = None, SharedEncoder(segmenters[0].model.backbone, bf16, directory)
     for name, segmenter in zip(args.models, segmenters, strict=True):
         dataset = dataset or dataset_of(args, options, segmenter, masks=True)
         weights = weights_sha256(segmenter.model)
@@ -81,7 +83,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, DatasetO
     parser.add_argument("--split", default="val", help="split of the dataset to score")
     parser.add_argument("--reports", type=Path, default=Path("reports"), help="directory to write to")
     parser.add_argument("--features", type=Path, default=Path("features"), help="directory of the encoder's memory")
-    parser.add_argument("--float32", action="store_true", help="the encoder runs in float32, not in bf16")
+    parser.add_argument("--float32", action="store_true", help="the encoder runs in float32, even where bf16 is native")
     add_inference(parser)
     return parse_dataset_args(parser, arguments or sys.argv[1:])
 

@@ -70,8 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
                     "folder-lite0", data_dir=str(args.output / table), output_dir=str(run), seed=seed, num_workers=0,
                     input_size=128, output_stride=16, frozen_blocks="all", cache_features=str(args.output / "cache"),
                     pooling="lse", classifier_bias=True, standardize_features=True, decoder="mlp",
-                    decoder_inputs="concat", max_steps=100, warmup_steps=60, lr_warmup_steps=10, learning_rate=2e-3,
-                    head_lr_multiplier=1, ema_momentum=0.9, checkpoint_every=0, eval_every=0, log_every=20,
+                    decoder_inputs="concat", max_steps=600, warmup_steps=400, lr_warmup_steps=20, learning_rate=2e-3,
+                    head_lr_multiplier=1, ema_momentum=0.98, checkpoint_every=0, eval_every=0, log_every=20,
                     tracker="none", backbone_weights=args.backbone_weights,
                 )
             )  # fmt: skip

@@ -1,5 +1,10 @@
-"""Settings that all tests share."""
+"""Settings and fixtures that all tests share.
 
+Fixtures import what they need themselves: pytest-xdist reads this file before it starts a process that runs tests, and
+torch and transformers take seconds.
+"""
+
+import functools
 import os
 import subprocess
 import sys
@@ -9,26 +14,7 @@ import sys
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
 from hypothesis import settings
-from in_process import run_command
-from pets import CLASSES
-from transformers import (
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    Mask2FormerImageProcessor,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
-    SwinConfig,
-)
-
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-from cosa_hf.data import SHAPES_CLASSES, load_shapes
-from cosa_hf.inference import Segmenter
-from cosa_hf.multistage.config import MultistageConfig
-from cosa_hf.multistage.networks import build_network
-from cosa_hf.pseudo_labels.export import export_pseudo_labels
 
 # The same examples in every run: a check that fails now and then tells a contributor nothing about the change at hand.
 settings.register_profile("same every run", deadline=None, derandomize=True, max_examples=60)
@@ -37,9 +23,39 @@ settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("same every run")
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first: whoever is done early then takes over many short ones, not waits for a long one."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_before():
+    """What takes most of a test's time and is the same in hundreds of them is done once.
+
+    That is to draw all of the embedded set, of which a command looks at a few images, and to find out what a backbone
+    gives, which is nearly all that building a tiny model takes.
+    """
+    from cosa_hf import data
+    from cosa_hf.modeling_cosa import CoSABackbone
+
+    probe, probed = CoSABackbone._probe, {}
+
+    def probe_once(self):
+        key = self.config.to_json_string(use_diff=False)
+        if key not in probed:
+            probed[key] = probe(self)
+        return probed[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_shapes", functools.cache(data.load_shapes))
+        patch.setattr(CoSABackbone, "_probe", probe_once)
+        yield
+
+
 @pytest.fixture
 def cosa_hf(capsys):
     """Runs a command that works, and returns what it prints."""
+    from in_process import run_command
 
     def cosa_hf(*arguments):
         capsys.readouterr()
@@ -54,6 +70,7 @@ def cosa_hf(capsys):
 @pytest.fixture
 def complaint(capsys):
     """What a command prints on stderr that ends with status 1 (2 with `usage`): errors, never a traceback."""
+    from in_process import run_command
 
     def complaint(*arguments, usage=False):
         capsys.readouterr()
@@ -66,6 +83,16 @@ def complaint(capsys):
         return printed.err
 
     return complaint
+
+
+@pytest.fixture
+def any_precision():
+    """A process has one precision; these tests want another."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")
@@ -83,14 +110,17 @@ def subprocess_of():
 @pytest.fixture(scope="session")
 def export(tmp_path_factory):
     """Exports CAM pseudo-labels of six drawn images, once for each format, by an untrained CoSA model."""
+    from tiny import square, tiny_cosa
+
+    from cosa_hf import Segmenter
+    from cosa_hf.data import load_shapes
+    from cosa_hf.pseudo_labels.export import export_pseudo_labels
+
     made = {}
 
     def directory(format):
         if format not in made:
-            torch.manual_seed(0)
-            config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
-            model = CoSAForWeaklySupervisedSegmentation(config).eval()
-            segmenter = Segmenter(model, CoSAImageProcessor(size={"height": 48, "width": 48}))
+            segmenter = Segmenter(tiny_cosa(), square(48))
             made[format] = tmp_path_factory.mktemp("export") / format
             images = load_shapes("train", num_images=6, image_size=48)
             export_pseudo_labels(
@@ -104,6 +134,13 @@ def export(tmp_path_factory):
 @pytest.fixture(scope="session")
 def mask2former(tmp_path_factory):
     """A directory with a tiny Mask2Former of 150 classes, as one downloads them."""
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
     directory = tmp_path_factory.mktemp("mask2former")
     swin = SwinConfig(
         image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
@@ -124,17 +161,18 @@ def mask2former(tmp_path_factory):
 @pytest.fixture(params=["cosa-ms", "segformer"])
 def segmentation_only(request, tmp_path):
     """A directory with a tiny network of another kind than CoSA, untrained."""
-    if request.param == "cosa-ms":
-        recipe = MultistageConfig(
-            network="largefov/test_resnet", pseudo_labels="labels", pretrained=False, decoder_channels=16
-        )
-        network, processor = build_network(recipe, ["background", *CLASSES])
-    else:
-        small = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
-        network = SegformerForSemanticSegmentation(
-            SegformerConfig(**small, decoder_hidden_size=8, id2label=dict(enumerate(["background", *CLASSES])))
-        )
-        processor = SegformerImageProcessor()
-    network.save_pretrained(tmp_path / "network")
-    processor.save_pretrained(tmp_path / "network")
+    from pets import CLASSES
+    from tiny import save_segformer
+
+    from cosa_hf.multistage.config import MultistageConfig
+    from cosa_hf.multistage.networks import build_network
+
+    names = ["background", *CLASSES]
+    if request.param == "segformer":
+        return save_segformer(tmp_path / "network", id2label=dict(enumerate(names)))
+    recipe = MultistageConfig(
+        network="largefov/test_resnet", pseudo_labels="labels", pretrained=False, decoder_channels=16
+    )
+    for part in build_network(recipe, names):
+        part.save_pretrained(tmp_path / "network")
     return tmp_path / "network"

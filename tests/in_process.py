@@ -28,4 +28,5 @@ def run_script(monkeypatch, script, *arguments):
         SystemExit: as the script does; its code is what it complains of.
     """
     monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
     runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import square, tiny_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, app
+from cosa_hf import app
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.inference import Segmenter
 
@@ -18,10 +19,7 @@ NAMES = ["background", *SHAPES_CLASSES]
 
 @pytest.fixture(scope="module")
 def segmenter():
-    torch.manual_seed(0)
-    config = CoSAConfig(backbone="test_vit", decoder_channels=32, id2label=dict(enumerate(NAMES)))
-    processor = CoSAImageProcessor(size={"height": 96, "width": 96})
-    return Segmenter(CoSAForWeaklySupervisedSegmentation(config).eval(), processor)
+    return Segmenter(tiny_cosa(decoder_channels=32), square(96))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import save_segformer, tiny_cosa, tiny_segformer
 from torch.nn import functional as F
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor, pipeline
+from transformers import SegformerImageProcessor, pipeline
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
@@ -15,7 +16,7 @@ from cosa_hf.data.images import UnreadableImageError
 from cosa_hf.inference import Segmenter, crf_size, forward_multiscale, has_cams, load_model, segmentation_logits
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
-from cosa_hf.objective.affinity import spread_cams, spread_segmentation
+from cosa_hf.objective.affinity import foreground, spread_cams
 from cosa_hf.objective.pseudo_labels import restrict_to_labels
 
 # Name of a fused field, and of what it is made from in one output of the model.
@@ -175,10 +176,7 @@ def test_maps_are_fused_in_full_precision(model, dtype):
 
 
 def test_a_network_without_cams_is_fused_on_a_grid_of_its_own(tmp_path):
-    small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
-    SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8)).save_pretrained(tmp_path)
-    SegformerImageProcessor().save_pretrained(tmp_path)
-    model, processor = load_model(str(tmp_path), "cpu")
+    model, processor = load_model(str(save_segformer(tmp_path)), "cpu")
     assert processor.size["height"] == 512
     assert not has_cams(model)
     pixel_values = images(64, 96)
@@ -255,15 +253,11 @@ SIZES = [(150, 100), (77, 130), (140, 90), (9, 300), (60, 40)]
 def save_network(kind, directory):
     """An untrained network of four classes, whose processor asks for a size that is not a multiple of 32."""
     torch.manual_seed(1)
-    id2label = dict(enumerate(NAMES))
     if kind == "cosa":
-        model = CoSAForWeaklySupervisedSegmentation(
-            CoSAConfig(backbone="test_vit", decoder_channels=16, id2label=id2label)
-        )
+        model = tiny_cosa(NAMES[1:], seed=1)
         processor = CoSAImageProcessor(size={"height": 90, "width": 70})
     elif kind == "segformer":
-        small = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
-        model = SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8, id2label=id2label))
+        model = tiny_segformer(id2label=dict(enumerate(NAMES)))
         processor = SegformerImageProcessor(size={"height": 90, "width": 70})
     else:
         config = MultistageConfig(
@@ -536,7 +530,7 @@ def test_a_segmenter_spreads_the_segmentation_of_tags_and_of_recognised_classes(
     recognised = (one.cls_logits >= 0).float()
     assert recognised.tolist() == [1, 0, 0]
     for maps, labels in ((one.spread_seg_tags, one.labels), (one.spread_seg, recognised)):
-        expected = spread_segmentation(one.seg_logits[None], labels[None], source, spreading.config)[0]
+        expected = spread_cams(foreground(one.seg_logits[None], labels[None]), source, spreading.config)[0]
         torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-4)
     mask, confidence = one.label("seg_tags_spread", threshold=0.4)
     torch.testing.assert_close(confidence, one.upsample(one.spread_seg_tags).amax(0))

@@ -124,11 +124,11 @@ def test_dense_maps_equal_reference(name, attention):
 
 @pytest.mark.parametrize("name", VITS)
 def test_mean_attention_equals_reference(name):
-    backbone = scrambled(CoSABackbone(config(name)))
     images, blocks = photos(2, 3, 48, 64), [-5, -2]
+    backbone = scrambled(CoSABackbone(config(name, affinity="attention", affinity_blocks=blocks)))
     seen = inputs_of(backbone, images)
     with torch.no_grad():
-        attention = backbone.mean_attention(images, blocks)
+        attention = backbone(images, affinity=True)[2]
     assert attention.shape == (2, 12, 12)
     prefix = backbone.model.num_prefix_tokens
     for image in range(2):
@@ -142,8 +142,8 @@ def test_mean_attention_equals_reference(name):
 
 
 def test_half_precision_attention_is_summed_in_full():
-    backbone = CoSABackbone(config()).to(torch.bfloat16)
-    assert backbone.mean_attention(photos(1, 3, 32, 32).bfloat16(), [-1]).dtype == torch.float32
+    backbone = CoSABackbone(config(affinity="attention", affinity_blocks=[-1])).to(torch.bfloat16)
+    assert backbone(photos(1, 3, 32, 32).bfloat16(), affinity=True)[2].dtype == torch.float32
 
 
 def test_a_middle_layer_is_its_blocks_output_and_later_blocks_are_left_out():
@@ -160,8 +160,6 @@ def test_a_middle_layer_is_its_blocks_output_and_later_blocks_are_left_out():
     for layer, found in ((-3, features), (-5, aux_features), (-4, affinity)):
         expected = seen[layer + 1][:, 1:].transpose(1, 2).unflatten(2, (4, 6))
         assert torch.equal(found, expected), layer
-    with pytest.raises(ValueError, match=r"the attention of blocks -6 to -3 can be taken"):
-        backbone.mean_attention(images, [-1])
 
 
 def test_either_map_can_be_either():
@@ -221,14 +219,81 @@ def test_biases_start_where_most_classes_are_absent():
     assert torch.cat([model.classifier.bias, model.aux_classifier.bias]).eq(-2).all()
 
 
-def test_attention_of_another_backbone_is_refused():
-    with pytest.raises(ValueError, match="'test_resnet' lacks"):
-        CoSABackbone(config("test_resnet", aux_layer=-2)).mean_attention(photos(1, 3, 32, 32), [-1])
-
-
 def test_an_affinity_that_the_config_lacks_is_refused():
     with pytest.raises(ValueError, match="affinity is not 'none'"):
         build()(photos(1, 3, 32, 32), output_affinity=True)
+
+
+# --- a frozen part, and what follows it ------------------------------------------------------------------
+
+
+ALL_BUT_TWO = [  # what the maps are, and what of them all blocks but the last two make
+    ({}, {"tokens", "prefix"}),
+    ({"aux_layer": -3}, {"aux_features", "tokens", "prefix"}),
+    ({"attention": "value-value", "aux_layer": -4}, {"aux_features", "tokens", "prefix"}),
+    ({"feature_layer": -3, "aux_layer": -4}, {"features", "aux_features"}),
+    ({"affinity": "features", "affinity_layer": -4}, {"affinity", "tokens", "prefix"}),
+    ({"affinity": "features", "affinity_layer": -2}, {"tokens", "prefix"}),
+    ({"affinity": "attention", "affinity_blocks": [-4, -3]}, {"affinity", "tokens", "prefix"}),
+    ({"affinity": "attention", "affinity_blocks": [-4, -2]}, {"affinity", "tokens", "prefix"}),
+    ({"affinity": "attention", "affinity_blocks": [-2, -1]}, {"tokens", "prefix"}),
+]
+
+
+@pytest.mark.parametrize("name", VITS)
+@pytest.mark.parametrize(("settings", "made"), ALL_BUT_TWO)
+def test_the_frozen_part_and_the_rest_are_the_whole(name, settings, made):
+    backbone = scrambled(CoSABackbone(config(name, **{"aux_layer": -2} | settings)))
+    backbone.freeze(len(backbone.model.blocks) - 2)
+    images = photos(2, 3, 48, 64)
+    encoded = backbone.encode(images, affinity=True)
+    assert set(encoded) == made
+    assert not any(each.requires_grad for each in encoded.values())
+    for affinity in (False, True):
+        completed, expected = backbone.complete(encoded, affinity), backbone(images, affinity)
+        for found, each in zip(completed, expected, strict=True):
+            torch.testing.assert_close(found, each, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_of_a_frozen_encoder_all_maps_are_made_beforehand(name):
+    backbone = CoSABackbone(config(name, aux_layer=-2, affinity="features", affinity_layer=-2)).eval()
+    backbone.freeze()
+    images = photos(1, 3, 64, 64)
+    encoded = backbone.encode(images, affinity=True)
+    assert list(encoded) == ["features", "aux_features", "affinity"]
+    for found, each in zip(backbone.complete(encoded, affinity=True), backbone(images, affinity=True), strict=True):
+        assert torch.equal(found, each)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # as in test_modeling_cosa
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_rest_learns_from_tokens_as_from_images(checkpointing):
+    model = build(aux_layer=-2).train()
+    model.backbone.freeze(4)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    images, gradients = photos(2, 3, 48, 64), []
+    for inputs in ({"pixel_values": images}, {"encoded": model.backbone.encode(images)}):
+        model.zero_grad()
+        outputs = model(**inputs, labels=torch.eye(3)[:2])
+        (outputs.loss + outputs.logits.square().mean()).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any("blocks.4.attn" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_what_comes_before_the_blocks_is_frozen_whatever_timm_counts_it_to(monkeypatch):
+    from timm.models.vision_transformer import VisionTransformer
+
+    earlier = {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+    monkeypatch.setattr(VisionTransformer, "group_matcher", lambda self, coarse=False: earlier)
+    backbone = CoSABackbone(config("test_vit3"))
+    backbone.freeze(2)
+    assert not backbone.model.reg_token.requires_grad
+    assert backbone.model.norm.weight.requires_grad
 
 
 # --- the heads --------------------------------------------------------------------------------------------

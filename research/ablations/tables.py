@@ -76,6 +76,9 @@ RELEASE: dict[str, Any] = {
     "relu_cams": True,
     "separation_weight": 0.0,
     "dense_energy_weight": 0.05,
+    "normalization": "imagenet",
+    "enhancement_factors": [0.28, 1.72],
+    "posterize_bits": [1, 4],
 }
 
 TABLES: dict[str, Table] = {

@@ -2,9 +2,11 @@
 features beside one that encodes, and the memory of the cache's reader.
 
     python research/benchmarks/frozen.py
+    python research/benchmarks/frozen.py --frozen_blocks 10
     python research/benchmarks/frozen.py --backbone test_vit --affinity_blocks -2 --size 64 --images 100 --steps 3
 
-CPU time of one thread, so that other load hardly counts; random weights and drawn images, so nothing is downloaded.
+CPU time of one thread, so that other load hardly counts; in bf16 where the processor computes it, as the recipe. Random
+weights and drawn images, so nothing is downloaded.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from PIL import Image
 from cosa_hf.data import SHAPES_CLASSES
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.features import FeatureStore
+from cosa_hf.training.precision import settle_precision
 from cosa_hf.training.setup import build_student
 from cosa_hf.training.trainer import Trainer
 
@@ -35,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     changes = {
         "dataset": "folder", "train_split": "train", "backbone": args.backbone, "pretrained": False,
         "crop_size": args.size, "input_size": args.size, "num_workers": 0, "tracker": "none",
-        "affinity_blocks": args.affinity_blocks,
+        "affinity_blocks": args.affinity_blocks, "frozen_blocks": args.frozen_blocks,
     }  # fmt: skip
     # First: the peak of a process never falls.
     print(f"reading {args.images} images of a cache: {reader_memory(args.images, args.size):.2f} GB more\n")
@@ -47,7 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def encoding(changes: dict[str, Any], args: argparse.Namespace) -> None:
     bare = timm.create_model(args.backbone, num_classes=0, dynamic_img_size=True).eval()
-    model = build_student(TrainingConfig.named("voc-clip", **changes), list(SHAPES_CLASSES)).eval()
+    config = settle_precision(TrainingConfig.named("voc-clip", **changes))
+    model = build_student(config, list(SHAPES_CLASSES)).eval()
     images = torch.rand(BATCH, 3, args.size, args.size)
     variants: dict[str, Callable[[], Any]] = {
         "timm, bare": lambda: bare(images),
@@ -55,7 +59,7 @@ def encoding(changes: dict[str, Any], args: argparse.Namespace) -> None:
         "F, F† and attention": lambda: model.backbone(images, affinity=True),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
         for _ in range(args.steps + 1):  # in turns; the first does not count
             for name, forward in variants.items():
                 start = time.process_time()
@@ -128,6 +132,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=[-7, -6, -5, -4, -3],
         help="(default: %(default)s)",
     )
+    parser.add_argument("--frozen_blocks", default="all", help="of the training step: N or all (default: %(default)s)")
     parser.add_argument("--size", type=int, default=352, help="side of an image in pixels (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="counted measurements of each (default: %(default)s)")
     parser.add_argument("--images", type=int, default=10_000, help="that the reader reads (default: %(default)s)")

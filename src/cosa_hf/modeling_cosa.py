@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
@@ -25,6 +26,11 @@ from .configuration_cosa import CoSAConfig
 
 LEAST_STD = 1e-6  # of a channel that is the same everywhere
 PRIOR_LOGIT = -2.0  # of a class: most are absent, and from 0 the first steps would only learn that
+
+MAPS = ("features", "aux_features", "affinity")
+"""What an encoder makes of an image: F, F† and, for a model that spreads its CAMs, what tokens are alike by."""
+ENCODED = (*MAPS, "tokens", "prefix")
+"""What its frozen part may make: maps, and the tokens that later blocks go on from, with those before them."""
 
 
 @dataclass
@@ -60,6 +66,54 @@ class CoSAOutput(SemanticSegmenterOutput):
     affinity: torch.Tensor | None = None
 
 
+class _Tokens(NamedTuple):
+    """What a layer of a ViT makes: tokens on the grid, (B, D, h, w), and class and register tokens, (B, P, D)."""
+
+    grid: torch.Tensor
+    prefix: torch.Tensor
+
+    @property
+    def joined(self) -> torch.Tensor:
+        """As a block takes them, (B, P + h w, D)."""
+        return torch.cat([self.prefix, self.grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def replaced(self, joined: torch.Tensor) -> "_Tokens":
+        """Others on the same grid."""
+        height, width = self.grid.shape[-2:]
+        prefix = joined.shape[1] - height * width
+        return _Tokens(joined[:, prefix:].transpose(1, 2).unflatten(2, (height, width)), joined[:, :prefix])
+
+
+class _Wanted(NamedTuple):
+    """What an encoder is asked for: maps, each by layer and attention, the mean attention of blocks, and the tokens
+    of the last layer that there is to run."""
+
+    maps: dict[str, tuple[int, str]]
+    blocks: list[int]
+    last: int | None = None
+
+    @property
+    def layers(self) -> set[int]:
+        """Those whose output takes part; 0 is the final norm."""
+        takes = {_place(*where) if where[1] == "standard" else -2 for where in self.maps.values()}
+        return takes | set(self.blocks) | ({self.last} if self.last is not None else set())
+
+    def split(self, layer: int) -> "tuple[_Wanted, _Wanted]":
+        """What is there after a layer, tokens included if any block has to go on from them; and what comes later."""
+        early = {name: where for name, where in self.maps.items() if _place(*where) <= layer}
+        rest = _Wanted(
+            {name: where for name, where in self.maps.items() if name not in early},
+            [block for block in self.blocks if block > layer],
+        )
+        blocks = [block for block in self.blocks if block <= layer]
+        return _Wanted(early, blocks, layer if rest.maps or rest.blocks else None), rest
+
+
+def _place(layer: int, attention: str) -> int:
+    """The layer that a map is complete after: what follows the last block's norm, or is made of its values, is 0."""
+    return 0 if layer == -1 or attention != "standard" else layer
+
+
 class CoSABackbone(nn.Module):
     """
     A timm encoder that returns two of its feature maps, the last F and an auxiliary one F†, on the same grid.
@@ -77,6 +131,8 @@ class CoSABackbone(nn.Module):
     Attributes:
         stride: Side of a token in input pixels.
         num_features, aux_num_features: Channels D of F and D† of F†.
+        frozen_layer: The last that `freeze` froze, 0 for all of the encoder; None where `complete` cannot go on from
+            it: of an encoder that is not frozen, or whose frozen part are stages of a pyramid.
 
     Raises:
         ValueError: if timm does not know the backbone or cannot return intermediate features of it, if it does not
@@ -104,6 +160,7 @@ class CoSABackbone(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.frozen_layer: int | None = None
         self.model = _create_timm_model(config)
         self._intermediates: dict[str, Any] = {"output_fmt": "NCHW"}
         if "extra_blocks" in inspect.signature(self.model.forward_intermediates).parameters:
@@ -134,17 +191,10 @@ class CoSABackbone(nn.Module):
         for name, value in asked.items():
             if value != "standard" and not _has_plain_blocks(self.model):
                 raise ValueError(f"{name}={value!r} needs the blocks of a plain ViT, which {config.backbone!r} lacks.")
-        if config.affinity == "attention":
-            self._check_blocks(config.affinity_blocks)
-
-    def _check_blocks(self, blocks: Sequence[int]) -> None:
-        """Blocks behind the last that is used are gone."""
-        layers = self.model.blocks
-        known = [index for index in range(-len(layers), 0) if not isinstance(layers[index], nn.Identity)]
-        if not set(blocks) <= set(known):
+        if config.affinity == "attention" and min(config.affinity_blocks) < -len(self.model.blocks):
             raise ValueError(
-                f"affinity_blocks={list(blocks)}: of {self.config.backbone!r} the attention of blocks {known[0]} to "
-                f"{known[-1]} can be taken."
+                f"affinity_blocks={config.affinity_blocks}: of {config.backbone!r} the attention of blocks "
+                f"{-len(self.model.blocks)} to -1 can be taken."
             )
 
     def _probe(self) -> tuple[int, list[int], list[str]]:
@@ -166,17 +216,18 @@ class CoSABackbone(nn.Module):
             # Crops and scales have any size; at the one that it was made for, every backbone would pass.
             size = [(side // self.stride + more) * self.stride for side, more in ((height, 2), (width, 3))]
             try:
-                maps = self._maps(twin, torch.empty(1, 3, *size), affinity=self.config.affinity != "none")
+                maps = self._maps(twin, torch.empty(1, 3, *size), self._wanted())
             except (AssertionError, RuntimeError) as error:
                 raise ValueError(self._refusal(twin, height, width)) from error
-            sum(each.sum() for each in maps).backward()  # type: ignore[union-attr]
-        return size[0] // maps[0].shape[-2], [each.shape[1] for each in maps[:2]], list(_without_gradient(twin))
+            sum(each.sum() for each in maps.values()).backward()  # type: ignore[union-attr]
+        features, aux_features, *_ = maps.values()
+        return size[0] // features.shape[-2], [features.shape[1], aux_features.shape[1]], list(_without_gradient(twin))
 
     def _refusal(self, twin: Any, height: int, width: int) -> str:
         """What is wrong with a backbone that fails at another size, told by what it does at its own."""
         name, config = self.config.backbone, self.config
         try:
-            self._maps(twin, torch.empty(1, 3, height, width), affinity=config.affinity != "none")
+            self._maps(twin, torch.empty(1, 3, height, width), self._wanted())
         except AssertionError as own:
             layers = ["feature_layer", "aux_layer", *(["affinity_layer"] if config.affinity == "features" else [])]
             first = min(layers, key=lambda layer: getattr(config, layer))
@@ -185,65 +236,89 @@ class CoSABackbone(nn.Module):
             return f"timm cannot return feature maps of backbone {name!r}: {own}"
         return f"backbone {name!r} takes images of {width}x{height}, not of any size: choose another"
 
-    def _maps(self, model: Any, pixel_values: torch.Tensor, affinity: bool = False) -> list[torch.Tensor]:
-        """F, F† and, with `affinity`, what tokens are alike by."""
+    def _wanted(self, affinity: bool = True) -> _Wanted:
+        """F, F† and, with `affinity`, what tokens are alike by, if the config names it."""
         config = self.config
-        wanted = [(config.feature_layer, config.attention), (config.aux_layer, config.aux_attention)]
+        maps: dict[str, tuple[int, str]] = {
+            "features": (config.feature_layer, config.attention),
+            "aux_features": (config.aux_layer, config.aux_attention),
+        }
         if affinity and config.affinity == "features":
-            wanted.append((config.affinity_layer, "standard"))
-        if self._is_pyramid:
-            return self._levels(model, pixel_values, [layer for layer, _ in wanted])
-        blocks = config.affinity_blocks if affinity and config.affinity == "attention" else []
-        return self._tokens(model, pixel_values, wanted, blocks)
+            maps["affinity"] = (config.affinity_layer, "standard")
+        return _Wanted(maps, config.affinity_blocks if affinity and config.affinity == "attention" else [])
 
-    def _levels(self, model: Any, pixel_values: torch.Tensor, layers: list[int]) -> list[torch.Tensor]:
-        """Levels of a feature pyramid, without what follows it: a head convolution narrows the CAMs to their peaks."""
-        indices = sorted(set(layers))
+    def _split(self, affinity: bool) -> tuple[_Wanted, _Wanted]:
+        """What of this the frozen part makes, and what the blocks after it do."""
+        assert self.frozen_layer is not None, "nothing to go on from"
+        return self._wanted(affinity).split(self.frozen_layer)
+
+    def _maps(self, model: Any, source: torch.Tensor | _Tokens, wanted: _Wanted) -> dict[str, torch.Tensor]:
+        """Maps by name, of images or of what the frozen blocks have made of them."""
+        if self._is_pyramid:
+            return self._levels(model, source, wanted.maps)
+        with _attention_of([model.blocks[block] for block in wanted.blocks]) as attentions:
+            if isinstance(source, torch.Tensor):
+                outputs = self._outputs_of_images(model, source, wanted.layers)
+            else:
+                outputs = self._outputs_of_tokens(model, source, wanted.layers)
+        maps = {}
+        for name, (layer, attention) in wanted.maps.items():
+            if attention == "standard":
+                maps[name] = outputs[_place(layer, attention)].grid
+            else:
+                last_input = outputs[-2]
+                maps[name] = last_input.replaced(_dense_tokens(model, last_input.joined, attention)).grid
+        if wanted.last is not None:
+            maps["tokens"], maps["prefix"] = outputs[wanted.last]
+        if attentions:
+            prefix = model.num_prefix_tokens
+            maps["affinity"] = sum(attentions)[:, prefix:, prefix:] / len(self.config.affinity_blocks)
+        return maps
+
+    def _levels(self, model: Any, pixel_values: Any, maps: dict[str, tuple[int, str]]) -> dict[str, torch.Tensor]:
+        """Levels of a feature pyramid on the grid of F, without what follows it: a head convolution narrows the CAMs
+        to their peaks."""
+        indices = sorted({layer for layer, _ in maps.values()})
         levels = model.forward_intermediates(
             pixel_values, indices=indices, intermediates_only=True, stop_early=True, **self._intermediates
         )
-        return [levels[indices.index(layer)] for layer in layers]
+        found = {name: levels[indices.index(layer)] for name, (layer, _) in maps.items()}
+        grid = found["features"].shape[-2:]
+        return {
+            name: level
+            if level.shape[-2:] == grid
+            else F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
+            for name, level in found.items()
+        }
 
-    def _tokens(
-        self, model: Any, pixel_values: torch.Tensor, wanted: Sequence[tuple[int, str]], blocks: Sequence[int]
-    ) -> list[torch.Tensor]:
-        """Maps of a ViT, each by layer and attention, and the mean attention of `blocks`, if any.
-
-        What the last block makes of values alone comes from its input, which is the output of the one before it.
-        """
-        alone = {-2 for _, attention in wanted if attention != "standard"}
-        indices = sorted(alone | set(blocks) | {layer for layer, attention in wanted if attention == "standard"})
+    def _outputs_of_images(self, model: Any, pixel_values: torch.Tensor, layers: set[int]) -> dict[int, _Tokens]:
+        """What the layers of a ViT make; 0 is its final norm."""
+        indices = sorted({min(layer, -1) for layer in layers})
         options: dict[str, Any] = self._intermediates | {"indices": indices}
-        if alone:
+        if _has_plain_blocks(model):
             options["return_prefix_tokens"] = True
-        prefix = getattr(model, "num_prefix_tokens", 0)
-        with _attention_of([model.blocks[block] for block in blocks]) as attentions:
-            if -1 in indices:
-                normed, outputs = model.forward_intermediates(pixel_values, **options)
-            else:
-                outputs = model.forward_intermediates(pixel_values, intermediates_only=True, stop_early=True, **options)
-        height, width = (side // self.stride for side in pixel_values.shape[-2:])
+        if 0 in layers:
+            normed, found = model.forward_intermediates(pixel_values, **options)
+        else:
+            found = model.forward_intermediates(pixel_values, intermediates_only=True, stop_early=True, **options)
+        outputs = {}
+        for layer, each in zip(indices, found, strict=True):
+            outputs[layer] = _Tokens(*each) if isinstance(each, tuple) else _Tokens(each, each[:, :, 0, :0].mT)
+        if 0 in layers:
+            outputs[0] = outputs[-1].replaced(normed)
+        return outputs
 
-        def on_grid(tokens: torch.Tensor) -> torch.Tensor:
-            return tokens[:, prefix:].transpose(1, 2).unflatten(2, (height, width))  # (B, D, h, w)
-
-        def output(layer: int) -> torch.Tensor:
-            found = outputs[indices.index(layer)]
-            return found[0] if isinstance(found, tuple) else found
-
-        def with_prefix(layer: int) -> torch.Tensor:
-            tokens = output(layer).flatten(2).transpose(1, 2)  # (B, h w, D)
-            return torch.cat([outputs[indices.index(layer)][1], tokens], dim=1) if prefix else tokens
-
-        maps = []
-        for layer, attention in wanted:
-            if attention != "standard":
-                maps.append(on_grid(_dense_tokens(model, with_prefix(-2), attention)))
-            else:
-                maps.append(on_grid(normed) if layer == -1 else output(layer))
-        if blocks:
-            maps.append(sum(attentions)[:, prefix:, prefix:] / len(blocks))
-        return maps
+    def _outputs_of_tokens(self, model: Any, start: _Tokens, layers: set[int]) -> dict[int, _Tokens]:
+        """The same of what the frozen blocks have made."""
+        assert self.frozen_layer is not None
+        outputs, tokens = {self.frozen_layer: start}, start.joined
+        for layer in range(self.frozen_layer + 1, min(max(layers), -1) + 1):
+            block = model.blocks[layer]
+            tokens = checkpoint(block, tokens, use_reentrant=False) if self.gradient_checkpointing else block(tokens)
+            outputs[layer] = start.replaced(tokens)
+        if 0 in layers:
+            outputs[0] = start.replaced(model.norm(tokens))
+        return outputs
 
     def _resized(self, pixel_values: torch.Tensor) -> torch.Tensor:
         given = list(pixel_values.shape[-2:])
@@ -253,32 +328,21 @@ class CoSABackbone(nn.Module):
         return F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
 
     def forward(self, pixel_values: torch.Tensor, affinity: bool = False) -> tuple[torch.Tensor, ...]:
-        maps = self._maps(self.model, self._resized(pixel_values), affinity)
-        grid = maps[0].shape[-2:]
         # (B, D, h, w), (B, D†, h, w) and, with `affinity`, features (B, D, h, w) or attention (B, N, N)
-        return tuple(
-            F.interpolate(each, size=grid, mode="bilinear", align_corners=False)
-            if each.ndim == 4 and each.shape[-2:] != grid
-            else each
-            for each in maps
-        )
+        return tuple(self._maps(self.model, self._resized(pixel_values), self._wanted(affinity)).values())
 
-    def mean_attention(self, pixel_values: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
+    def encode(self, pixel_values: torch.Tensor, affinity: bool = False) -> dict[str, torch.Tensor]:
         """
-        How much each token attends to each other one, softmax(q kᵀ / √d), on average over heads and blocks.
-
-        Computed from the blocks' queries and keys, one head at a time: timm's fused attention keeps its weights.
+        What the frozen part makes of images, all that `complete` needs to know of them.
 
         Args:
             pixel_values: `(B, 3, H, W)`.
-            blocks: Counted from the end.
+            affinity: As in `forward`.
 
         Returns:
-            `(B, N, N)` with N = h w, in float32 at least. Class and register tokens are left out, so rows sum to less
-            than 1.
-
-        Raises:
-            ValueError: if the backbone lacks the blocks of a plain ViT, or those.
+            The maps that depend on nothing else, by their names in `MAPS`, and if other blocks follow, what these go
+            on from: `tokens`, `(B, D, h, w)`, and `prefix`, class and register tokens, `(B, P, D)`. Of an attention
+            that is averaged over frozen and other blocks, `affinity` is the share of the frozen ones.
 
         Example:
 
@@ -287,16 +351,32 @@ class CoSABackbone(nn.Module):
         >>> from cosa_hf import CoSAConfig
         >>> from cosa_hf.modeling_cosa import CoSABackbone
 
-        >>> CoSABackbone(CoSAConfig(backbone="test_vit")).mean_attention(torch.rand(1, 3, 64, 96), [-3, -2]).shape
-        torch.Size([1, 24, 24])
+        >>> backbone = CoSABackbone(CoSAConfig(backbone="test_vit", aux_layer=-4)).eval()
+        >>> backbone.freeze(4)
+        >>> images = torch.rand(1, 3, 64, 64)
+        >>> encoded = backbone.encode(images)
+        >>> list(encoded), torch.allclose(backbone.complete(encoded)[0], backbone(images)[0], atol=1e-5)
+        (['aux_features', 'tokens', 'prefix'], True)
 
         ```
         """
-        if not _has_plain_blocks(self.model):
-            raise ValueError(f"attention needs the blocks of a plain ViT, which {self.config.backbone!r} lacks.")
-        self._check_blocks(blocks)
-        (attention,) = self._tokens(self.model, self._resized(pixel_values), [], blocks)
-        return attention
+        frozen, _ = self._split(affinity)
+        return self._maps(self.model, self._resized(pixel_values), frozen)
+
+    def complete(self, encoded: dict[str, torch.Tensor], affinity: bool = False) -> tuple[torch.Tensor, ...]:
+        """
+        What `forward` returns, of images that the frozen part has seen: runs the blocks after it.
+
+        Args:
+            encoded: What `encode` returned, with the same part frozen.
+            affinity: As in `forward`.
+        """
+        _, rest = self._split(affinity)
+        maps = dict(encoded)
+        if rest.maps or rest.blocks:
+            for name, each in self._maps(self.model, _Tokens(encoded["tokens"], encoded["prefix"]), rest).items():
+                maps[name] = maps[name] + each if name in maps else each  # attention of frozen and of other blocks
+        return tuple(maps[name] for name in (MAPS if affinity else MAPS[:2]) if name in maps)
 
     def train(self, mode: bool = True) -> "CoSABackbone":
         """Switches the mode of all but batch norm, as a few crops are too few for statistics, and frozen modules."""
@@ -359,8 +439,13 @@ class CoSABackbone(nn.Module):
             if blocks > max(groups.values()):
                 raise ValueError(f"{self.config.backbone!r} has {max(groups.values())} blocks, fewer than {blocks}.")
             for name, parameter in self.model.named_parameters():
-                if groups[name] <= blocks:  # the stem is group 0
+                # The stem is group 0; earlier versions of timm count two of its parts among the last.
+                if groups[name] <= blocks or name.startswith(("norm_pre.", "reg_token")):
                     parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            self.frozen_layer = 0
+        elif blocks and _has_plain_blocks(self.model):
+            self.frozen_layer = blocks - 1 - len(self.model.blocks)
         self.train(self.training)
 
     def _freeze_position_embedding(self) -> None:
@@ -637,8 +722,7 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         output_affinity: bool = False,
-        features: torch.Tensor | None = None,
-        aux_features: torch.Tensor | None = None,
+        encoded: dict[str, torch.Tensor] | None = None,
     ) -> CoSAOutput | tuple[torch.Tensor, ...]:
         """
         One pass over a batch of images of any size.
@@ -649,28 +733,27 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
             output_hidden_states: Whether to return F† and F.
             return_dict: `False` for a tuple of the fields that are set.
             output_affinity: Whether to return what tokens are alike by, as `config.affinity` says.
-            features: F, `(B, D, h, w)`, and
-            aux_features: F†, `(B, D†, h, w)`, in place of the images, where they are known already.
+            encoded: What `backbone.encode` made of the images, in their place.
 
         Raises:
             ValueError: if `pixel_values` or `labels` have another shape, or for an affinity that the config lacks.
         """
-        if features is not None and aux_features is not None:
-            output = self.forward_heads(features, aux_features, labels, output_hidden_states)
-            return output if return_dict is not False else output.to_tuple()
-        if pixel_values is None:
-            raise ValueError("give pixel_values, or both features and aux_features.")
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values must have shape (B, 3, H, W), got {tuple(pixel_values.shape)}.")
         if output_affinity and self.config.affinity == "none":
             raise ValueError("output_affinity needs a config whose affinity is not 'none'.")
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        images = pixel_values.to(self.classifier.weight.dtype)
-        features, aux_features, *affinity = self.backbone(images, output_affinity)
+        if encoded is not None:
+            maps = self.backbone.complete(encoded, output_affinity)
+        elif pixel_values is None:
+            raise ValueError("give pixel_values, or what the backbone's frozen part made of them (encoded).")
+        elif pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixel_values must have shape (B, 3, H, W), got {tuple(pixel_values.shape)}.")
+        else:
+            maps = self.backbone(pixel_values.to(self.classifier.weight.dtype), output_affinity)
+        features, aux_features, *affinity = maps
         output = self.forward_heads(features, aux_features, labels, output_hidden_states)
         if output_affinity:
             (output.affinity,) = affinity
+        if return_dict is None:
+            return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
     def forward_heads(
@@ -860,16 +943,11 @@ def _has_plain_blocks(model: nn.Module) -> bool:
     )
 
 
-def _query_key_value(attention: Any, together: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Of a plain ViT block from what its `qkv` makes of its tokens, (B, N, 3 D): (B, heads, N, d) each."""
-    query, key, value = together.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    yield from (attention.q_norm(query), attention.k_norm(key), value)
-
-
 def _dense_tokens(model: Any, tokens: torch.Tensor, attention: str) -> torch.Tensor:
     """The last block's values, plain or mixed by their own attention, without residual and MLP: (B, N, D)."""
     block = model.blocks[-1]
-    *_, value = _query_key_value(block.attn, block.attn.qkv(block.norm1(tokens)))
+    together = block.attn.qkv(block.norm1(tokens)).unflatten(2, (3, block.attn.num_heads, -1))  # queries, keys, values
+    value = together[:, :, 2].transpose(1, 2)  # (B, heads, N, d)
     if attention == "value-value":
         value = F.scaled_dot_product_attention(value, value, value)
     return model.norm(block.ls1(block.attn.proj(value.transpose(1, 2).flatten(2))))
@@ -877,27 +955,35 @@ def _dense_tokens(model: Any, tokens: torch.Tensor, attention: str) -> torch.Ten
 
 @contextmanager
 def _attention_of(blocks: Sequence[Any]) -> Iterator[Any]:
-    """The attention of each of the blocks, (B, N, N), as it comes by in a forward pass: timm's own keeps it inside."""
+    """The attention of each of the blocks, the mean over heads, (B, N, N), as it comes by in a forward pass.
+
+    timm's fused attention keeps its weights; its other one sends them through a dropout, so that they are made once.
+    """
     found: list[torch.Tensor] = []
+    fused = {block.attn: block.attn.fused_attn for block in blocks}
 
-    def keep(block: Any) -> Any:
-        return lambda _, __, together: found.append(_attention(block.attn, together))
+    def keep(_: nn.Module, given: tuple[torch.Tensor]) -> None:
+        found.append(_mean_over_heads(*given))
 
-    handles = [block.attn.qkv.register_forward_hook(keep(block)) for block in blocks]
+    handles = [block.attn.attn_drop.register_forward_pre_hook(keep) for block in blocks]
     try:
+        for attention in fused:
+            attention.fused_attn = False
         yield found
     finally:
         for handle in handles:
             handle.remove()
+        for attention, before in fused.items():
+            attention.fused_attn = before
 
 
-def _attention(attention: Any, together: torch.Tensor) -> torch.Tensor:
-    """softmax(q kᵀ / √d), the mean over heads, (B, N, N), of which no more than two are in memory at a time."""
-    query, key, _ = _query_key_value(attention, together)
-    total: Any = 0
-    for q, k in zip((query * attention.scale).unbind(1), key.unbind(1), strict=True):
-        total = total + (q @ k.mT).softmax(dim=2, dtype=torch.promote_types(q.dtype, torch.float32))
-    return total / query.shape[1]
+def _mean_over_heads(attention: torch.Tensor) -> torch.Tensor:
+    """(B, N, N) in float32 at least, summed in place: `mean` takes twice as long."""
+    first, *others = attention.unbind(1)
+    total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+    for each in others:
+        total += each
+    return total / attention.shape[1]
 
 
 def _without_gradient(model: nn.Module) -> Iterator[str]:

@@ -10,6 +10,7 @@ from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
 from cosa_hf.assignment.network import AssignmentNetwork, TeacherConfig
 from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
 from cosa_hf.inference import forward_multiscale
+from cosa_hf.objective.affinity import attention_affinity
 from cosa_hf.objective.guidance import mask_probabilities
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.pseudo_labels import normalize_cams, segmentation_pseudo_labels
@@ -365,6 +366,15 @@ def test_spread_labels_in_parts_are_those_of_the_whole(batch):
     network = spreading(affinity="attention", affinity_blocks=[-2])
     whole, parts = (teacher_of(network, threshold=FIXED).label(*batch, batch_size=n) for n in (None, 2))
     torch.testing.assert_close(parts.cams, whole.cams, atol=1e-4, rtol=1e-3)
+
+
+def test_the_affinity_is_made_once_for_all_maps(batch, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "cosa_hf.objective.affinity.attention_affinity", lambda *given: made.append(1) or attention_affinity(*given)
+    )
+    teacher_of(spreading(affinity="attention", affinity_blocks=[-2])).label(*batch)
+    assert made == [1]
 
 
 def test_the_affinity_is_the_averages(batch):

@@ -6,35 +6,45 @@ import torch
 from images_of import image_of
 from PIL import Image, ImageFilter
 
-from cosa_hf.data.appearance import APPEARANCES, apply_appearance, draw_appearance
+from cosa_hf.data.appearance import APPEARANCES, AppearanceConfig, apply_appearance, draw_appearance
 
+FACTORS = ("color", "contrast", "brightness", "sharpness")
 RANGES = {
     "identity": (0, 0),
     "autocontrast": (0, 0),
     "equalize": (0, 0),
     "solarize": (0, 255),
-    "color": (0.05, 0.95),
-    "contrast": (0.05, 0.95),
-    "brightness": (0.05, 0.95),
-    "sharpness": (0.05, 0.95),
     "posterize": (4, 8),
-}
+} | dict.fromkeys(FACTORS, (0.05, 0.95))
 
 
-def test_nine_operations_equally_likely_and_strengths_of_table_10():
+@pytest.mark.parametrize(
+    ("factors", "bits"), [(None, None), ([0.28, 1.72], [1, 4]), ([1.0, 1.0], [8, 8])], ids=["paper", "release", "none"]
+)
+def test_nine_operations_equally_likely_and_strengths_as_configured(factors, bits):
+    config = AppearanceConfig(enhancement_factors=factors, posterize_bits=bits) if factors else AppearanceConfig()
+    ranges = RANGES | (dict.fromkeys(FACTORS, factors) | {"posterize": bits} if factors else {})
     torch.manual_seed(0)
-    draws = [draw_appearance() for _ in range(4500)]
+    draws = [draw_appearance(config) for _ in range(4500)]
     counts = Counter(name for name, _ in draws)
-    assert set(counts) == set(RANGES) == set(APPEARANCES)
+    assert set(counts) == set(ranges) == set(APPEARANCES)
     assert all(abs(count - 500) < 5 * np.sqrt(500) for count in counts.values())
-    for name, (low, high) in RANGES.items():
+    for name, (low, high) in ranges.items():
         strengths = [strength for drawn, strength in draws if drawn == name]
         assert min(strengths) >= low
         assert max(strengths) <= high
         if low < high:  # the whole range is used
             assert min(strengths) < low + 0.05 * (high - low)
             assert max(strengths) > high - 0.05 * (high - low)
-    assert {strength for name, strength in draws if name == "posterize"} == {4, 5, 6, 7, 8}
+    fewest, most = ranges["posterize"]
+    assert {strength for name, strength in draws if name == "posterize"} == set(range(fewest, most + 1))
+
+
+@pytest.mark.parametrize("name", ["enhancement_factors", "posterize_bits"])
+@pytest.mark.parametrize("bounds", [[1], [2, 1], [1, 2, 3]])
+def test_a_range_is_two_numbers_in_order(name, bounds):
+    with pytest.raises(ValueError, match=f"{name} must be two numbers, the least first"):
+        AppearanceConfig(**{name: bounds})
 
 
 def _reference(pixels: np.ndarray, name: str, strength: float) -> np.ndarray:

@@ -5,7 +5,7 @@ from images_of import image_of
 from PIL import Image, ImageFilter
 
 from cosa_hf.data import views as views_module
-from cosa_hf.data.appearance import apply_appearance
+from cosa_hf.data.appearance import AppearanceConfig, apply_appearance
 from cosa_hf.data.views import Views
 from cosa_hf.image_processing_cosa import to_rgb
 
@@ -26,7 +26,7 @@ def _pixels(view: torch.Tensor, valid: torch.Tensor) -> np.ndarray:
 @pytest.fixture
 def fixed_appearance(monkeypatch):
     def fix(name: str, strength: float = 0.0):
-        monkeypatch.setattr(views_module, "draw_appearance", lambda: (name, strength))
+        monkeypatch.setattr(views_module, "draw_appearance", lambda _: (name, strength))
 
     return fix
 
@@ -69,13 +69,24 @@ def test_identity_leaves_the_strong_view_equal_to_the_weak(fixed_appearance):
 
 def test_strong_is_weak_plus_exactly_one_operation(monkeypatch):
     drawn, original = [], views_module.draw_appearance
-    monkeypatch.setattr(views_module, "draw_appearance", lambda: drawn.append(original()) or drawn[-1])
+    monkeypatch.setattr(views_module, "draw_appearance", lambda config: drawn.append(original(config)) or drawn[-1])
     for seed in range(60):
         drawn.clear()
         item = _draw(Views(48, HALF, HALF), seed, image_of(40, 30))
         assert len(drawn) == 1
         weak, strong = (_pixels(item[name], item["valid"]) for name in ("weak", "strong"))
         assert np.array_equal(strong, apply_appearance(Image.fromarray(weak), *drawn[0])), drawn
+
+
+def test_the_strong_view_is_as_strong_as_asked_for(monkeypatch):
+    drawn, original = [], views_module.draw_appearance
+    monkeypatch.setattr(views_module, "draw_appearance", lambda config: drawn.append(original(config)) or drawn[-1])
+    views = Views(48, HALF, HALF, appearance=AppearanceConfig(enhancement_factors=[1, 1], posterize_bits=[8, 8]))
+    for seed in range(60):
+        item = _draw(views, seed, image_of(40, 30))
+        if drawn[-1][1] in (1, 8):
+            assert torch.equal(item["strong"], item["weak"]), drawn[-1]
+    assert {"color", "contrast", "brightness", "sharpness", "posterize"} <= {name for name, _ in drawn}
 
 
 def test_valid_marks_exactly_the_image():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import square, tiny_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.data import load_shapes
 from cosa_hf.data.palette import voc_palette
 from cosa_hf.evaluation.figures import (
     SMALL_TILE,
@@ -81,9 +81,7 @@ def test_each_input_changes_its_own_tile_only():
 
 
 def test_a_visualization_of_every_image_is_saved(tmp_path):
-    config = CoSAConfig(backbone="test_vit", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
-    processor = CoSAImageProcessor(size={"height": 32, "width": 32})
-    segmenter = Segmenter(CoSAForWeaklySupervisedSegmentation(config), processor)
+    segmenter = Segmenter(tiny_cosa(), square(32))
     dataset = load_shapes("val", num_images=2, masks=True)
     save_visualizations(segmenter, dataset, tmp_path / "new" / "panels")
     files = sorted((tmp_path / "new" / "panels").iterdir())

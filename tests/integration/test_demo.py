@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import time
 from pathlib import Path
 
@@ -22,14 +24,16 @@ def test_the_demo_leaves_what_it_promises(tmp_path, subprocess_of):
     assert run.returncode == 0, run.stderr[-3000:]
 
     report = json.loads((output_dir / "report.json").read_text())
-    for part in ("seg", "seg_tags", "cam", "cam_aux", "cam_mean", "cam_baseline"):
-        assert 0 <= report[part]["miou"] <= 100
-        assert report[part]["per_class"].keys() == report["seg"]["per_class"].keys()
+    cams = ("cam", "cam_aux", "cam_mean")
+    for part in (*(report[name] for name in ("seg", "seg_tags", *cams)), *map(report["classification_only"].get, cams)):
+        assert 0 <= part["miou"] <= 100
+        assert part["per_class"].keys() == report["seg"]["per_class"].keys()
     assert report["images"] == 200
     assert len(list((output_dir / "panels").glob("*.png"))) == 6
     assert Image.open(output_dir / "panels.png").width > 400
     assert Image.open(output_dir / "unseen" / "unseen.png").size == Image.open(output_dir / "unseen.png").size
-    assert f"segmentation, tags unknown          {report['seg']['miou']:5.1f}" in run.stdout
+    plain, alone = report["cam_aux"]["miou"], report["classification_only"]["cam_aux"]["miou"]
+    assert re.search(rf"auxiliary layer, tags given +{plain:.1f} +{alone:.1f}\n", run.stdout)
 
     # The baseline is the classification-only run of the same length.
     entries = [json.loads(line) for line in (output_dir / "classification" / "log.jsonl").read_text().splitlines()]
@@ -61,6 +65,18 @@ def test_a_training_ends_with_all_its_processes(tmp_path, monkeypatch):
     while is_running(training) or is_running(worker):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_sigterm_ends_it_with_the_status_of_one_killed(tmp_path, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(demo, "train_both", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            demo.run(tmp_path / "demo", "shapes-tiny")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == 143
 
 
 def test_a_directory_with_something_in_it_is_left_alone(tmp_path, complaint):

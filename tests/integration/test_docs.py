@@ -1,32 +1,23 @@
 """README and docs/ against the package: their code runs, their commands exist, the site builds without a warning."""
 
-import dataclasses
-import os
+import functools
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-import torch
 from drawn import write_photos
-from exports import write_exports
+from in_process import ROOT, run_command, run_script
+from tiny import save_cosa, square, tiny_cosa
 
-from cosa_hf import (
-    CoSAConfig,
-    CoSAForWeaklySupervisedSegmentation,
-    CoSAImageProcessor,
-    Segmenter,
-    TrainingConfig,
-    export_pseudo_labels,
-)
+from cosa_hf import Segmenter, TrainingConfig, export_pseudo_labels
 from cosa_hf.cli import COMMANDS
-from cosa_hf.data import SHAPES_CLASSES, load_shapes
+from cosa_hf.data import load_shapes
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "model_cards").glob("*.md"))]
+NOTES = [ROOT / "research/README.md", *sorted((ROOT / "research/notes").glob("*.md"))]
 
 
 #: What makes a training of seconds of any recipe.
@@ -47,13 +38,8 @@ def blocks(page, *languages):
 def reader(tmp_path_factory):
     """The directory of somebody who has done what the pages say comes before."""
     directory = tmp_path_factory.mktemp("reader")
-    torch.manual_seed(0)
-    names = dict(enumerate(["background", *SHAPES_CLASSES]))
-    model = CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", decoder_channels=16, id2label=names))
-    processor = CoSAImageProcessor(size={"height": 64, "width": 64})
     for name in ("runs/demo/model", "runs/upernet/model", "org/cosa-voc"):
-        model.save_pretrained(directory / name)
-        processor.save_pretrained(directory / name)
+        save_cosa(directory / name, 64)
     shapes = load_shapes("val", num_images=2)
     shapes[0]["image"].save(directory / "runs/demo/unseen.png")
     shapes[0]["image"].save(directory / "photo.jpg")
@@ -61,7 +47,7 @@ def reader(tmp_path_factory):
     write_photos(directory / "photos", 3)
     np.save(directory / "cls_labels.npy", {"2007_000032": np.array([0.0, 1.0])}, allow_pickle=True)
     settings = {"source": "cam", "format": "parquet", "split": "train"}
-    export_pseudo_labels(Segmenter(model.eval(), processor), shapes, directory / "VOC2012-pseudo", **settings)
+    export_pseudo_labels(Segmenter(tiny_cosa(), square(64)), shapes, directory / "VOC2012-pseudo", **settings)
     return directory
 
 
@@ -75,49 +61,30 @@ def test_python_runs(page, reader, monkeypatch):
         exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.slow
-def test_the_guide_to_own_data_runs(tmp_path):
-    write_photos(tmp_path / "photos", 30)
-    write_exports(tmp_path)
-    (tmp_path / "cosa-hf").write_text(f'#!/bin/sh\nexec {sys.executable} -m cosa_hf.cli "$@"\n')
-    (tmp_path / "cosa-hf").chmod(0o755)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-
-    found = blocks(ROOT / "docs/own-data.md", "sh")
-    assert len(found) == 3
-    for _, code in found:
-        command = ["bash", "-e", "-c", code]
-        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-        assert run.returncode == 0, run.stdout + run.stderr
-    assert (tmp_path / "runs/dry/masks/0.png").is_file()
-
-
 def commands():
     """{command or script: {flag: page}} of everything that the pages tell a reader to type."""
     found: dict[str, dict[str, str]] = {}
-    for page in [*PAGES, ROOT / "Makefile"]:
-        text = page.read_text().replace("\\\n", " ")
-        pattern = rf"(?:cosa-hf|cosa_hf\.cli|python) ({'|'.join(COMMANDS)}|research/[\w/]+\.py)\b([^\n`;&|#]*)"
-        for command, rest in re.findall(pattern, text):
-            flags = found.setdefault(command, {})
+    command = rf"(?:cosa-hf|cosa_hf\.cli) ({'|'.join(COMMANDS)})"
+    for page in [*PAGES, *NOTES, ROOT / "Makefile"]:
+        script = rf"(?:python research/{'|[|] `' if page in NOTES else ''})([a-z_/]+\.py)"
+        pattern = rf"(?:{command}|{script})\b([^\n`;&|#]*)"
+        for command_name, path, rest in re.findall(pattern, page.read_text().replace("\\\n", " ")):
+            flags = found.setdefault(command_name or f"research/{path}", {})
             flags |= dict.fromkeys(re.findall(r"(?<=\s)--[a-z]\w+", rest), page.name)
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(commands()))
-def test_commands_have_the_flags_that_the_pages_name(command):
-    words = ("-m", "cosa_hf.cli", command) if command in COMMANDS else (ROOT / command,)
-    kinds = [()] if command != "convert" else [("checkpoint",), ("coco-masks",)]
-    shown = ""
-    for kind in kinds:
-        line = [sys.executable, *map(str, words), *kind, "--help"]
-        run = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
-        assert run.returncode == 0, run.stderr
-        shown += run.stdout
-    flags = set(re.findall(r"--\w+", shown))
+def test_commands_have_the_flags_that_the_pages_name(command, monkeypatch, capsys):
+    lines = [[command]] if command != "convert" else [["convert", "checkpoint"], ["convert", "coco-masks"]]
     if command == "research/ablate.py":
-        flags |= {f"--{field.name}" for field in dataclasses.fields(TrainingConfig)}  # hands them to the training
+        lines.append(["train"])  # to which it hands on what it does not know
+    for first, *kind in lines:
+        run = run_command if first in COMMANDS else functools.partial(run_script, monkeypatch)
+        with pytest.raises(SystemExit) as stopped:
+            run(first, *kind, "--help")
+        assert stopped.value.code == 0
+    flags = set(re.findall(r"--\w+", capsys.readouterr().out))
     assert {flag: page for flag, page in commands()[command].items() if flag not in flags} == {}
 
 

@@ -8,27 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from in_process import run_command
 from PIL import Image
+from tiny import save_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor, Segmenter, evaluate
+from cosa_hf import Segmenter, evaluate
 from cosa_hf.data import SHAPES_CLASSES, VOC_CLASSES, load_shapes
 from cosa_hf.evaluation.evaluate import format_report
 
 VOC = Path(__file__).resolve().parents[3] / "shared" / "data" / "VOC2012"
 
 
-def test_report_table_and_visualizations(model_dir, tmp_path, subprocess_of):
+def test_report_table_and_visualizations(model_dir, tmp_path, cosa_hf):
     report_path = tmp_path / "new" / "report.json"
-    done = subprocess_of(
+    printed = cosa_hf(
         *("evaluate", model_dir, "--dataset", "shapes", "--report", report_path),
         *("--num_images", 5, "--batch_size", 2, "--scales", 1, 0.5, "--no_flip"),
         *("--panels", tmp_path / "panels", "--num_panels", 2),
     )
-    assert done.returncode == 0, done.stderr
     report = json.loads(report_path.read_text())
 
     segmenter = Segmenter.from_pretrained(model_dir, device="cpu", scales=(1.0, 0.5))
@@ -43,9 +42,8 @@ def test_report_table_and_visualizations(model_dir, tmp_path, subprocess_of):
     assert report["cls_map"] == pytest.approx(expected["cls_map"], abs=0.05)
     assert report["protocol"]["input_size"] == [96, 96]
 
-    assert format_report(report) in done.stdout
-    assert str(report_path) in done.stdout
-    assert "visualizations of the first 2 images" in done.stdout
+    for said in (format_report(report), str(report_path), "visualizations of the first 2 images"):
+        assert said in printed
     drawn = sorted((tmp_path / "panels").iterdir())
     assert [path.name for path in drawn] == ["val-00000.png", "val-00001.png"]
     with Image.open(drawn[0]) as image:
@@ -71,10 +69,7 @@ def test_a_report_or_visualizations_are_not_replaced(model_dir, tmp_path, cosa_h
 @pytest.fixture
 def binary(tmp_path):
     """A model of one class, and two photos of it with masks of 0 and 255."""
-    torch.manual_seed(0)
-    config = CoSAConfig(backbone="test_vit", decoder_channels=16, id2label={0: "background", 1: "fat cat"})
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(tmp_path / "model")
-    CoSAImageProcessor(size={"height": 48, "width": 48}).save_pretrained(tmp_path / "model")
+    save_cosa(tmp_path / "model", 48, ["fat cat"])
     photos = tmp_path / "photos"
     photos.mkdir()
     lines = ["file_name,labels,mask_file_name,split"]
@@ -204,11 +199,7 @@ def test_zero_is_not_a_number_of_anything(flag, model_dir, complaint):
 
 @pytest.mark.skipif(not VOC.is_dir(), reason="needs the VOC images beside the repository")
 def test_voc_images_of_all_sizes_are_scored(tmp_path, cosa_hf):
-    torch.manual_seed(0)
-    names = dict(enumerate(["background", *VOC_CLASSES]))
-    config = CoSAConfig(backbone="test_vit", decoder_channels=32, id2label=names)
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(tmp_path / "model")
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "model")
+    save_cosa(tmp_path / "model", 64, VOC_CLASSES)
     cosa_hf(
         *("evaluate", tmp_path / "model", "--dataset", "voc", "--data_dir", VOC, "--split", "val", "--num_images", 5),
         *("--batch_size", 3, "--report", tmp_path / "report.json", "--panels", tmp_path / "panels"),

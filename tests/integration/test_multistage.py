@@ -23,27 +23,22 @@ ONE_PASS = ("--scales", "1.0", "--no_flip")
 
 
 @pytest.mark.slow
-def test_tags_to_cosa_to_pseudo_labels_to_network_to_mask(tmp_path, cosa_hf, subprocess_of):
-    def trained(*arguments):
-        """A training, in a process of its own: those in one process share a state."""
-        run = subprocess_of(*arguments)
-        assert run.returncode == 0, run.stdout + run.stderr
-        return run.stdout.splitlines()[-1]
-
-    trained("train", *COSA, "--output_dir", tmp_path / "cosa")
+def test_tags_to_cosa_to_pseudo_labels_to_network_to_mask(tmp_path, cosa_hf):
+    cosa_hf("train", *COSA, "--output_dir", tmp_path / "cosa")
     cosa_hf(
         *("label", tmp_path / "cosa/assignment", "--dataset", "shapes", "--split", "val"),
         *("--source", "cam_mean", "--format", "parquet", *ONE_PASS, "--output_dir", tmp_path / "labels"),
     )
     multistage = ("multistage", *TINY, "--pseudo_labels", tmp_path / "labels", "--checkpoint_every", 2)
     network = ("--output_dir", tmp_path / "network")
-    assert trained(*multistage, "--max_steps", 2, *network) == str(tmp_path / "network/model")
-    trained(*multistage, "--max_steps", 4, *network, "--resume")
+    printed = cosa_hf(*multistage, "--max_steps", 2, *network)
+    assert printed.splitlines()[-1] == str(tmp_path / "network/model")
+    cosa_hf(*multistage, "--max_steps", 4, *network, "--resume")
     state = json.loads((tmp_path / "network/trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
 
     again = ("--self_training", tmp_path / "network/model", "--label_scales", "1.0", "--confidence_weighting", "true")
-    trained(*multistage, *again, "--max_steps", 2, "--output_dir", tmp_path / "second")
+    cosa_hf(*multistage, *again, "--max_steps", 2, "--output_dir", tmp_path / "second")
     table = cosa_hf(
         *("evaluate", tmp_path / "second/model", "--dataset", "shapes", "--num_images", 3, *ONE_PASS),
         *("--report", tmp_path / "report.json", "--panels", tmp_path / "panels"),

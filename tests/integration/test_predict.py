@@ -41,12 +41,9 @@ def read_ids(path):
         return np.asarray(image)
 
 
-def test_masks_are_the_pipelines(model_dir, photos, tmp_path, subprocess_of):
+def test_masks_are_the_pipelines(model_dir, photos, tmp_path, cosa_hf):
     output = tmp_path / "new" / "masks"
-    done = subprocess_of("predict", model_dir, *photos, "--output_dir", output)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "nothing to be told but the results"
-    assert "3 of 3 images" in done.stdout
+    assert "3 of 3 images" in cosa_hf("predict", model_dir, *photos, "--output_dir", output)
     stems = [path.stem for path in photos]
     assert sorted(path.name for path in output.iterdir()) == sorted(
         f"{stem}{ending}.png" for stem in stems for ending in ("", "_overlay")

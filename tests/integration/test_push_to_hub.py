@@ -12,10 +12,11 @@ import yaml
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from tiny import save_cosa
 from transformers import pipeline
 
 import cosa_hf.commands.push
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.digest import weights_sha256
 from cosa_hf.inference import load_model
@@ -59,11 +60,7 @@ print(json.dumps({
 def run_dir(tmp_path_factory):
     """A training run as the loop leaves it, with random weights."""
     directory = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    names = ["background", *SHAPES_CLASSES]
-    config = CoSAConfig(backbone="test_vit", aux_layer=-2, decoder_channels=16, id2label=dict(enumerate(names)))
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory / "assignment")
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory / "assignment")
+    save_cosa(directory / "assignment", 64, aux_layer=-2)
     TrainingConfig(
         dataset="shapes", backbone="test_vit", pretrained=False, data_dir="/home/someone/data", output_dir="/tmp/mine"
     ).to_yaml(directory / "recipe.yaml")
@@ -120,10 +117,6 @@ def run(*command, hub, home):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=home)
 
 
-def push(model, *arguments, hub, home):
-    return run("-m", "cosa_hf.cli", "push", model, "--repo_id", REPO, *arguments, hub=hub, home=home)
-
-
 @pytest.fixture
 def published(run_dir, online, tmp_path):
     """The commits of a public repository that has the model."""
@@ -133,31 +126,22 @@ def published(run_dir, online, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("of", "model_name", "model_files"),
-    [("run_dir", "assignment", MODEL_FILES), ("taught_dir", "model", TAUGHT_FILES)],
-    ids=["CoSA", "CoSA-MS"],
-)
-def test_evaluated_pushed_and_loaded_by_a_stranger(of, model_name, model_files, run_dir, hub, tmp_path, request):
-    model = request.getfixturevalue(of) / model_name
-    done = run(
-        *("-m", "cosa_hf.cli", "evaluate", model, "--dataset", "shapes", "--num_images", 3, "--scales", 1, "--no_flip"),
-        *("--report", tmp_path / "report.json", "--panels", tmp_path / "panels", "--num_panels", 2),
-        hub=hub,
-        home=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+def test_evaluated_pushed_and_loaded_by_a_stranger(run_dir, hub, tmp_path, cosa_hf):
+    model = run_dir / "assignment"
+    shown = ("--report", tmp_path / "report.json", "--panels", tmp_path / "panels")
+    few = ("--dataset", "shapes", "--num_images", 3, "--scales", 1, "--no_flip", "--num_panels", 2)
+    cosa_hf("evaluate", model, *few, *shown)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["weights_sha256"] == weights_sha256(load_model(str(model), "cpu")[0])
 
-    shown = ("--report", tmp_path / "report.json", "--panels", tmp_path / "panels")
-    done = push(model, "--private", *shown, hub=hub, home=tmp_path)
+    words = ("push", model, "--repo_id", REPO, "--private", *shown)
+    done = run("-m", "cosa_hf.cli", *words, hub=hub, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert hub.repos[REPO]["private"]
     (_, empty), (sha, files) = hub.repos[REPO]["commits"]
     assert set(empty) == {".gitattributes"}
     assert done.stdout.strip().endswith(sha)
-    assert set(files) == model_files | {
+    assert set(files) == MODEL_FILES | {
         *(".gitattributes", ".eval_results/seg.yaml", ".eval_results/seg_tags.yaml"),
         *("panels/val-00000.png", "panels/val-00001.png"),
     }
@@ -195,6 +179,7 @@ def assert_same_masks(model, photo, hub, home):
     assert np.array_equal(ids, there["mask"])
 
 
+@pytest.mark.slow
 def test_a_taught_network_is_loaded_by_a_stranger(taught_dir, run_dir, online, tmp_path):
     stage(taught_dir / "model", tmp_path / "staged", REPO)
     publish(tmp_path / "staged", REPO)
@@ -231,14 +216,11 @@ def test_a_public_repository_is_no_place_for_a_private_model(online, published, 
     assert online.repos[REPO]["commits"] == published
 
 
-@pytest.mark.slow
-def test_it_says_that_nothing_was_committed(run_dir, hub, tmp_path):
-    hub.refuse_large_files = True
-    done = push(run_dir / "assignment", hub=hub, home=tmp_path)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert f"no commit was made; {REPO} is as it was" in done.stderr
-    assert len(hub.repos[REPO]["commits"]) == 1
+def test_it_says_that_nothing_was_committed(run_dir, online, complaint):
+    online.refuse_large_files = True
+    said = complaint("push", run_dir / "assignment", "--repo_id", REPO)
+    assert f"no commit was made; {REPO} is as it was" in said
+    assert len(online.repos[REPO]["commits"]) == 1
 
 
 def test_a_reason_is_given_once(model_dir, monkeypatch, complaint):
@@ -250,11 +232,9 @@ def test_a_reason_is_given_once(model_dir, monkeypatch, complaint):
     assert said == f"error: the Hub is out of reach\nno commit was made; {REPO} is as it was\n"
 
 
-@pytest.mark.slow
-def test_dry_run_sends_nothing(run_dir, hub, tmp_path):
+def test_dry_run_sends_nothing(run_dir, online, tmp_path, cosa_hf):
     staged = tmp_path / "staged"
-    done = push(run_dir / "assignment", "--dry_run", staged, hub=hub, home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert hub.repos == {}
+    said = cosa_hf("push", run_dir / "assignment", "--repo_id", REPO, "--dry_run", staged)
+    assert online.repos == {}
     assert {path.name for path in staged.iterdir()} == MODEL_FILES
-    assert "the card will hold no numbers" in done.stdout
+    assert "the card will hold no numbers" in said

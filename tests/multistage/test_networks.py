@@ -1,14 +1,12 @@
 import pytest
 import torch
 from PIL import Image
+from tiny import save_segformer
 from transformers import (
     AutoModelForSemanticSegmentation,
     EomtConfig,
     Mask2FormerForUniversalSegmentation,
     OneFormerConfig,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
     pipeline,
 )
 
@@ -22,12 +20,7 @@ NAMES = ["background", "cat", "dog"]
 @pytest.fixture(scope="session")
 def segformer(tmp_path_factory):
     """A directory with a tiny SegFormer of 150 classes, as one downloads them."""
-    directory = tmp_path_factory.mktemp("segformer")
-    small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
-    config = SegformerConfig(**small, decoder_hidden_size=8, num_labels=150)
-    SegformerForSemanticSegmentation(config).save_pretrained(directory)
-    SegformerImageProcessor().save_pretrained(directory)
-    return str(directory)
+    return str(save_segformer(tmp_path_factory.mktemp("segformer"), num_labels=150))
 
 
 def recipe(network, **fields):

@@ -15,10 +15,10 @@ from cosa_hf.objective.affinity import (
     AffinityConfig,
     attention_affinity,
     feature_affinity,
+    foreground,
     normalize_rows,
     spread,
     spread_cams,
-    spread_segmentation,
 )
 
 
@@ -178,7 +178,7 @@ def test_a_segmentation_is_spread_like_cams():
     valid = torch.ones(2, 3, 5, dtype=torch.bool)
     valid[1, :, 3:] = False
     config = AffinityConfig(affinity="features", affinity_steps=2)
-    result = spread_segmentation(logits, labels, features, config, valid)
+    result = spread_cams(foreground(logits, labels), features, config, valid)
     probabilities = reference.segmentation_pseudo_labels(logits.double().numpy(), labels.numpy(), 1.0)[:, 1:]
     rows = reference.feature_affinity(features.double().numpy(), valid=valid.numpy())
     expected = reference.spread(probabilities, rows, 2, valid.numpy())

@@ -9,10 +9,11 @@ LABELS = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0]])
 
 
 @pytest.mark.parametrize("source", ["spl", "none"])
-def test_the_method_is_eq_7(source):
+@pytest.mark.parametrize("temperature", [(), (0.3,)], ids=["the paper's", "another"])
+def test_the_method_is_eq_7(source, temperature):
     seg_logits = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
-    target = seg2cam_target(source, seg_logits, LABELS, 0.3)
-    assert torch.equal(target, segmentation_pseudo_labels(seg_logits, LABELS, 0.3))
+    target = seg2cam_target(source, seg_logits, LABELS, *temperature)
+    assert torch.equal(target, segmentation_pseudo_labels(seg_logits, LABELS, *temperature))
 
 
 def test_noise_is_uniform_over_background_and_tags_and_new_every_time():

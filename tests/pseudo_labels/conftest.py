@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from pets import CLASSES
 from PIL import Image
+from tiny import square, tiny_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data.tags import tag_features
 from cosa_hf.inference import Segmenter
 
@@ -14,17 +13,12 @@ SIZES = {"plain": (40, 30), "IMG 12%": (31, 44), "pets/übung": (24, 24), "turne
 
 @pytest.fixture(scope="session")
 def model():
-    torch.manual_seed(0)
-    config = CoSAConfig(
-        backbone="test_vit", decoder_channels=16, id2label=dict(enumerate(["background", *CLASSES])), cam_threshold=0.4,
-        affinity="features", affinity_layer=-3,
-    )  # fmt: skip
-    return CoSAForWeaklySupervisedSegmentation(config).eval()
+    return tiny_cosa(CLASSES, cam_threshold=0.4, affinity="features", affinity_layer=-3)
 
 
 @pytest.fixture
 def segmenter(model):
-    return Segmenter(model, CoSAImageProcessor(size={"height": 64, "width": 64}), batch_size=2)
+    return Segmenter(model, square(64), batch_size=2)
 
 
 @pytest.fixture

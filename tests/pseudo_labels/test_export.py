@@ -15,8 +15,9 @@ import torch
 from datasets import Dataset, load_dataset
 from pets import CLASSES
 from PIL import Image, ImageOps
+from tiny import square, tiny_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
 from cosa_hf.data import class_names, load_voc
 from cosa_hf.data.images import read_image, read_mask, undecoded
 from cosa_hf.data.tags import tag_features
@@ -30,8 +31,8 @@ from cosa_hf.pseudo_labels.load import check_masks, load_pseudo_labels
 
 
 def export(segmenter, dataset, output_dir, **settings):
-    settings = {"source": "cam", "format": "png", "split": "train", "shard_size": 2} | settings
-    return export_pseudo_labels(segmenter, dataset, output_dir, progress=False, **settings)
+    settings = {"source": "cam", "format": "png", "split": "train", "shard_size": 2, "progress": False} | settings
+    return export_pseudo_labels(segmenter, dataset, output_dir, **settings)
 
 
 def expected_masks(segmenter, dataset, protocol, threshold=0.4):
@@ -107,8 +108,9 @@ def test_spread_cams_of_a_model_that_spreads_nothing_are_refused(segmenter, data
     assert not (tmp_path / "out").exists()
 
 
-def test_png_is_a_voc_directory_with_links_to_the_images(segmenter, dataset, columns, tmp_path):
-    export(segmenter, dataset, tmp_path / "out")
+def test_png_is_a_voc_directory_with_links_to_the_images(segmenter, dataset, columns, tmp_path, capsys):
+    export(segmenter, dataset, tmp_path / "out", progress=True)
+    assert "5/5 [" in capsys.readouterr().err
     read = load_voc(tmp_path / "out", "train", masks=True)
     assert class_names(read) == CLASSES
     assert read["labels"][:] == columns["labels"]
@@ -436,11 +438,8 @@ def test_a_network_that_only_segments_labels_from_given_tags_alone(segmentation_
 
 @pytest.mark.parametrize("number", [254, 255, 300])
 def test_masks_have_the_bits_that_the_classes_need(columns, tmp_path, number):
-    torch.manual_seed(0)
     classes = [f"class {index}" for index in range(number)]
-    config = CoSAConfig(backbone="test_vit", decoder_channels=8, id2label=dict(enumerate(["background", *classes])))
-    processor = CoSAImageProcessor(size={"height": 48, "width": 48})
-    segmenter = Segmenter(CoSAForWeaklySupervisedSegmentation(config), processor)
+    segmenter = Segmenter(tiny_cosa(classes, decoder_channels=8), square(48))
     columns["labels"] = [[number - 1]] * 5
     dataset = Dataset.from_dict(columns, features=tag_features(classes))
     for format in ("png", "parquet"):

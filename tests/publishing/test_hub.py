@@ -1,19 +1,15 @@
 """What would be published: the card and the directory, from reports and recipes."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import (
-    AutoModelForSemanticSegmentation,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
-)
+from tiny import save_cosa, save_segformer
+from transformers import AutoModelForSemanticSegmentation
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import VOC_CLASSES
@@ -33,14 +29,10 @@ NAMES = ["background", "cat", "dog"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run") / "online"
-    torch.manual_seed(0)
-    config = CoSAConfig(backbone="test_vit", aux_layer=-2, decoder_channels=16, id2label=dict(enumerate(NAMES)))
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory)
-    return directory
+    return save_cosa(tmp_path_factory.mktemp("run") / "online", 64, NAMES[1:], aux_layer=-2)
 
 
+@functools.cache
 def digest_of(model):
     return weights_sha256(load_model(str(model), "cpu")[0])
 
@@ -110,13 +102,18 @@ def network(tmp_path):
     return save
 
 
+def card_of(model, tmp_path, **options):
+    """The text of the card that is staged."""
+    stage(model, tmp_path / "staged", "org/cats", **options)
+    return (tmp_path / "staged" / "README.md").read_text()
+
+
 def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_numbers_come_from_the_report(model, report, tmp_path):
-    stage(model, tmp_path / "staged", "org/cats", report=report)
-    text = (tmp_path / "staged" / "README.md").read_text()
+    text = card_of(model, tmp_path, report=report)
     card = ModelCard(text)
     assert card.data.model_name == "cats"
     assert [(each.metric_config, each.metric_value) for each in card.data.eval_results] == [
@@ -148,8 +145,7 @@ def test_the_command_leaves_the_processor_its_size(size, said, model, report, tm
     """--input_size makes squares: no other size, and none given by an edge, can be asked for."""
     protocol = json.loads(report.read_text())["protocol"]
     edit(report, protocol=protocol | {"input_size": size})
-    stage(model, tmp_path / "staged", "org/cats", report=report)
-    text = (tmp_path / "staged" / "README.md").read_text()
+    text = card_of(model, tmp_path, report=report)
     assert "--scales 1 0.5 --num_images 200 --no_flip" in text
     assert said in text
     assert "None" not in text
@@ -158,8 +154,7 @@ def test_the_command_leaves_the_processor_its_size(size, said, model, report, tm
 def test_a_crf_is_named_wherever_its_numbers_are(model, report, tmp_path):
     protocol = json.loads(report.read_text())["protocol"]
     edit(report, protocol=protocol | {"seg": "tags unknown, CRF: argmax", "crf": {"backend": "torch"}})
-    stage(model, tmp_path / "staged", "org/cats", report=report)
-    text = (tmp_path / "staged" / "README.md").read_text()
+    text = card_of(model, tmp_path, report=report)
     assert "--num_images 200 --no_flip --crf" in text
     assert "name: mIoU (tags unknown, CRF)" in text
 
@@ -264,8 +259,7 @@ def test_what_the_run_did_not_record_is_not_made_up(model, tmp_path):
     """Runs of before, and streams, whose length nobody knows."""
     TrainingConfig(backbone="test_vit").to_yaml(tmp_path / "recipe.yaml")
     (tmp_path / "run.json").write_text(json.dumps({"images": None, "recommended": "online"}))
-    stage(model, tmp_path / "staged", "org/cats", recipe=tmp_path / "recipe.yaml")
-    text = (tmp_path / "staged" / "README.md").read_text()
+    text = card_of(model, tmp_path, recipe=tmp_path / "recipe.yaml")
     assert "split `train_aug`, image-level tags only |" in text
     assert "| hardware | not recorded |" in text
     assert "| wall clock | not recorded |" in text
@@ -316,6 +310,60 @@ def test_cards_of_the_papers_settings_are_up_to_date(dataset, classes):
     assert card.data.eval_results is None
     assert "Not trained here" in card.text
     assert (ROOT / "model_cards" / f"{name}.md").read_text() == card.content
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (TrainingConfig(dataset="hub", dataset_name="org/pets"), ["org/pets"]),
+        (TrainingConfig(dataset="hub", dataset_name="/home/someone/pets"), None),
+        (TrainingConfig(dataset="voc", dataset_name="org/pets"), None),
+        (TrainingConfig(dataset="folder", data_dir="org/pets"), None),
+        (MultistageConfig(pseudo_labels="org/labels", dataset="voc"), ["org/labels"]),
+        (MultistageConfig(pseudo_labels="VOC2012-pseudo"), None),
+        (None, None),
+    ],
+)
+def test_the_card_links_the_dataset_on_the_hub(recipe, expected):
+    config = CoSAConfig(id2label=dict(enumerate(NAMES)))
+    assert model_card("org/cats", config, recipe, weights_sha256="0" * 64).data.datasets == expected
+
+
+def test_the_card_names_the_dataset_on_the_hub_and_needs_no_directory_of_it():
+    recipe = TrainingConfig(dataset="hub", dataset_name="org/pets", train_split="train")
+    text = model_card("org/cats", CoSAConfig(id2label=dict(enumerate(NAMES))), recipe, weights_sha256="0" * 64).text
+    assert "| data | org/pets, split `train`, image-level tags only |" in text
+    assert "train --recipe recipe.yaml\n" in text
+
+
+def test_a_licence_that_the_hub_does_not_know_has_a_name_and_a_link(model, tmp_path):
+    terms = tmp_path / "terms.md"
+    terms.write_text("For research.\n")
+    for link, published in ((terms, "LICENSE.md"), ("https://example.org/terms", "https://example.org/terms")):
+        staged = tmp_path / published.replace("/", "-")
+        stage(model, staged, "org/cats", license="other", license_name="research-only", license_link=str(link))
+        card = ModelCard.load(staged / "README.md")
+        data = card.data
+        assert (data.license, data.license_name, data.license_link) == ("other", "research-only", published)
+        assert f"Weights: [research-only]({published})." in card.text
+    assert (tmp_path / "LICENSE.md" / "LICENSE.md").read_text() == "For research.\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"license_name": "research-only"}, ValueError, "of license other, not of apache-2.0"),
+        (
+            {"license": "other", "license_link": "nowhere"},
+            FileNotFoundError,
+            "no license_link nowhere: give an address",
+        ),
+    ],
+)
+def test_a_licence_that_cannot_be_read_is_refused(settings, error, message, model, tmp_path):
+    with pytest.raises(error, match=message):
+        stage(model, tmp_path / "staged", "org/cats", **settings)
+    assert not (tmp_path / "staged").exists()
 
 
 def test_a_class_name_cannot_break_the_card():
@@ -379,8 +427,7 @@ def test_the_card_of_a_taught_network_tells_what_taught_it(network, tmp_path):
     ids=["no record", "self-training"],
 )
 def test_the_card_claims_no_more_than_the_run_recorded(labels, fields, words, network, tmp_path):
-    stage(network(labels=labels, **fields), tmp_path / "staged", "org/net")
-    text = (tmp_path / "staged" / "README.md").read_text()
+    text = card_of(network(labels=labels, **fields), tmp_path)
     for each in words:
         assert each in text
     assert "someone" not in text
@@ -398,12 +445,8 @@ def test_a_network_of_transformers_has_no_code_to_carry(network, tmp_path):
 
 
 def test_a_network_from_a_directory_keeps_its_name_only(network, tmp_path):
-    small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
-    source = tmp_path / "segformer"
-    SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8)).save_pretrained(source)
-    SegformerImageProcessor().save_pretrained(source)
-    stage(network(str(source), pretrained=True, decoder_channels=None), tmp_path / "staged", "org/net")
-    text = (tmp_path / "staged" / "README.md").read_text()
+    source = save_segformer(tmp_path / "segformer")
+    text = card_of(network(str(source), pretrained=True, decoder_channels=None), tmp_path)
     assert "| network | `segformer`, encoder started from `segformer` |" in text
     assert ModelCard(text).data.base_model is None  # no name on the Hub
     assert str(tmp_path) not in text
@@ -411,8 +454,7 @@ def test_a_network_from_a_directory_keeps_its_name_only(network, tmp_path):
 
 
 def test_the_card_of_a_set_of_masks_says_how_to_read_it(network, mask2former, tmp_path):
-    stage(network(mask2former, pretrained=True, decoder_channels=None), tmp_path / "staged", "org/net")
-    text = (tmp_path / "staged" / "README.md").read_text()
+    text = card_of(network(mask2former, pretrained=True, decoder_channels=None), tmp_path)
     assert '("photo.jpg", subtask="semantic")' in text
     assert "a set of masks and their classes, `masks_queries_logits` and `class_queries_logits`." in text
 

@@ -1,23 +1,13 @@
 """A small random model, and what a command that ends with an error says."""
 
 import pytest
-import torch
-
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-from cosa_hf.data import SHAPES_CLASSES
+from tiny import save_cosa
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A directory with a small random model of the shapes' classes."""
-    directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = CoSAConfig(
-        backbone="test_vit", decoder_channels=16, id2label=dict(enumerate(["background", *SHAPES_CLASSES]))
-    )
-    CoSAForWeaklySupervisedSegmentation(config).save_pretrained(directory)
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory)
-    return directory
+    return save_cosa(tmp_path_factory.mktemp("model"), 64)
 
 
 @pytest.fixture

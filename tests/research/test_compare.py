@@ -1,9 +1,6 @@
 """research/compare.py as a user runs it, on small random models."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import compare
 import pytest
@@ -11,20 +8,12 @@ from PIL import Image
 
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 
-SCRIPT = Path(__file__).resolve().parents[2] / "research" / "compare.py"
 
-
-def test_an_image_with_a_row_for_each_image_and_a_column_for_each_model(model_dir, tmp_path):
+def test_an_image_with_a_row_for_each_image_and_a_column_for_each_model(model_dir, tmp_path, capsys):
     output = tmp_path / "new" / "compare.png"
     quick = ("--dataset", "shapes", "--num_images", "3", "--scales", "1", "--no_flip")
-    done = subprocess.run(
-        [sys.executable, SCRIPT, f"one={model_dir}", f"two={model_dir}", *quick, "--output", output],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{output}: val-00000, val-00100, val-00199"
+    compare.main([f"one={model_dir}", f"two={model_dir}", *quick, "--output", str(output)])
+    assert capsys.readouterr().out.strip() == f"{output}: val-00000, val-00100, val-00199"
     with Image.open(output) as image:
         assert image.width > 4 * 128  # image, ground truth, one, two
         assert image.height > 3 * 128

@@ -4,20 +4,16 @@ import pytest
 import torch
 from compress import main, narrow_decoder, save_half
 from safetensors.torch import load_file
+from tiny import square, tiny_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
-from cosa_hf.data import SHAPES_CLASSES
+from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.files import CONFIG
 
 
 @pytest.fixture
 def redundant():
     """A decoder of 16 channels in each layer, of which every second half follows from the first."""
-    torch.manual_seed(0)
-    names = dict(enumerate(["background", *SHAPES_CLASSES]))
-    model = CoSAForWeaklySupervisedSegmentation(
-        CoSAConfig(backbone="test_vit", decoder_channels=16, decoder_dilation=1, id2label=names)
-    ).eval()
+    model = tiny_cosa(decoder_dilation=1)
     with torch.no_grad():
         model.decoder.conv6.weight[8:] = 2 * model.decoder.conv6.weight[:8]
         model.decoder.conv7.weight[8:] = 0.5 * model.decoder.conv7.weight[:8]
@@ -76,7 +72,7 @@ def full_disk(*_):
 
 def test_command(redundant, tmp_path, capsys, monkeypatch):
     redundant.save_pretrained(tmp_path / "model")
-    CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "model")
+    square(64).save_pretrained(tmp_path / "model")
     options = ["--decoder_channels", "8", "--dataset", "shapes", "--split", "val", "--num_images", "3"]
     command = [str(tmp_path / "model"), str(tmp_path / "small"), *options]
     with monkeypatch.context() as patch:

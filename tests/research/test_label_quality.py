@@ -5,13 +5,12 @@ import json
 import label_quality
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from label_quality import CAM_SOURCES, THRESHOLDS, format_quality, pseudo_label_quality
 from pets import CLASSES
 from PIL import Image
+from tiny import square, tiny_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import load_shapes
 from cosa_hf.data.tags import tag_features
 from cosa_hf.evaluation.evaluate import evaluate
@@ -20,10 +19,7 @@ from cosa_hf.inference import Segmenter
 
 @pytest.fixture(scope="module")
 def segmenter():
-    torch.manual_seed(0)
-    names = dict(enumerate(["background", *CLASSES]))
-    model = CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit", decoder_channels=16, id2label=names))
-    return Segmenter(model, CoSAImageProcessor(size={"height": 64, "width": 64}), batch_size=2)
+    return Segmenter(tiny_cosa(CLASSES), square(64), batch_size=2)
 
 
 @pytest.fixture(scope="module")

@@ -3,42 +3,25 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import figures
 import pytest
-import torch
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+from tiny import save_segformer, square, tiny_cosa
 
-from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, SHAPES_COEXISTENCE, load_shapes
 from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.inference import Segmenter
-from cosa_hf.training.checkpoints import save_networks, snapshot_directory
 from cosa_hf.training.config import TrainingConfig
+from cosa_hf.training.snapshots import save_networks, snapshot_directory
 
-SCRIPT = Path(__file__).resolve().parents[2] / "research" / "figures.py"
 QUICK = ("--dataset", "shapes", "--num_images", "4", "--scales", "1", "--no_flip")
-
-
-def network(seed):
-    torch.manual_seed(seed)
-    config = CoSAConfig(
-        backbone="test_vit",
-        decoder_channels=16,
-        id2label=dict(enumerate(["background", *SHAPES_CLASSES])),
-        coexistence_classes=list(SHAPES_COEXISTENCE),
-    )
-    return CoSAForWeaklySupervisedSegmentation(config)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two finished runs of 20 steps, one with SA and a snapshot, one without; xi moves from 0.3 to 0.6."""
     directory = tmp_path_factory.mktemp("runs")
-    processor = CoSAImageProcessor(size={"height": 64, "width": 64})
+    networks = [tiny_cosa(seed=seed, coexistence_classes=list(SHAPES_COEXISTENCE)) for seed in range(4)]
     for name, swapping in (("with", True), ("without", False)):
         run = directory / name
         run.mkdir()
@@ -48,17 +31,13 @@ def runs(tmp_path_factory):
         lines = [{"step": 10, "xi": 0.3, "aux_xi": 0.4}, {"step": 20, "xi": 0.6, "aux_xi": 0.7}]
         (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (run / "run.json").write_text("{}")
-        save_networks(run, network(0), network(1), processor)
-    save_networks(snapshot_directory(directory / "with", 10), network(2), network(3), processor)
+        save_networks(run, *networks[:2], square(64))
+    save_networks(snapshot_directory(directory / "with", 10), *networks[2:], square(64))
     return directory
 
 
-def draw(monkeypatch, output_dir, figure, *models, data=QUICK):
+def draw(output_dir, figure, *models, data=QUICK):
     """The rows that the command writes."""
-    if data is QUICK:
-        # Drawing two hundred images to look at four would take most of the test's time.
-        few = load_shapes("val", num_images=4, masks=True)
-        monkeypatch.setattr("cosa_hf.commands.inputs.load_dataset_by_name", lambda *_, **__: few)
     figures.main([*map(str, models), *data, "--figure", figure, "--output_dir", str(output_dir)])
     return list(csv.DictReader((output_dir / f"figure-{figure}.csv").open()))
 
@@ -69,24 +48,18 @@ def report_of(run, **settings):
     return evaluate(segmenter, load_shapes("val", num_images=4, masks=True), progress=False, **settings)
 
 
-def test_networks_over_time_as_a_user_asks_for_them(runs, tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, runs.iterdir()), *QUICK, "--figure", "6", "--output_dir", tmp_path / "new"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader((tmp_path / "new" / "figure-6.csv").open()))
+def test_networks_over_time_as_a_user_asks_for_them(runs, tmp_path, capsys):
+    rows = draw(tmp_path / "new", "6", *runs.iterdir())
+    printed = capsys.readouterr().out.splitlines()
     assert {(row["run"], row["step"], row["network"], row["labels"]) for row in rows} == {
         (run, step, network, labels)
         for run, step in (("with", "10"), ("with", "20"), ("without", "20"))
         for network in ("online", "assignment")
         for labels in ("SPL", "CPL")
     }
-    assert done.stdout.splitlines()[0].split() == ["run", "step", "network", "labels", "miou"]
-    assert len(done.stdout.splitlines()) == 1 + len(rows) + 2
-    assert f"{tmp_path}/new/figure-6.png" in done.stdout.splitlines()[-1]
+    assert printed[0].split() == ["run", "step", "network", "labels", "miou"]
+    assert len(printed) == 1 + len(rows) + 2
+    assert f"{tmp_path}/new/figure-6.png" in printed[-1]
 
     report = report_of(runs / "with", cam_threshold=0.6)
     found = {(row["step"], row["network"], row["labels"]): row["miou"] for row in rows if row["run"] == "with"}
@@ -95,8 +68,8 @@ def test_networks_over_time_as_a_user_asks_for_them(runs, tmp_path):
 
 
 @pytest.mark.parametrize("figure", ["3", "4", "7"])
-def test_a_run_is_looked_at_through_the_network_that_labelled_it(figure, runs, tmp_path, monkeypatch):
-    rows = draw(monkeypatch, tmp_path, figure, f"SA={runs / 'with'}", f"no SA={runs / 'without'}")
+def test_a_run_is_looked_at_through_the_network_that_labelled_it(figure, runs, tmp_path):
+    rows = draw(tmp_path, figure, f"SA={runs / 'with'}", f"no SA={runs / 'without'}")
     assert {(row["run"], row["step"], row["network"]) for row in rows} == {
         ("SA", "10", "assignment"),
         ("SA", "20", "assignment"),
@@ -108,8 +81,8 @@ def test_a_run_is_looked_at_through_the_network_that_labelled_it(figure, runs, t
         assert [row["image_id"] for row in rows[:4]] == [f"val-0000{number}" for number in range(4)]
 
 
-def test_coexistence_is_the_end_of_the_run_as_evaluation_has_it(runs, tmp_path, monkeypatch):
-    (row,) = draw(monkeypatch, tmp_path, "4b", runs / "with")
+def test_coexistence_is_the_end_of_the_run_as_evaluation_has_it(runs, tmp_path):
+    (row,) = draw(tmp_path, "4b", runs / "with")
     assert row["step"] == "20"
     report = report_of(runs / "with")["cam"]
     assert float(row["miou"]) == pytest.approx(report["miou"], abs=0.05)
@@ -117,19 +90,19 @@ def test_coexistence_is_the_end_of_the_run_as_evaluation_has_it(runs, tmp_path, 
 
 
 @pytest.mark.parametrize("published", [False, True])
-def test_a_single_model_has_no_time_and_its_own_threshold(published, runs, tmp_path, monkeypatch):
+def test_a_single_model_has_no_time_and_its_own_threshold(published, runs, tmp_path):
     model = runs / "with" / "online"
     if published:  # with its recipe
         model = shutil.copytree(model, tmp_path / "online")
         shutil.copy(runs / "with" / "recipe.yaml", model)
-    rows = draw(monkeypatch, tmp_path, "3", model)
+    rows = draw(tmp_path, "3", model)
     assert {(row["run"], row["step"], row["network"], row["threshold"]) for row in rows} == {
         ("online", "0", "model", "0.5")
     }
 
 
 @pytest.mark.parametrize("classes", [(), ("--classes", *SHAPES_CLASSES)])
-def test_a_folder_is_read_with_the_classes_of_the_model_or_those_given(classes, runs, tmp_path, monkeypatch):
+def test_a_folder_is_read_with_the_classes_of_the_model_or_those_given(classes, runs, tmp_path):
     lines = ["file_name,mask_file_name,labels,split"]
     for row in load_shapes("val", num_images=2, masks=True):
         row["image"].save(tmp_path / f"{row['image_id']}.png")
@@ -138,7 +111,7 @@ def test_a_folder_is_read_with_the_classes_of_the_model_or_those_given(classes, 
         lines.append(f"{row['image_id']}.png,{row['image_id']}_mask.png,{tags},val")
     (tmp_path / "metadata.csv").write_text("\n".join(lines))
     folder = ("--dataset", "folder", "--data_dir", str(tmp_path), *classes, "--scales", "1", "--no_flip")
-    rows = draw(monkeypatch, tmp_path / "out", "7", runs / "with" / "online", data=folder)
+    rows = draw(tmp_path / "out", "7", runs / "with" / "online", data=folder)
     assert [row["image_id"] for row in rows] == ["val-00000", "val-00001"]
 
 
@@ -153,26 +126,22 @@ def test_a_folder_is_read_with_the_classes_of_the_model_or_those_given(classes, 
 def test_mistakes_are_named(models, message, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(runs)
     with pytest.raises(SystemExit, match=message):
-        draw(monkeypatch, tmp_path / "none", "3", *models)
+        draw(tmp_path / "none", "3", *models)
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("place", ["file", "directory"])
-def test_a_place_that_cannot_be_written_is_refused_first(place, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_refused_first(place, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "directory/figure-3.png").mkdir(parents=True)
     with pytest.raises(SystemExit, match=r"error: cannot write \S*figure-3\.(csv|png): "):
-        draw(monkeypatch, tmp_path / place, "3", "no-model-is-needed-to-see-that")
+        draw(tmp_path / place, "3", "no-model-is-needed-to-see-that")
 
 
-def test_a_network_without_cams_is_refused(tmp_path, monkeypatch):
-    small = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
-    names = dict(enumerate(["background", *SHAPES_CLASSES]))
-    config = SegformerConfig(**small, decoder_hidden_size=8, id2label=names)
-    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "segformer")
-    SegformerImageProcessor().save_pretrained(tmp_path / "segformer")
+def test_a_network_without_cams_is_refused(tmp_path):
+    save_segformer(tmp_path / "segformer", id2label=dict(enumerate(["background", *SHAPES_CLASSES])))
     with pytest.raises(SystemExit, match="error: a SegformerForSemanticSegmentation only segments and has no CAMs"):
-        draw(monkeypatch, tmp_path / "out", "3", tmp_path / "segformer")
+        draw(tmp_path / "out", "3", tmp_path / "segformer")
 
 
 @pytest.mark.parametrize(
@@ -182,19 +151,19 @@ def test_a_network_without_cams_is_refused(tmp_path, monkeypatch):
         ("9", {}, {"step": "10", "xi": "0.3", "aux_xi": "0.4"}),
     ],
 )
-def test_figures_of_records_need_no_dataset(figure, files, expected, runs, tmp_path, monkeypatch, capsys):
+def test_figures_of_records_need_no_dataset(figure, files, expected, runs, tmp_path, capsys):
     run = shutil.copytree(runs / "with", tmp_path / "guided")
     for name, content in files.items():
         (run / name).write_text(json.dumps(content))
-    rows = draw(monkeypatch, tmp_path / "out", figure, run, f"again={run}", data=())
+    rows = draw(tmp_path / "out", figure, run, f"again={run}", data=())
     assert expected.items() <= rows[0].items()
     assert {row["run"] for row in rows} == {"guided", "again"}
     assert "figure-" in capsys.readouterr().out
 
 
-def test_a_figure_of_images_needs_a_dataset(runs, tmp_path, monkeypatch):
+def test_a_figure_of_images_needs_a_dataset(runs, tmp_path):
     with pytest.raises(SystemExit, match="error: figure 3 is measured on images: name a --dataset"):
-        draw(monkeypatch, tmp_path, "3", runs / "with", data=())
+        draw(tmp_path, "3", runs / "with", data=())
 
 
 def test_a_table_is_printed_with_its_numbers_to_the_right():

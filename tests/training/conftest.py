@@ -28,14 +28,6 @@ def tiny(tmp_path):
 
 
 @pytest.fixture
-def any_precision():
-    """A process has one precision; these tests want another."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
-@pytest.fixture
 def accelerator():
     AcceleratorState._reset_state(True)
     return Accelerator(cpu=True)

@@ -1,18 +1,15 @@
-"""The files of a run: what a checkpoint holds and refuses, and the networks of a run as they were on the way."""
+"""What a checkpoint holds and refuses."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from runs_of import assert_equal
-from safetensors.torch import load_file
 
 from cosa_hf._version import __version__
 from cosa_hf.training import checkpoints
-from cosa_hf.training.checkpoints import Checkpoints, Progress, TrainingData, moments, read_checkpoint
-from cosa_hf.training.config import TrainingConfig
-from cosa_hf.training.trainer import train
+from cosa_hf.training.checkpoints import Checkpoints, read_checkpoint
+from cosa_hf.training.states import Progress
 
 
 class Holder:
@@ -127,89 +124,3 @@ def test_a_checkpoint_of_another_format_names_the_version_that_reads_it(
     with pytest.raises(ValueError, match=refusal):
         there.load()
     assert path.exists()  # not taken for a damaged one
-
-
-ROWS = [("a", [0]), ("b", [1, 0]), ("c", [1])]
-
-
-@pytest.mark.parametrize(
-    ("rows", "difference"),
-    [
-        (ROWS[:2], "images 3 -> 2, dog 2 -> 1"),
-        ([*ROWS, ("d", [])], "images 3 -> 4"),
-        ([("a", [1]), *ROWS[1:]], "cat 2 -> 1, dog 2 -> 3"),
-        ([("x", [0]), *ROWS[1:]], "as many of each class, but other ids or tags"),
-        ([("a", [1]), ROWS[1], ("c", [0])], "as many of each class, but other ids or tags"),
-        (ROWS[::-1], "as many of each class, but other ids or tags"),  # the order of images is drawn from positions
-        (None, "images 3 -> 0, cat 2 -> 0, dog 2 -> 0"),
-    ],
-    ids=["image less", "image more", "other tag", "other id", "tags changed places", "other order", "stream"],
-)
-def test_other_images_and_tags_are_refused_unless_they_are_meant(rows, difference):
-    before = TrainingData(["cat", "dog"], ROWS).state_dict()
-    with pytest.raises(ValueError, match=rf"not those of the checkpoint's run \({difference}\): .*allow_changed_data"):
-        TrainingData(["cat", "dog"], rows).load_state_dict(before)
-    TrainingData(["cat", "dog"], rows, allow_changed=True).load_state_dict(before)
-
-
-def test_the_same_data_go_on_whatever_the_order_of_tags():
-    reordered = [(image_id, tags[::-1]) for image_id, tags in ROWS]
-    TrainingData(["cat", "dog"], reordered).load_state_dict(TrainingData(["cat", "dog"], ROWS).state_dict())
-    TrainingData(["cat", "dog"], None).load_state_dict(TrainingData(["cat", "dog"], None).state_dict())
-
-
-@pytest.mark.parametrize("allow_changed", [False, True])
-@pytest.mark.parametrize("names", [["zebra", "dog"], ["dog", "cat"], ["cat", "dog", "cow"]])
-def test_other_classes_are_refused_in_any_case(names, allow_changed):
-    before = TrainingData(["cat", "dog"], ROWS).state_dict()
-    with pytest.raises(ValueError, match=rf"has the classes cat, dog; this one has {', '.join(names)}: give the data"):
-        TrainingData(names, ROWS, allow_changed).load_state_dict(before)
-
-
-@pytest.mark.usefixtures("few_shapes")
-def test_snapshots_are_the_networks_of_their_step(tiny, tmp_path):
-    config = tiny(max_steps=4, warmup_steps=2, snapshot_every=2, threshold=0.4)
-    train(config)
-    run = Path(config.output_dir)
-    first, last = moments(run)
-    assert (first.step, last.step) == (2, 4)
-    assert (first.threshold, first.aux_threshold) == (0.4, 0.4)  # warm-up: not moved yet
-    assert (last.online, last.assignment) == (run / "online", run / "assignment")
-    assert sorted(path.name for path in (run / "snapshots").iterdir()) == ["step-0000002", "step-0000004"]
-    for name in ("online", "assignment"):
-        at_end = load_file(run / name / "model.safetensors")
-        kept = load_file(run / "snapshots" / "step-0000004" / name / "model.safetensors")
-        before = load_file(getattr(first, name) / "model.safetensors")
-        assert all(torch.equal(at_end[key], kept[key]) for key in at_end)
-        assert not all(torch.equal(at_end[key], before[key]) for key in at_end)
-
-
-def written_run(tmp_path, entries, snapshots=(10,)):
-    TrainingConfig(max_steps=30, warmup_steps=0, lr_warmup_steps=0).to_yaml(tmp_path / "recipe.yaml")
-    (tmp_path / "run.json").write_text("{}")
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    for step in snapshots:
-        (tmp_path / f"snapshots/step-{step:07d}/assignment").mkdir(parents=True)
-        (tmp_path / f"snapshots/step-{step:07d}/assignment/config.json").touch()
-    return moments(tmp_path)
-
-
-def test_thresholds_are_those_of_the_nearest_line_and_of_the_last_run_over_it(tmp_path):
-    found = written_run(
-        tmp_path,
-        [
-            {"step": 8, "xi": 0.1, "aux_xi": 0.2},
-            {"step": 8, "eval/seg": 3.0},
-            {"step": 8, "xi": 0.3, "aux_xi": 0.4},  # resumed from an earlier step
-            {"step": 30, "xi": 0.5, "aux_xi": 0.6},
-        ],
-    )
-    assert [(moment.step, moment.threshold, moment.aux_threshold) for moment in found] == [
-        (10, 0.3, 0.4),
-        (30, 0.5, 0.6),
-    ]
-
-
-def test_a_run_that_is_not_finished_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is not a finished run: it has no run.json"):
-        moments(tmp_path)

@@ -4,9 +4,7 @@ import json
 import multiprocessing
 import re
 import shutil
-import signal
-import subprocess
-import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -63,27 +61,24 @@ def test_several_writers_and_readers_share_it(tmp_path):
     ]
 
 
-WRITER = f"""
-import sys, torch
-from pathlib import Path
-from cosa_hf.training.features import FeatureStore
-shapes = {SHAPES!r}
-store = FeatureStore(Path(sys.argv[1]), {MADE_BY!r}, shapes)
-for number in range(100_000):
-    store.write(f"{{number}}", {{name: torch.full(shape, float(number % 1000)) for name, shape in shapes.items()}})
-    print(number, flush=True)
-"""
+def write_on(root, written):
+    store = store_in(root)
+    for number in range(100_000):
+        store.write(str(number), maps_of(number % 1000))
+        written.value = number
 
 
 def test_a_killed_writer_leaves_complete_records(tmp_path):
+    fork = multiprocessing.get_context("fork")
     for count in (1, 20, 57):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path / str(count))], stdout=subprocess.PIPE, text=True
-        )
-        while int(process.stdout.readline()) < count:
-            pass
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        written = fork.Value("i", -1)
+        process = fork.Process(target=write_on, args=(tmp_path / str(count), written))
+        process.start()
+        while written.value < count:
+            assert process.is_alive()
+            time.sleep(0.001)
+        process.kill()
+        process.join()
         store = store_in(tmp_path / str(count))
         keys = [str(number) for number in range(100_000)]
         done = sorted(set(keys) - set(store.missing(keys)))
@@ -192,7 +187,7 @@ def test_reading_keeps_no_pages(tmp_path):
     store = FeatureStore(tmp_path, MADE_BY, {"tokens": (500_000,)})
     for number in range(100):
         store.write(str(number), {"tokens": torch.zeros(500_000)})
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     queue = context.Queue()
     process = context.Process(target=_resident, args=(tmp_path, queue))
     process.start()

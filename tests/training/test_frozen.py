@@ -1,23 +1,27 @@
 """Runs on a frozen encoder: what is shared and kept, and what a cache of its features changes and does not change."""
 
+import functools
 import json
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
-from runs_of import assert_equal, left
+from runs_of import assert_equal, left, log_of
 from safetensors.torch import load_file
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
 from cosa_hf.assignment.network import AssignmentNetwork, TeacherConfig
 from cosa_hf.data import load_shapes, read_image, undecoded
 from cosa_hf.data.encoded import EncodedDataset, image_keys
-from cosa_hf.training import features
+from cosa_hf.inference import forward_multiscale
+from cosa_hf.training import features, setup
 from cosa_hf.training.features import EncodedImages
 from cosa_hf.training.trainer import Trainer, train
 
@@ -31,7 +35,7 @@ HEADS = {
 
 @pytest.fixture
 def frozen(tiny, tmp_path):
-    """A run of heads on cached features."""
+    """A run on cached features, by default of the heads alone."""
 
     def make(**fields):
         settings = HEADS | {"frozen_blocks": "all", "cache_features": str(tmp_path / "cache"), "max_steps": 8}
@@ -84,19 +88,22 @@ def test_the_teacher_shares_what_is_frozen_and_follows_the_rest():
             assert own.data_ptr() == followed.data_ptr()
 
 
-def test_a_cached_run_leaves_complete_models_and_the_encoder_as_it_was(frozen, tmp_path, capsys):
-    config = frozen()
+@pytest.mark.parametrize("blocks", ["all", 4])
+def test_a_cached_run_leaves_complete_models_and_what_is_frozen_as_it_was(frozen, tmp_path, capsys, blocks):
+    config = frozen(frozen_blocks=blocks)
     trainer = Trainer(config)
     before = {name: value.clone() for name, value in trainer.student.backbone.state_dict().items()}
+    trained = {name for name, value in trainer.student.backbone.named_parameters() if value.requires_grad}
     directory = trainer.train()
     assert "encoding 6 images once, 0.0 GB in" in capsys.readouterr().out
     model = CoSAForWeaklySupervisedSegmentation.from_pretrained(directory)
+    assert {name.split(".")[2] for name in trained if "blocks" in name} == (set() if blocks == "all" else {"4", "5"})
     for name, value in before.items():
-        assert torch.equal(model.backbone.state_dict()[name], value), name
+        assert torch.equal(model.backbone.state_dict()[name], value) == (name not in trained), name
     log = [json.loads(line) for line in (Path(config.output_dir) / "log.jsonl").read_text().splitlines()]
     assert {"c2s", "s2c", "csc"} <= set(log[-1])
     # The second run encodes nothing, and is the same.
-    again = frozen(output_dir=str(tmp_path / "again"))
+    again = frozen(frozen_blocks=blocks, output_dir=str(tmp_path / "again"))
     train(again)
     assert "encoding" not in capsys.readouterr().out
     for name in ("online", "assignment"):
@@ -116,15 +123,17 @@ def test_a_checkpoint_holds_the_heads_and_a_digest(frozen, tiny, tmp_path):
     assert sizes[0] < 0.5 * sizes[1]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_and_wants_the_same_encoder(frozen, tmp_path):
-    expected = frozen(output_dir=str(tmp_path / "whole"))
+@pytest.mark.parametrize("blocks", ["all", 4])
+def test_a_resumed_run_is_the_uninterrupted_one_and_wants_the_same_encoder(frozen, tmp_path, blocks):
+    expected, run = frozen(frozen_blocks=blocks, output_dir=str(tmp_path / "whole")), frozen(frozen_blocks=blocks)
     train(expected)
-    train(frozen(max_steps=8, checkpoint_every=4))
+    train(replace(run, checkpoint_every=4))
     sorted((tmp_path / "run/checkpoints").iterdir())[-1].unlink()
-    with pytest.raises(ValueError, match="the frozen part of the encoder is not that of the checkpoint's run"):
-        train(frozen(resume=True, seed=1))  # random weights of another seed
-    train(frozen(resume=True, checkpoint_every=4))
-    assert_equal(left(expected)["weights"], left(frozen())["weights"])
+    for changed in ({"seed": 1}, {"frozen_blocks": "5"}):  # random weights of another seed; another frozen part
+        with pytest.raises(ValueError, match="the frozen part of the encoder is not that of the checkpoint's run"):
+            train(replace(run, resume=True, **changed))
+    train(replace(run, resume=True, checkpoint_every=4))
+    assert_equal(left(expected)["weights"], left(run)["weights"])
 
 
 def killed_while_encoding(config, count):
@@ -140,25 +149,78 @@ def killed_while_encoding(config, count):
     train(config)
 
 
-@pytest.mark.parametrize("count", [0, 1, 4])
-def test_a_run_killed_while_it_encodes_goes_on_to_the_same_weights(frozen, tmp_path, count, capsys):
-    expected = frozen(output_dir=str(tmp_path / "whole"), cache_features=str(tmp_path / "other"))
+@pytest.mark.parametrize(("blocks", "count"), [("all", 0), ("all", 1), ("all", 4), (4, 4)])
+def test_a_run_killed_while_it_encodes_goes_on_to_the_same_weights(frozen, tmp_path, blocks, count, capsys):
+    run = frozen(frozen_blocks=blocks)
+    expected = replace(run, output_dir=str(tmp_path / "whole"), cache_features=str(tmp_path / "other"))
     train(expected)
-    process = multiprocessing.get_context("fork").Process(target=killed_while_encoding, args=(frozen(), count))
+    process = multiprocessing.get_context("fork").Process(target=killed_while_encoding, args=(run, count))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     capsys.readouterr()
-    train(frozen())
+    train(run)
     assert f"encoding {6 - count} images once" in capsys.readouterr().out
-    assert_equal(left(expected)["weights"], left(frozen())["weights"])
+    assert_equal(left(expected)["weights"], left(run)["weights"])
+
+
+def images_in_place_of_views(monkeypatch):
+    """Runs without a cache see each image as those with one do: resized, plain or mirrored, by the teacher once."""
+
+    def loader(config, dataset, untagged, processor, accelerator, encoded=None):
+        def views(key):
+            image = read_image(undecoded(dataset)[keys.index(key)])
+            pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+            both = torch.stack([pixels, pixels.flip(-1)])
+            return {"weak": both, "strong": both}
+
+        keys = image_keys(dataset)
+        source = encoded or SimpleNamespace(read=views, keys=keys)
+        return setup.training_loader(config, dataset, untagged, processor, accelerator, source)
+
+    monkeypatch.setattr("cosa_hf.training.trainer.training_loader", loader)
+    monkeypatch.setattr(
+        "cosa_hf.assignment.network.forward_multiscale", functools.partial(forward_multiscale, flip=False)
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"frozen_blocks": "all"},
+        {"frozen_blocks": "4", "aux_layer": -3},
+        {"frozen_blocks": "4", "affinity": "attention", "affinity_blocks": [-4, -2], "attention": "value-value"},
+        {"frozen_blocks": "5", "affinity": "none", "gradient_accumulation_steps": 2, "batch_size": 1},
+    ],
+)
+def test_a_cache_changes_nothing_but_by_the_rounding_of_float16(frozen, tmp_path, monkeypatch, fields):
+    images_in_place_of_views(monkeypatch)
+    # Both find their own otherwise: over mirrored images too, or plain ones alone.
+    fields = fields | {"standardize_features": False, "learning_rate": 1e-4}
+    fresh, cached = (
+        frozen(**fields, cache_features=cache, output_dir=str(tmp_path / name))
+        for name, cache in (("fresh", "never"), ("cached", str(tmp_path / "cache")))
+    )
+    for config in (fresh, cached):
+        train(config)
+    losses = [[entry["loss"] for entry in log_of(config)] for config in (fresh, cached)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    # The same in float32: nothing else is different.
+    exact = replace(cached, cache_features=str(tmp_path / "none"), output_dir=str(tmp_path / "exact"))
+    records = {}
+    monkeypatch.setattr(features.FeatureStore, "write", lambda self, key, maps: records.update({key: maps}))
+    monkeypatch.setattr(features.FeatureStore, "read", lambda self, key: records[key])
+    train(exact)
+    assert_equal(left(fresh)["weights"], left(exact)["weights"], tolerance=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_share_cache_and_steps(frozen, tmp_path):
-    one = frozen(output_dir=str(tmp_path / "one"), cache_features=str(tmp_path / "one-cache"), learning_rate=1e-5)
+@pytest.mark.parametrize("blocks", ["all", 4])
+def test_two_processes_share_cache_and_steps(frozen, tmp_path, blocks):
+    fields = {"frozen_blocks": blocks, "learning_rate": 1e-5}
+    one = frozen(output_dir=str(tmp_path / "one"), cache_features=str(tmp_path / "one-cache"), **fields)
     train(one)
-    two = frozen(batch_size=1, learning_rate=1e-5)
+    two = frozen(batch_size=1, **fields)
     AcceleratorState._reset_state(True)
     debug_launcher(train, args=(two,), num_processes=2)
     AcceleratorState._reset_state(True)
@@ -171,7 +233,11 @@ def test_two_processes_share_cache_and_steps(frozen, tmp_path):
     [
         ({"label_scales": [1.0, 0.5]}, r"label_scales \[1.0, 0.5\] needs the images in every step"),
         ({"dense_energy_weight": 0.1}, "dense_energy_weight 0.1 needs the images"),
-        ({"frozen_blocks": "3"}, "needs frozen_blocks all, got 3"),
+        ({"frozen_blocks": "0"}, "needs frozen_blocks, a number or all, got 0"),
+        (
+            {"frozen_blocks": "2", "backbone": "test_resnet", "affinity": "none"},
+            "frozen_blocks 2 of test_resnet cannot be cached: .* Pass --cache_features never",
+        ),
         ({"frozen_blocks": "-1"}, "frozen_blocks must be 0, a number of blocks, or all, got '-1'"),
     ],
 )
@@ -188,7 +254,7 @@ def test_without_a_cache_the_same_heads_train_on_fresh_views(frozen, cache, tmp_
 
 
 def test_some_blocks_frozen_train_the_rest(tiny):
-    config = tiny(frozen_blocks=3)
+    config = tiny(frozen_blocks=3, cache_features="never")
     trainer = Trainer(config)
     before = {name: value.clone() for name, value in trainer.student.named_parameters()}
     trainer.train()
@@ -217,6 +283,7 @@ def encoder(tmp_path):
     from cosa_hf import CoSAImageProcessor
 
     model, processor = build(), CoSAImageProcessor(size={"height": 48, "width": 48})
+    model.backbone.freeze()
     return lambda dataset: EncodedImages(model, processor, dataset, tmp_path / "cache", Accelerator(cpu=True))
 
 
@@ -227,13 +294,36 @@ def test_images_that_are_read_otherwise_are_encoded_anew(tmp_path, changed):
     from cosa_hf import CoSAImageProcessor
 
     dataset, size = images_in(tmp_path / "photos"), {"height": 48, "width": 48}
+    model = build()
+    model.backbone.freeze()
     stores = [
-        EncodedImages(build(), CoSAImageProcessor(size=size, **options), dataset, tmp_path, Accelerator(cpu=True)).store
+        EncodedImages(model, CoSAImageProcessor(size=size, **options), dataset, tmp_path, Accelerator(cpu=True)).store
         for options in ({}, changed)
     ]
     about = [json.loads((store.directory / "about.json").read_text())["made_by"] for store in stores]
     assert stores[0].directory != stores[1].directory
-    assert about[0] | changed == about[1] | {"encoder": about[0]["encoder"]}, "what is read as before keeps its place"
+    assert about[0] | changed == about[1], "what is read as before keeps its place"
+
+
+def test_what_blocks_that_train_hold_makes_no_other_cache(tmp_path):
+    from accelerate import Accelerator
+
+    from cosa_hf import CoSAImageProcessor
+
+    dataset, processor = images_in(tmp_path / "photos"), CoSAImageProcessor(size={"height": 48, "width": 48})
+
+    def directory(blocks, changed=None):
+        model = build()
+        model.backbone.freeze(blocks)
+        if changed is not None:
+            with torch.no_grad():
+                model.backbone.model.blocks[changed].norm1.weight.add_(1)
+        return EncodedImages(model, processor, dataset, tmp_path, Accelerator(cpu=True)).store.directory
+
+    kept = directory(4)
+    assert directory(4, changed=4) == kept
+    others = [directory(4, changed=3), directory(5), directory(None)]
+    assert len({kept, *others}) == 4
 
 
 def test_a_changed_photo_is_encoded_anew_and_a_broken_one_named(encoder, tmp_path):

@@ -15,8 +15,9 @@ from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.training import checkpoints, setup, trainer
-from cosa_hf.training.checkpoints import Checkpoints, Progress
+from cosa_hf.training.checkpoints import Checkpoints
 from cosa_hf.training.guard import Phase, RunGuard
+from cosa_hf.training.states import Progress
 from cosa_hf.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
@@ -176,13 +177,14 @@ def no_room():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_ends_the_run_and_says_from_where_to_go_on(tiny, monkeypatch, no_room):
+def test_a_full_disk_ends_the_run_and_says_from_where_to_go_on(tiny, monkeypatch, capsys, no_room):
     on_call(checkpoints, "save_file", 2, lambda call: no_room() or call(), monkeypatch.setattr)
     config = tiny(checkpoint_every=2)
     with pytest.raises(OSError, match=r"cannot write the checkpoint of step 4 .*too large.* step-0000002") as caught:
         train(config)
     assert names_of(config) == ["step-0000002"]
     assert "step-0000002.safetensors with --resume" in caught.value.__notes__[0]
+    assert "\nerror: cannot write the checkpoint of step 4" in capsys.readouterr().err  # nor is there room at the end
 
 
 @pytest.mark.parametrize("name", ["init_trackers", "log", "end_training"])

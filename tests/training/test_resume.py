@@ -19,8 +19,8 @@ from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data import load_shapes
 from cosa_hf.objective.overall import CoSAObjective
 from cosa_hf.training import checkpoints, setup
-from cosa_hf.training.checkpoints import moments, snapshots
 from cosa_hf.training.config import TrainingConfig
+from cosa_hf.training.snapshots import moments, snapshots
 from cosa_hf.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("few_shapes")

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from fp16_on_cpu import HalfAccelerator
 from PIL import Image
 from runs_of import assert_equal, left, load_few_shapes, log_of, summary_of, weights_of
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data import VOC_CLASSES
@@ -40,6 +40,8 @@ def test_a_run_leaves_two_loadable_models_and_says_which_to_use(tiny, capsys):
     for name in ("online", "assignment"):
         model = AutoModelForSemanticSegmentation.from_pretrained(Path(config.output_dir) / name)
         assert model.config.id2label[0] == "background"
+        processor = AutoImageProcessor.from_pretrained(Path(config.output_dir) / name)
+        assert processor.size == {"height": 48, "width": 48}
     summary = summary_of(config)
     assert summary["recommended"] == "assignment"
     assert summary["hardware"].startswith("1 x ")

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
 from cosa_hf.inference import MultiScaleOutput, forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.objective.affinity import spread_cams, spread_segmentation
+from cosa_hf.objective.affinity import foreground, spread_cams
 from cosa_hf.objective.guidance import seg2cam_target
 from cosa_hf.objective.overall import valid_tokens
 from cosa_hf.objective.precision import at_least_float32
@@ -124,29 +124,25 @@ class AssignmentNetwork(nn.Module):
             masks: class ids, (B, H, W), for the guidance `gt` alone.
             batch_size: images per forward pass, to save memory; default: all.
             reduce: mean over processes, which so have the same xi.
-            encoded: the frozen encoder's maps of the images by name, see `training.features.encode`.
+            encoded: what the backbone's frozen part made of the images, in their place; it is seen as it is.
         """
-        if encoded is None:
-            assert weak is not None
-            fused = self._forward(weak, batch_size or len(weak))
-        else:
-            fused = self._forward_heads(**encoded)
+        fused = self._forward(weak, encoded, batch_size or len(labels))
         tokens = valid_tokens(valid, fused.cam_logits)
         cams = normalize_cams(fused.cam_logits, labels, tokens)
         aux_cams = normalize_cams(fused.aux_cam_logits, labels, tokens)
+        seg_logits = fused.seg_logits
         if fused.affinity is not None:
-            both = torch.cat([cams, aux_cams], dim=1)
-            cams, aux_cams = spread_cams(both, fused.affinity, self.network.config, tokens).chunk(2, dim=1)
+            joined = torch.cat([cams, aux_cams, foreground(seg_logits, labels)], dim=1)  # one affinity for all three
+            spread = spread_cams(joined, fused.affinity, self.network.config, tokens)
+            cams, aux_cams, probabilities = spread.chunk(3, dim=1)
         if self.threshold_config.dynamic_threshold:
             # Images without a class have no foreground to part from the background: theirs is known.
             tagged = tokens & labels.any(dim=1)[:, None, None]
             for threshold, maps in zip(self.thresholds, (cams, aux_cams), strict=True):
                 threshold.update(maps.amax(dim=1)[tagged], reduce)
         xi, aux_xi = (threshold.value for threshold in self.thresholds)
-        seg_logits = fused.seg_logits
         if fused.affinity is not None:
-            maps = spread_segmentation(seg_logits, labels, fused.affinity, self.network.config, tokens)
-            seg_logits = F.pad(maps, (0, 0, 0, 0, 1, 0), value=xi)  # background wins where no class reaches xi
+            seg_logits = F.pad(probabilities, (0, 0, 0, 0, 1, 0), value=xi)  # background wins where none reaches xi
         spl = seg2cam_target(self.config.guidance, seg_logits, labels, self.config.spl_temperature, masks)
         return PseudoLabels(cams, aux_cams, spl, xi, aux_xi)
 
@@ -159,25 +155,21 @@ class AssignmentNetwork(nn.Module):
         yield network
         network.train(was_training)
 
-    def _forward(self, weak: Tensor, batch_size: int) -> MultiScaleOutput:
-        """All maps of the network that labels."""
+    def _forward(self, weak: Tensor | None, encoded: dict[str, Tensor] | None, batch_size: int) -> MultiScaleOutput:
+        """All maps of the network that labels: over scales and flips, or of the one view that is encoded."""
         with self._labelling_network() as network:
-            fused = [
-                forward_multiscale(network, images, self.config.label_scales, cam_fusion=self.config.cam_fusion)
-                for images in weak.split(batch_size)
-            ]
+            if encoded is None:
+                assert weak is not None
+                fused = [
+                    forward_multiscale(network, images, self.config.label_scales, cam_fusion=self.config.cam_fusion)
+                    for images in weak.split(batch_size)
+                ]
+            else:
+                pieces = zip(*(maps.split(batch_size) for maps in encoded.values()), strict=True)
+                fused = [_one_view(network, dict(zip(encoded, piece, strict=True))) for piece in pieces]
         parts: Any = zip(*(vars(each).values() for each in fused), strict=True)
         joined: Any = [None if maps[0] is None else torch.cat(maps) for maps in parts]
         return MultiScaleOutput(*joined)
-
-    def _forward_heads(
-        self, features: Tensor, aux_features: Tensor, affinity: Tensor | None = None
-    ) -> MultiScaleOutput:
-        """The same of features that are known: one view, as they are."""
-        with self._labelling_network() as network:
-            outputs = network.forward_heads(features, aux_features)
-        maps = {name: at_least_float32(outputs[name]) for name in ("cls_logits", "cam_logits", "aux_cam_logits")}
-        return MultiScaleOutput(at_least_float32(cast(Tensor, outputs.logits)), **maps, affinity=affinity)
 
     @torch.no_grad()
     def distance(self, online: CoSAForWeaklySupervisedSegmentation) -> float:
@@ -188,6 +180,12 @@ class AssignmentNetwork(nn.Module):
         )
         total = sum(parameter.square().sum() for parameter in online.parameters())
         return float((cast(Tensor, apart) / total).sqrt())
+
+
+def _one_view(network: CoSAForWeaklySupervisedSegmentation, encoded: dict[str, Tensor]) -> MultiScaleOutput:
+    outputs = network(encoded=encoded, output_affinity=network.config.affinity != "none")
+    maps = {name: at_least_float32(outputs[name]) for name in ("cls_logits", "cam_logits", "aux_cam_logits")}
+    return MultiScaleOutput(at_least_float32(outputs.logits), **maps, affinity=outputs.affinity)
 
 
 __all__ = ["AssignmentNetwork", "TeacherConfig"]

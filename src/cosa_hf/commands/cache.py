@@ -1,6 +1,6 @@
 """Show what the cached features of frozen encoders take on the disk, or remove them.
 
-Runs with `--frozen_blocks all` make them, and make again what is missing.
+Runs with `--frozen_blocks` make them, and make again what is missing.
 
     cosa-hf cache
     cosa-hf cache --clear

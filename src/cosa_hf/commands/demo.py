@@ -2,8 +2,8 @@
 
     cosa-hf demo --output_dir runs/demo
 
-Leaves model/, report.json (with cam_baseline: the CAMs of a classification-only run of the same length), panels/*.png,
-all of these visualizations in one image as panels.png, and unseen.png with its mask.
+Leaves model/, report.json (with classification_only: the CAMs of such a run of the same length), panels/*.png, all of
+these visualizations in one image as panels.png, and unseen.png with its mask.
 """
 
 import argparse

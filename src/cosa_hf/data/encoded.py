@@ -1,4 +1,4 @@
-"""Training items that are features of a frozen encoder, in place of views."""
+"""Training items that are what an encoder's frozen part made of images, in place of views."""
 
 import hashlib
 from collections.abc import Callable

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from cosa_hf.data.appearance import apply_appearance, draw_appearance
+from cosa_hf.data.appearance import AppearanceConfig, apply_appearance, draw_appearance
 from cosa_hf.data.images import IGNORE_INDEX, WIDE_IGNORE_INDEX
 from cosa_hf.settings import Settings, setting
 
@@ -69,6 +69,7 @@ class Views:
         crop_size: side of the square crop in pixels (paper: 448).
         mean, std: per channel, on the 0..1 scale; those of the pretrained backbone.
         scale_range: bounds of the rescaling factor. Narrow it for images already near the crop size.
+        appearance: how strong the operations of Tab. 10 are; default: as in the paper.
 
     Raises:
         ValueError: an argument is out of range; at call, the image is not RGB or the mask has another size.
@@ -86,6 +87,7 @@ class Views:
         mean: Sequence[float],
         std: Sequence[float],
         scale_range: tuple[float, float] = (ViewConfig.scale_min, ViewConfig.scale_max),
+        appearance: AppearanceConfig | None = None,
     ):
         if crop_size < 1:
             raise ValueError(f"crop_size must be at least 1 pixel, got {crop_size}")
@@ -95,6 +97,7 @@ class Views:
             raise ValueError(f"scale_range must be 0 < smallest <= largest, got {scale_range}")
         self.crop_size = crop_size
         self.scale_range = scale_range
+        self.appearance = appearance or AppearanceConfig()
         # (uint8 / 255 - mean) / std as one multiply-add
         self._gain = 1 / (255 * torch.tensor(std).view(3, 1, 1))
         self._bias = -(torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1)
@@ -126,7 +129,7 @@ class Views:
             low, high = BLUR_SIGMA
             sigma = low + (high - low) * torch.rand(()).item()
             weak = weak.filter(ImageFilter.GaussianBlur(sigma * self.crop_size / BLUR_CROP))
-        strong = apply_appearance(weak, *draw_appearance())
+        strong = apply_appearance(weak, *draw_appearance(self.appearance))
 
         side = self.crop_size
         (left, upper), (width, height) = geometry.offset, geometry.size

@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from cosa_hf.data.ground_truth import require_ground_truth
+from cosa_hf.data.negatives import teaches
 from cosa_hf.digest import weights_sha256
 from cosa_hf.evaluation.metrics import SegmentationMetric
 from cosa_hf.inference import Segmenter, has_cams, ignore_index
@@ -77,9 +78,9 @@ def evaluate(
     Returns:
         JSON-serialisable: for each key of `protocols_of` the model a dict of `miou`, `per_class` and `coexistence_miou`
         (percent; None where nothing could be counted), plus `cls_map`, the mean over classes of the average precision
-        of the class logits over images with tags (percent; None without such logits), `cls_ap`, the same per class,
-        `images` (how many), `untagged` (ids of images without a tag, for which the tags-given protocols can only answer
-        background), `weights_sha256` and `protocol` (how all of it was measured).
+        of the class logits over images with tags and true negatives (percent; None without such logits), `cls_ap`, the
+        same per class, `images` (how many), `untagged` (ids of images of which neither is known, for which the
+        tags-given protocols can only answer background), `weights_sha256` and `protocol` (how all of it was measured).
 
     Raises:
         ValueError: the dataset is empty, has no masks or other classes than the model, no mask shows an object or none
@@ -114,12 +115,13 @@ def evaluate(
     if cam_threshold is None:
         cam_threshold = getattr(config, "cam_threshold", None)
     metrics = {protocol: SegmentationMetric(names, ignore_index=ignore_index(config)) for protocol in protocols}
+    known = {row["image_id"] for row in dataset.remove_columns(["image", "mask"]) if teaches(row)}
     classified: list[tuple[Tensor, Tensor]] = []
     segmentations = segmenter.predict(share)
     for one in progress_bar(segmentations, "evaluate", len(share), unit="image", disable=not progress or rank > 0):
         for protocol, metric in metrics.items():
             metric.add(prediction=one.label(protocol, cam_threshold)[0], reference=one.ground_truth)
-        if one.cls_logits is not None and one.labels.any():
+        if one.cls_logits is not None and one.image_id in known:
             classified.append((one.labels.cpu(), one.cls_logits.cpu()))
     report: dict[str, Any] = {}
     for protocol, metric in metrics.items():
@@ -132,9 +134,7 @@ def evaluate(
         gather_object(classified) if accelerator else classified, names[1:]
     )
     report["images"] = len(dataset)
-    report["untagged"] = [
-        row["image_id"] for row in dataset.select_columns(["image_id", "labels"]) if not row["labels"]
-    ]
+    report["untagged"] = [image_id for image_id in dataset["image_id"] if image_id not in known]
     report["weights_sha256"] = weights_sha256(segmenter.model)
     report["protocol"] = {
         **protocols,

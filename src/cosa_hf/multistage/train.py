@@ -31,8 +31,10 @@ from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.labels import collate, labels_to_learn, weighted_loss
 from cosa_hf.multistage.networks import build_network, encoder_of
 from cosa_hf.pseudo_labels.load import Exported
+from cosa_hf.training.precision import settle_precision
 from cosa_hf.training.resume import require_unused
 from cosa_hf.training.setup import evaluation_data, hardware
+from cosa_hf.training.telemetry import check_tracker
 
 MODEL = "model"
 MOMENTUM = 0.9
@@ -50,6 +52,7 @@ def train_multistage(config: MultistageConfig) -> Path:
         FloatingPointError: the loss is no longer finite; the message names the images.
         SystemExit: after SIGTERM, once a checkpoint is saved.
     """
+    config = settle_precision(config)
     checkpoint, arguments = _checkpoint(config), _arguments(config)
     terminate = signal.getsignal(signal.SIGTERM)
     set_seed(config.seed)
@@ -192,6 +195,7 @@ def _arguments(config: MultistageConfig) -> TrainingArguments:
     use_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     if config.mixed_precision == "fp16" and use_cpu:
         raise ValueError("mixed_precision fp16 needs an accelerator, this is a CPU: take bf16 or no")
+    check_tracker(config.tracker)
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         use_cpu=use_cpu,

@@ -178,34 +178,11 @@ def spread_cams(cams: Tensor, source: Tensor, config: Any, valid: Tensor | None 
         return torch.cat([_spread(cams[p], source[p], config, None if valid is None else valid[p]) for p in parts])
 
 
-def spread_segmentation(
-    seg_logits: Tensor, labels: Tensor, source: Tensor, config: Any, valid: Tensor | None = None
-) -> Tensor:
-    """A segmentation read like CAMs: each tagged class's probabilities, spread as its CAM is.
-
-    The decoder of a frozen encoder decides on each token by itself; the affinity says which belong together.
-
-    Args:
-        seg_logits: S, (B, K, h, w), background first.
-        labels: multi-hot tags, (B, C).
-        source: as for `spread_cams`.
-        config: as there.
-        valid: V, (B, h, w).
-
-    Returns:
-        (B, C, h, w) in [0, 1], on the scale of CAMs: what reaches the threshold xi is foreground.
-
-    Example:
-        >>> logits, features = torch.rand(2, 4, 4, 6), torch.rand(2, 8, 4, 6)
-        >>> tags, config = torch.tensor([[1, 0, 0], [0, 1, 1]]), AffinityConfig(affinity="features")
-        >>> spread_segmentation(logits, tags, features, config).flatten(2).any(dim=2).int().tolist()
-        [[1, 0, 0], [0, 1, 1]]
-    """
-    return spread_cams(foreground(seg_logits, labels), source, config, valid)
-
-
 def foreground(seg_logits: Tensor, labels: Tensor) -> Tensor:
-    """Probabilities of the tagged classes, beside one another and the background: what `spread_segmentation` spreads.
+    """A segmentation read like CAMs: the probability of each tagged class, beside the others and the background.
+
+    The decoder of a frozen encoder decides on each token by itself; spread by `spread_cams`, on the scale of CAMs, what
+    reaches the threshold xi is foreground.
 
     Args:
         seg_logits: S, (B, K, h, w), background first.
@@ -232,5 +209,5 @@ def _spread(cams: Tensor, source: Tensor, config: Any, valid: Tensor | None) -> 
 
 __all__ = [
     "AffinityConfig", "affinity_settings", "attention_affinity", "feature_affinity", "foreground", "normalize_rows",
-    "spread", "spread_cams", "spread_segmentation",
+    "spread", "spread_cams",
 ]  # fmt: skip

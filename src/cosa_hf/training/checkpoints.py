@@ -1,29 +1,20 @@
-"""What a run keeps: checkpoints to resume from, and snapshots to analyse.
+"""The checkpoints of a run: written completely or not at all, checked when read, and nothing in them could run code."""
 
-A checkpoint is written completely or not at all, checked when read, and nothing in it could run code.
-"""
-
-import hashlib
 import json
-import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cosa_hf._version import __version__
-from cosa_hf.files import CONFIG, remove_unfinished, whole_file, whole_model
-from cosa_hf.image_processing_cosa import CoSAImageProcessor
-from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
-from cosa_hf.training.config import TrainingConfig
+from cosa_hf.files import remove_unfinished, whole_file
 
 FORMAT = "2"
 """Of the files written here. Files of the first format do not say so, nor by which version they were written."""
@@ -36,170 +27,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
-class Progress:
-    """How far a run has come; saved with a checkpoint.
-
-    Attributes:
-        step: optimiser steps behind us.
-        images_per_step: over all processes.
-        unreadable: what was wrong with images that could not be read, of this process; after loading, of all.
-
-    Raises:
-        ValueError: at loading, the checkpoint's steps were of another number of images: the position in the data is
-            counted in steps.
-    """
-
-    def __init__(self, images_per_step: int) -> None:
-        self.step = 0
-        self.images_per_step = images_per_step
-        self.unreadable: set[str] = set()
-        self._started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Wall clock of the run, without the time between an interruption and its resume."""
-        return time.monotonic() - self._started
-
-    def state_dict(self) -> dict[str, Any]:
-        """For all processes: the unreadable images are gathered from them."""
-        return {
-            "step": self.step,
-            "images_per_step": self.images_per_step,
-            "unreadable": sorted(set(gather_object(list(self.unreadable)))),
-            "seconds": self.seconds,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["images_per_step"] != self.images_per_step:
-            raise ValueError(
-                f"the checkpoint's run took {state['images_per_step']} images a step, this one takes "
-                f"{self.images_per_step}: keep batch_size x gradient_accumulation_steps x processes as it was"
-            )
-        self.step = state["step"]
-        self.unreadable = set(state["unreadable"])
-        self._started = time.monotonic() - state["seconds"]
-
-
-class TrainedWeights:
-    """Of a network, what steps change: frozen parameters are left out, and known by their digest.
-
-    Raises:
-        ValueError: at loading, the checkpoint is of another network, or of another frozen part.
-
-    Args:
-        network: online or assignment network.
-        frozen: names of its parameters that no step changes.
-
-    Example:
-        >>> network = torch.nn.Linear(2, 1)
-        >>> list(TrainedWeights(network, ["bias"]).state_dict()["trained"])
-        ['weight']
-    """
-
-    def __init__(self, network: torch.nn.Module, frozen: Iterable[str]) -> None:
-        self.network, self.frozen = network, sorted(frozen)
-        self._digest: str | None = None
-
-    @property
-    def frozen_sha256(self) -> str:
-        """Computed once: nothing changes what is frozen."""
-        if self._digest is None:
-            weights, digest = self.network.state_dict(), hashlib.sha256()
-            for name in self.frozen:
-                values = weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(f"{name} {tuple(weights[name].shape)} ".encode() + values.numpy().tobytes())
-            self._digest = digest.hexdigest()
-        return self._digest
-
-    def state_dict(self) -> dict[str, Any]:
-        frozen = set(self.frozen)
-        trained = {name: value for name, value in self.network.state_dict().items() if name not in frozen}
-        return {"trained": trained, "frozen_sha256": self.frozen_sha256}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["frozen_sha256"] != self.frozen_sha256:
-            raise ValueError(
-                "the frozen part of the encoder is not that of the checkpoint's run: keep frozen_blocks, backbone and "
-                "backbone_weights as they were, or start anew in another output_dir"
-            )
-        result = self.network.load_state_dict(state["trained"], strict=False)
-        if odd := [*result.unexpected_keys, *sorted(set(result.missing_keys) - set(self.frozen))]:
-            raise ValueError(f"the checkpoint is of another network: only one of the two has {', '.join(odd[:8])}")
-
-
-class TrainingData:
-    """Which classes, images and tags a run learns from: what was learned as cat must not go on as dog.
-
-    Raises:
-        ValueError: at loading, the checkpoint's run learned from others; the message says how they differ.
-
-    Args:
-        classes: their names in order.
-        rows: ids and tags (class indices) of all images; None of a stream, which is not known beforehand.
-        allow_changed: take other images and tags, but never other classes.
-        reading: settings of how the images are read, which stay.
-
-    Example:
-        >>> before = TrainingData(["cat", "dog"], [("a", [0]), ("b", [1])]).state_dict()
-        >>> TrainingData(["zebra", "dog"], [("a", [0]), ("b", [1])]).load_state_dict(before)
-        Traceback (most recent call last):
-        ValueError: the checkpoint's run has the classes cat, dog; this one has zebra, dog: ...
-    """
-
-    def __init__(
-        self,
-        classes: Sequence[str],
-        rows: Iterable[tuple[str, list[int]]] | None,
-        allow_changed: bool = False,
-        reading: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.classes, self.allow_changed, self.reading = list(classes), allow_changed, dict(reading or {})
-        self.images, self.tags, self.sha256 = 0, [0] * len(self.classes), None
-        if rows is not None:
-            digest = hashlib.sha256()
-            for image_id, labels in rows:
-                digest.update(json.dumps([image_id, sorted(labels)]).encode())
-                self.images += 1
-                for label in labels:
-                    self.tags[label] += 1
-            self.sha256 = digest.hexdigest()
-
-    def state_dict(self) -> dict[str, Any]:
-        names = ("classes", "images", "tags", "sha256", "reading")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["classes"] != self.classes:
-            raise ValueError(
-                f"the checkpoint's run has the classes {', '.join(state['classes'])}; this one has "
-                f"{', '.join(self.classes)}: give the data its former classes, or start anew in another output_dir"
-            )
-        if state["reading"] != self.reading:
-            flags = [f"--{name} {_typed_out(value)}" for name, value in state["reading"].items()]
-            raise ValueError(
-                f"the images are read as {self.reading or 'photos'}, those of the checkpoint's run were read as "
-                f"{state['reading'] or 'photos'}: to go on as before, "
-                + (f"pass {' '.join(flags)}" if flags else "restore the images, without --value_range and --bands")
-            )
-        if state["sha256"] != self.sha256 and not self.allow_changed:
-            changes = [
-                f"{name} {before} -> {now}"
-                for name, before, now in zip(
-                    ["images", *self.classes], [state["images"], *state["tags"]], [self.images, *self.tags], strict=True
-                )
-                if before != now
-            ]
-            raise ValueError(
-                "images or tags are not those of the checkpoint's run "
-                f"({', '.join(changes) or 'as many of each class, but other ids or tags'}): restore them, pass "
-                "--allow_changed_data true if the change is meant, or start anew in another output_dir"
-            )
-
-
-def _typed_out(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class Checkpoints:
@@ -431,69 +258,6 @@ def _checksum(tree: str, tensors: dict[str, Tensor]) -> str:
     return f"{total:08x}"
 
 
-@dataclass(frozen=True)
-class Moment:
-    """Both networks of a run after one step, and the thresholds of their CAMs at that step.
-
-    Attributes:
-        step: optimiser steps behind them.
-        online: directory of the online network.
-        assignment: directory of the assignment network.
-        threshold: xi of M'.
-        aux_threshold: xi of M†'.
-    """
-
-    step: int
-    online: Path
-    assignment: Path
-    threshold: float
-    aux_threshold: float
-
-
-def save_networks(
-    directory: Path,
-    online: CoSAForWeaklySupervisedSegmentation,
-    assignment: CoSAForWeaklySupervisedSegmentation,
-    processor: CoSAImageProcessor,
-) -> None:
-    """Write `directory/online` and `directory/assignment`, each a model that loads by itself."""
-    for name, network in (("online", online), ("assignment", assignment)):
-        with whole_model(directory / name) as unfinished:
-            network.save_pretrained(unfinished)
-            processor.save_pretrained(unfinished)
-
-
 def checkpoint_files(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted((output_dir / "checkpoints").glob("step-[0-9]*.safetensors"))
-
-
-def snapshot_directory(output_dir: Path, step: int) -> Path:
-    """Where a run keeps its networks as they were after `step`."""
-    return output_dir / "snapshots" / f"step-{step:07d}"
-
-
-def snapshots(output_dir: Path) -> dict[int, Path]:
-    """The snapshots that a run has kept so far, by step."""
-    found = (output_dir / "snapshots").glob(f"step-[0-9]*/assignment/{CONFIG}")  # which is written last
-    places = sorted(path.parents[1] for path in found)
-    return {int(path.name.removeprefix("step-")): path for path in places}
-
-
-def moments(output_dir: Path) -> list[Moment]:
-    """The snapshots of a run in the order of their steps, and its end.
-
-    Raises:
-        FileNotFoundError: the directory is not that of a finished run.
-    """
-    if not (output_dir / "run.json").is_file():
-        raise FileNotFoundError(f"{output_dir} is not a finished run: it has no run.json")
-    last = TrainingConfig.from_yaml(output_dir / "recipe.yaml").max_steps
-    places = snapshots(output_dir) | {last: output_dir}
-    entries = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    logged = {entry["step"]: (entry["xi"], entry["aux_xi"]) for entry in entries if "xi" in entry}
-    found = []
-    for step, place in sorted(places.items()):
-        nearest = min(logged, key=lambda known: (abs(known - step), known))
-        found.append(Moment(step, place / "online", place / "assignment", *logged[nearest]))
-    return found

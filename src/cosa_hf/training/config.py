@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from cosa_hf.assignment.network import TeacherConfig
 from cosa_hf.assignment.threshold import ThresholdConfig
 from cosa_hf.configuration_cosa import CoSAConfig
+from cosa_hf.data.appearance import AppearanceConfig
 from cosa_hf.data.options import DataConfig
 from cosa_hf.data.views import ViewConfig
 from cosa_hf.files import whole_file
@@ -67,7 +68,9 @@ class ScheduleConfig(Settings):
     weight_decay: float = setting(0.01, "weight decay of the optimiser", least=0)
     max_grad_norm: float = setting(0.0, "clip the gradient's norm to this; 0: do not clip", least=0)
     seed: int = setting(0, "seed of weights, order and views", least=0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "Accelerate's precision")
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = setting(
+        "no", "Accelerate's precision; auto: bf16 where the device computes it itself, else no"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -273,8 +276,8 @@ class FrozenConfig(Settings):
     )
     cache_features: str = setting(
         "auto",
-        "frozen_blocks all: encode each image once, plain and mirrored, to disk; auto: on a machine without GPU, "
-        "below the Hub's cache; never; or a directory",
+        "with frozen blocks: run them once an image, plain and mirrored, and keep what they make on disk; auto: on a "
+        "machine without GPU, below the Hub's cache; never; or a directory",
     )
 
     def __post_init__(self) -> None:
@@ -286,8 +289,9 @@ class FrozenConfig(Settings):
 
 @dataclass(kw_only=True)
 class TrainingConfig(
-    RunConfig, TagsConfig, ModelConfig, FrozenConfig, TeacherConfig, AffinityConfig, ThresholdConfig, ObjectiveConfig
-):
+    RunConfig, TagsConfig, AppearanceConfig, ModelConfig, FrozenConfig, TeacherConfig, AffinityConfig, ThresholdConfig,
+    ObjectiveConfig,
+):  # fmt: skip
     """One run of CoSA. The defaults are the paper's for VOC (Sec. 4.1, Tab. 5, 8-10).
 
     Raises:
@@ -299,8 +303,8 @@ class TrainingConfig(
     """
 
     parts: ClassVar[tuple[Any, ...]] = (
-        DataConfig, TagsConfig, ViewConfig, ModelConfig, WeightsConfig, FrozenConfig, ScheduleConfig, TeacherConfig,
-        AffinityConfig, ThresholdConfig, ObjectiveConfig, OutputConfig,
+        DataConfig, TagsConfig, ViewConfig, AppearanceConfig, ModelConfig, WeightsConfig, FrozenConfig, ScheduleConfig,
+        TeacherConfig, AffinityConfig, ThresholdConfig, ObjectiveConfig, OutputConfig,
     )  # fmt: skip
     places: ClassVar[tuple[str, ...]] = (*RunConfig.places, "cache_features")
     in_checkpoint: ClassVar[tuple[str, ...]] = (

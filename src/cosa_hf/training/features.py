@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, computed once an image and kept on disk.
+"""What the frozen part of an encoder makes of each image, computed once and kept on disk.
 
 A `FeatureStore` is a directory of append-only parts. A record is found by the identity of its image file, so a changed
 photo is another record and never served stale; what made the records (encoder, layers, size) names the directory.
@@ -41,7 +41,7 @@ MADE_BY = (
     "backbone", "feature_layer", "attention", "aux_layer", "aux_attention", "output_stride", "affinity",
     "affinity_layer", "affinity_blocks",
 )  # fmt: skip
-"""Fields of a model's config that its encoder's maps depend on."""
+"""Fields of a model's config that its encoder's maps depend on. Which blocks are frozen is in the weights' digest."""
 
 
 def default_directory() -> Path:
@@ -202,30 +202,11 @@ def clear(root: Path) -> int:
     return sum(size for _, size, _ in found)
 
 
-MAPS = ("features", "aux_features", "affinity")
-"""What an encoder makes of an image: F, F† and, for a model that spreads its CAMs, what tokens are alike by."""
-
-
-@torch.no_grad()
-def encode(model: CoSAForWeaklySupervisedSegmentation, images: Tensor) -> dict[str, Tensor]:
-    """All maps of the encoder, by name.
-
-    Args:
-        model: in eval mode.
-        images: normalised, (B, 3, H, W).
-
-    Returns:
-        features (B, D, h, w), aux_features (B, D†, h, w) and, where the model has an affinity, affinity.
-    """
-    maps = model.backbone(images, model.config.affinity != "none")
-    return dict(zip(MAPS, maps, strict=False))
-
-
 class EncodedImages:
-    """The images of a dataset as a frozen encoder sees them, from a store that is filled first.
+    """The images of a dataset as the frozen part of an encoder sees them, from a store that is filled first.
 
     Args:
-        model: whose encoder.
+        model: whose encoder, as `CoSABackbone.encode` has it.
         processor: resizes and normalises.
         dataset: columns `image` and `image_id`.
         root: directory of all caches.
@@ -251,8 +232,9 @@ class EncodedImages:
         self.unreadable: dict[str, str] = {}
         size = (processor.size["height"], processor.size["width"])
         one = self._views(torch.zeros(1, 3, *size, device=accelerator.device))
+        trained = {name for name, weight in model.backbone.named_parameters() if weight.requires_grad}
         made_by = {
-            "encoder": weights_sha256(model.backbone),
+            "encoder": weights_sha256(model.backbone, without=trained),
             "maps": {name: getattr(model.config, name) for name in MADE_BY},
             "size": size,
             "normalization": [list(processor.image_mean), list(processor.image_std)],
@@ -325,15 +307,16 @@ class EncodedImages:
                 problems.append(str(error))
         return self.processor(images, return_tensors="pt")["pixel_values"] if images else None, problems
 
+    @torch.no_grad()
     def _views(self, images: Tensor) -> dict[str, Tensor]:
         """Maps of the images and of their mirror images, (B, VIEWS, ...)."""
-        training = self.model.training
+        training, spreads = self.model.training, self.model.config.affinity != "none"
         self.model.eval()
         with self.accelerator.autocast():
-            views = [encode(self.model, view) for view in (images, images.flip(-1))]
+            views = [self.model.backbone.encode(view, spreads) for view in (images, images.flip(-1))]
         self.model.train(training)
         assert len(views) == VIEWS
         return {name: torch.stack([view[name] for view in views], dim=1) for name in views[0]}
 
 
-__all__ = ["EncodedImages", "FeatureStore", "caches", "clear", "default_directory", "encode"]
+__all__ = ["EncodedImages", "FeatureStore", "caches", "clear", "default_directory"]

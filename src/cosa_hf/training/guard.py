@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from cosa_hf.training.checkpoints import Checkpoints, Progress
+from cosa_hf.training.checkpoints import Checkpoints
+from cosa_hf.training.states import Progress
 
 
 class Phase(Enum):

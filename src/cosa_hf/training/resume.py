@@ -7,8 +7,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cosa_hf.files import require_absent
-from cosa_hf.training.checkpoints import Checkpoints, Progress
+from cosa_hf.training.checkpoints import Checkpoints
 from cosa_hf.training.config import RunConfig
+from cosa_hf.training.states import Progress
 
 
 def require_unused(output_dir: Path, checkpoints: Sequence[Path], results: Iterable[Path]) -> None:

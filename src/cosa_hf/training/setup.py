@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,14 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from transformers import get_polynomial_decay_schedule_with_warmup
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, without_untagged
+from cosa_hf.data.appearance import AppearanceConfig
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.encoded import EncodedDataset
 from cosa_hf.data.ground_truth import require_ground_truth
@@ -31,6 +35,7 @@ from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.affinity import AffinityConfig
 from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
 from cosa_hf.training.features import EncodedImages, default_directory
+from cosa_hf.training.telemetry import check_tracker
 
 ENCODED_AT_ONCE = 4  # images, twice: plain and mirrored
 STANDARDIZED_OVER = 256  # images
@@ -40,8 +45,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate as a run needs it.
 
     Raises:
+        ImportError: the tracker is not installed.
         ValueError: processes that do not know of each other, a precision or a way of sharing that does not work here.
     """
+    check_tracker(config.tracker)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         # The loader hands out whole steps, so its end is not a reason to cut one short.
@@ -117,7 +124,8 @@ def training_loader(
 ) -> DataLoader:
     """The whole run as one sequence of steps, each a batch here: position in it is all that a resume has to know."""
     scales = (config.scale_min, config.scale_max)
-    views = Views(config.crop_size, processor.image_mean, processor.image_std, scale_range=scales)
+    colors = config.part(AppearanceConfig)
+    views = Views(config.crop_size, processor.image_mean, processor.image_std, scales, colors)
     batch_size = config.batch_size * config.gradient_accumulation_steps
     items = config.max_steps * batch_size  # of one process
     reading = Reading.of(processor)
@@ -179,16 +187,16 @@ def encoded_images(
     dataset: Dataset | IterableDataset,
     accelerator: Accelerator,
 ) -> EncodedImages | None:
-    """The images as a frozen encoder sees them, encoded once; None for a run that encodes in every step.
+    """The images as the encoder's frozen part sees them, encoded once; None for a run that encodes in every step.
 
     Raises:
         ValueError: settings that need the images themselves.
         OSError: no room on the disk.
     """
     chosen = config.cache_features
-    if config.frozen_blocks != "all":
+    if config.frozen_blocks == "0":
         if chosen not in ("auto", "never"):
-            raise ValueError(f"cache_features {chosen} needs frozen_blocks all, got {config.frozen_blocks}")
+            raise ValueError(f"cache_features {chosen} needs frozen_blocks, a number or all, got 0")
         return None
     if chosen == "never" or (chosen == "auto" and accelerator.device.type != "cpu"):
         return None
@@ -201,6 +209,11 @@ def encoded_images(
         raise ValueError(
             f"{unfit[0]} {getattr(config, unfit[0])} needs the images in every step, which cached features do not "
             "give: leave it out, or pass --cache_features never"
+        )
+    if model.backbone.frozen_layer is None:
+        raise ValueError(
+            f"frozen_blocks {config.frozen_blocks} of {config.backbone} cannot be cached: only a plain ViT goes on "
+            "from there. Pass --cache_features never, or --frozen_blocks all"
         )
     assert isinstance(dataset, Dataset)
     root = default_directory() if chosen == "auto" else Path(chosen)
@@ -218,18 +231,17 @@ def standardize(
     """Mean and deviation of the features over the first images, where the model's config asks for them."""
     if not model.config.standardize_features:
         return
+    device, training = next(model.parameters()).device, model.training
+    maps: Iterable[Any]  # generators: they run below, in eval mode and without gradient
     if encoded is not None:
         found = encoded.first(STANDARDIZED_OVER)
-        model.set_feature_statistics((maps["features"].float(), maps["aux_features"].float()) for maps in found)
-        return
-    device, training = next(model.parameters()).device, model.training
-    reading = Reading.of(processor)
+        maps = (model.backbone.complete({name: each.to(device).float() for name, each in one.items()}) for one in found)
+    else:
+        images = _readable(itertools.islice(undecoded(dataset), STANDARDIZED_OVER), Reading.of(processor))
+        maps = (model.backbone(processor(one, return_tensors="pt")["pixel_values"].to(device)) for one in images)
     model.eval()
     with torch.no_grad():
-        model.set_feature_statistics(
-            model.backbone(processor(image, return_tensors="pt")["pixel_values"].to(device))
-            for image in _readable(itertools.islice(undecoded(dataset), STANDARDIZED_OVER), reading)
-        )
+        model.set_feature_statistics(maps)
     model.train(training)
 
 
@@ -240,14 +252,16 @@ def _readable(rows: Iterable[dict[str, Any]], reading: Reading) -> Iterator[Imag
 
 
 def build_processor(
-    config: RunConfig, model: CoSAForWeaklySupervisedSegmentation, reading: Reading = PHOTOS
+    config: TrainingConfig, model: CoSAForWeaklySupervisedSegmentation, reading: Reading = PHOTOS
 ) -> CoSAImageProcessor:
     """The image processor that is saved beside the model."""
-    data_config = model.backbone.data_config
+    colors: Mapping[str, Sequence[float]] = model.backbone.data_config
+    if config.normalization == "imagenet":
+        colors = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     return CoSAImageProcessor(
         size={"height": config.input_size, "width": config.input_size},
-        image_mean=list(data_config["mean"]),
-        image_std=list(data_config["std"]),
+        image_mean=list(colors["mean"]),
+        image_std=list(colors["std"]),
         **reading.settings,
     )
 
@@ -264,6 +278,17 @@ def build_optimizer(config: RunConfig, model: CoSAForWeaklySupervisedSegmentatio
         weight_decay=config.weight_decay,
         # One pass over the weights rather than a dozen. Under a gradient scaler it would skip steps unseen.
         fused=config.mixed_precision != "fp16",
+    )
+
+
+def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """A linear rise of all learning rates over `lr_warmup_steps`, then their polynomial decay to 0 at `max_steps`.
+
+    The decay counts from the end of the rise. Where it is to count from the first step, as in the released code, the
+    rates from there on are these times (1 - lr_warmup_steps / max_steps) ** lr_power.
+    """
+    return get_polynomial_decay_schedule_with_warmup(
+        optimizer, config.lr_warmup_steps, config.max_steps, lr_end=0.0, power=config.lr_power
     )
 
 

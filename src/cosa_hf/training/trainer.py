@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor
-from transformers import get_polynomial_decay_schedule_with_warmup
 
 from cosa_hf.assignment.network import AssignmentNetwork
 from cosa_hf.data import class_names
@@ -20,26 +19,19 @@ from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.evaluation.figures import save_visualizations
 from cosa_hf.files import whole_file
 from cosa_hf.inference import Segmenter
+from cosa_hf.modeling_cosa import ENCODED
 from cosa_hf.objective.overall import CoSAObjective, mask_targets
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.targets import Targets
-from cosa_hf.training.checkpoints import (
-    Checkpoints,
-    Progress,
-    TrainedWeights,
-    TrainingData,
-    checkpoint_files,
-    save_networks,
-    snapshot_directory,
-    snapshots,
-)
+from cosa_hf.training.checkpoints import Checkpoints, checkpoint_files
 from cosa_hf.training.config import TrainingConfig
-from cosa_hf.training.features import MAPS
 from cosa_hf.training.guard import RunGuard
+from cosa_hf.training.precision import computes_bf16, settle_precision
 from cosa_hf.training.resume import require_unused, resume
 from cosa_hf.training.setup import (
     build_optimizer,
     build_processor,
+    build_schedule,
     build_student,
     encoded_images,
     evaluation_data,
@@ -49,6 +41,8 @@ from cosa_hf.training.setup import (
     training_data,
     training_loader,
 )
+from cosa_hf.training.snapshots import save_networks, snapshot_directory, snapshots
+from cosa_hf.training.states import Progress, TrainedWeights, TrainingData
 from cosa_hf.training.telemetry import Telemetry, label_statistics, mixture_values
 
 
@@ -84,7 +78,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig) -> None:
-        self.config = config
+        self.config = config = settle_precision(config)
         self.accelerator = make_accelerator(config)
         if not config.resume:
             output_dir = Path(config.output_dir)
@@ -106,9 +100,7 @@ class Trainer:
         self.color_steps = 255 * torch.tensor(self.processor.image_std, device=self.accelerator.device).view(3, 1, 1)
 
         optimizer = build_optimizer(config, self.student)
-        self.schedule = get_polynomial_decay_schedule_with_warmup(
-            optimizer, config.lr_warmup_steps, config.max_steps, lr_end=0.0, power=config.lr_power
-        )
+        self.schedule = build_schedule(config, optimizer)
         self.loader = training_loader(config, self.dataset, self.untagged, self.processor, self.accelerator, encoded)
         self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
         images = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
@@ -168,7 +160,7 @@ class Trainer:
         with bf16 if self.config.bf16_assignment else self.accelerator.autocast():
             return self.teacher.label(
                 batch.get("weak"), batch["labels"], batch["valid"], batch.get("mask"), self.config.batch_size,
-                self.mean, encoded={name: batch[name] for name in MAPS if name in batch} or None,
+                self.mean, encoded_part(batch),
             )  # fmt: skip
 
     def targets(self, labels: PseudoLabels | None, batch: dict[str, Any]) -> Targets | None:
@@ -210,7 +202,7 @@ class Trainer:
         """What is logged as it is at a step."""
         threshold, aux_threshold = self.teacher.thresholds
         mixtures = mixture_values(threshold) | mixture_values(aux_threshold, "aux_")
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])
         return mixtures | {"an_on_distance": self.teacher.distance(self.student), "lr": rate}
 
     def _begin(self) -> None:
@@ -307,6 +299,8 @@ class Trainer:
             )
         if self.untagged:
             say(f"left out {len(self.untagged)} images without a tag: {list_some(self.untagged)} (all in run.json)")
+        if config.mixed_precision == "bf16" and not computes_bf16():
+            say("bf16 is emulated on this device and takes many times as long as fp32: --mixed_precision auto or no")
         if config.supervision == "tags" and config.reads_masks:
             say(
                 "ORACLE: guidance gt reads the ground-truth masks of the training images (Fig. 1). This run is not "
@@ -321,11 +315,15 @@ class Trainer:
             )
 
 
-def student_inputs(micro: dict[str, Any]) -> dict[str, Tensor]:
-    """What the online network sees: the strong view, or features that are known already."""
-    if "features" in micro:
-        return {name: micro[name] for name in ("features", "aux_features")}
-    return {"pixel_values": micro["strong"]}
+def encoded_part(batch: dict[str, Any]) -> dict[str, Tensor] | None:
+    """What the encoder's frozen part has made of the images beforehand; None of a batch of views."""
+    return {name: batch[name] for name in ENCODED if name in batch} or None
+
+
+def student_inputs(micro: dict[str, Any]) -> dict[str, Any]:
+    """What the online network sees: the strong view, or what the frozen part of it has made already."""
+    encoded = encoded_part(micro)
+    return {"pixel_values": micro["strong"]} if encoded is None else {"encoded": encoded}
 
 
 def micro_batches(

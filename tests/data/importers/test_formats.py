@@ -94,6 +94,13 @@ def test_label_studio_json_min_and_csv(photos, tmp_path):
     assert FORMATS["label-studio"].recognises(path)
 
 
+def test_label_studio_json_and_json_min_in_one_file(photos, tmp_path):
+    result = {"from_name": "animals", "type": "choices", "value": {"choices": ["cat"]}}
+    full = {"data": {"image": "2.jpg"}, "annotations": [{"result": [result]}]}
+    expected = {"1.jpg": ("cat; dog", ""), "2.jpg": ("cat", "")}
+    assert imported("label-studio", write(tmp_path / "both.json", [MIN[0], full]), photos) == expected
+
+
 def test_label_studio_boxes_polygons_and_taxonomies(photos, tmp_path):
     regions = [{"x": 1, "rectanglelabels": ["cat"]}, {"points": [], "polygonlabels": ["dog"]}]
     tasks = [{"image": "1.jpg", "label": regions}, {"image": "2.jpg", "label": [{"brushlabels": ["dog"]}]}]
