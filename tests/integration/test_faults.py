@@ -41,9 +41,10 @@ from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.train import _checkpoints, train_multistage
 from cosa_hf.pseudo_labels.export import RECORD, export_pseudo_labels
 from cosa_hf.training import setup
-from cosa_hf.training.checkpoints import read_checkpoint, snapshots
+from cosa_hf.training.checkpoints import read_checkpoint
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.features import EncodedImages
+from cosa_hf.training.snapshots import snapshots
 from cosa_hf.training.trainer import train
 
 COMMANDS = ("caching", "training", "label", "export", "push", "convert", "stage", "multistage")
