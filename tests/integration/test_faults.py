@@ -69,7 +69,9 @@ class Caching:
     def encoded(self) -> EncodedImages:
         AcceleratorState._reset_state(True)
         processor, images = CoSAImageProcessor(size={"height": 48, "width": 48}), load_few_shapes("", None, "train")
-        return EncodedImages(network(), processor, images, self.root / "cache", Accelerator(cpu=True))
+        model = network()
+        model.backbone.freeze()
+        return EncodedImages(model, processor, images, self.root / "cache", Accelerator(cpu=True))
 
     def run(self) -> None:
         self.encoded().fill(2, 0)
