@@ -355,6 +355,11 @@ def test_what_a_killed_export_left_is_removed(segmenter, dataset, tmp_path):
     left.write_bytes(b"half")
     export(segmenter, dataset, tmp_path / "out")
     assert not left.exists()
+    parts = tmp_path / "out/.parts"  # of one killed when its record said that it is complete
+    parts.mkdir()
+    (parts / "00000.json").write_text("[]")
+    assert export(segmenter, dataset, tmp_path / "out") == 0
+    assert not parts.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])

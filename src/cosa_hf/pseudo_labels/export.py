@@ -128,6 +128,8 @@ def export_pseudo_labels(
     complete = _check_directory(output_dir, settings)
     state.wait_for_everyone()  # nobody writes while another still looks
     if complete:
+        if state.is_main_process:
+            files.clean()  # which a killed process may not have come to
         return 0
     with _full_disk_explained(output_dir):
         if state.is_main_process:
