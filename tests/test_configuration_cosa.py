@@ -117,7 +117,9 @@ def test_saved_directory_carries_the_code_it_names(tmp_path):
     CoSAConfig().save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert set(auto_map) >= {"AutoConfig", "AutoModelForSemanticSegmentation", "AutoImageProcessor"}
-    for target in auto_map.values():
+    backends = auto_map.pop("AutoImageProcessor")
+    assert set(backends) == {"pil", "torchvision"}
+    for target in (*auto_map.values(), *backends.values()):
         module, name = target.split(".")
         assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
 

@@ -1,15 +1,18 @@
-"""CoSAImageProcessor: every kind of image in, masks of any size out."""
+"""The image processors: every kind of image in, masks of any size out."""
 
 import doctest
+from importlib.resources import files
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from transformers import AutoImageProcessor
+from transformers.utils.import_utils import BACKENDS_MAPPING
 
 import cosa_hf.image_processing_cosa
-from cosa_hf import CoSAImageProcessor, CoSAOutput
+from cosa_hf import CoSAConfig, CoSAImageProcessor, CoSAImageProcessorTorchvision, CoSAOutput
 from cosa_hf.image_processing_cosa import to_rgb
 
 SIZE = {"height": 32, "width": 48}
@@ -207,6 +210,120 @@ def test_large_images_are_scaled_in_strips(monkeypatch):
     whole = np.asarray(to_rgb(image, (10, 250)))
     monkeypatch.setattr(cosa_hf.image_processing_cosa, "STRIP", 4)
     assert np.array_equal(to_rgb(image, (10, 250)), whole)
+
+
+def photo(width=448, height=298) -> Image.Image:
+    with Image.open(files("cosa_hf") / "demo" / "examples" / "cat.jpg") as image:
+        return image.resize((width, height))
+
+
+def deep(mode: str) -> Image.Image:
+    values = np.asarray(photo().convert("L"))
+    return Image.fromarray({"I;16": values.astype(np.uint16) * 257, "F": values / np.float32(255)}[mode])
+
+
+def transparent() -> Image.Image:
+    image = photo()
+    image.putalpha(image.convert("L"))
+    return image
+
+
+def turned(tmp_path) -> Image.Image:
+    image = photo()
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    return Image.open(tmp_path / "turned.png")
+
+
+def both(images, **settings):
+    """Pixel values by Pillow and by torchvision, in 255ths."""
+    settings = {"size": SIZE, "do_normalize": False, "do_rescale": False} | settings
+    return [
+        processor(images, return_tensors="pt", **settings).pixel_values.float()
+        for processor in (CoSAImageProcessor(), CoSAImageProcessorTorchvision())
+    ]
+
+
+@pytest.mark.parametrize("size", [(32, 48), (448, 448), (500, 100), (298, 448)])
+@pytest.mark.parametrize("given", [(448, 298), (61, 200), (3, 5)])
+def test_torchvision_resizes_as_pillow_does(given, size):
+    pillow, torchvision = both(photo(*given), size={"height": size[0], "width": size[1]})
+    assert pillow.shape == torchvision.shape == (1, 3, *size)
+    assert (pillow - torchvision).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(photo().convert(mode) for mode in ("1", "L", "P", "CMYK", "YCbCr")),
+        transparent(), transparent().convert("LA"), deep("I;16"), deep("F"),
+    ],
+    ids=lambda image: image.mode,
+)  # fmt: skip
+def test_torchvision_reads_every_mode_as_pillow_does(image):
+    pillow, torchvision = both(image)
+    assert (pillow - torchvision).abs().max() <= 1
+
+
+def test_torchvision_follows_exif_and_opens_files_as_pillow_does(tmp_path):
+    for image in (turned(tmp_path), str(tmp_path / "turned.png")):
+        pillow, torchvision = both(image)
+        upright, _ = both(photo().transpose(Image.Transpose.ROTATE_270))
+        assert torch.equal(pillow, upright)
+        assert (pillow - torchvision).abs().max() <= 1
+
+
+def test_torchvision_takes_a_batch_of_all_kinds():
+    array = np.array(photo())
+    images = [photo(), photo(61, 200), transparent(), array, torch.from_numpy(array).permute(2, 0, 1)]
+    pillow, torchvision = both(images[:3])
+    assert (pillow - torchvision).abs().max() <= 1
+    _, same = both(images[3:])
+    assert torch.equal(same, torchvision[:1].expand(2, -1, -1, -1))
+
+
+def test_torchvision_scales_from_the_range_of_training():
+    values = np.linspace(-200, 300, 32 * 48, dtype=np.float32).reshape(32, 48)
+    settings = {"size": SIZE, "value_range": [-160, 240]}
+    for given in (Image.fromarray(values), np.stack([values] * 3)):
+        expected, found = (
+            processor(**settings)(given, return_tensors="pt").pixel_values
+            for processor in (CoSAImageProcessor, CoSAImageProcessorTorchvision)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_torchvision_has_the_same_settings_and_masks():
+    processors = CoSAImageProcessor(size=SIZE, **HALF), CoSAImageProcessorTorchvision(size=SIZE, **HALF)
+    assert processors[0].to_dict() == processors[1].to_dict()
+    outputs = CoSAOutput(logits=torch.randn(1, 5, 4, 6, generator=torch.Generator().manual_seed(0)))
+    masks = [processor.post_process_semantic_segmentation(outputs, [(30, 41)])[0] for processor in processors]
+    assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("saved_by", [CoSAImageProcessor, CoSAImageProcessorTorchvision])
+def test_pillow_loads_unless_torchvision_is_asked_for(saved_by, tmp_path):
+    """Whatever saved it: the files do not differ."""
+    CoSAConfig(num_labels=2).save_pretrained(tmp_path)
+    processor = saved_by(size=SIZE, value_range=[0, 4095], **HALF)
+    processor.save_pretrained(tmp_path)
+    for options, expected in (
+        ({}, CoSAImageProcessor),
+        ({"backend": "pil"}, CoSAImageProcessor),
+        ({"backend": "torchvision"}, CoSAImageProcessorTorchvision),
+    ):
+        loaded = AutoImageProcessor.from_pretrained(tmp_path, **options)
+        assert type(loaded) is expected
+        assert loaded.to_dict() == processor.to_dict()
+
+
+def test_without_torchvision_its_processor_says_so(monkeypatch):
+    _, message = BACKENDS_MAPPING["torchvision"]
+    monkeypatch.setitem(BACKENDS_MAPPING, "torchvision", (lambda: False, message))
+    with pytest.raises(ImportError, match="CoSAImageProcessorTorchvision requires the Torchvision library"):
+        CoSAImageProcessorTorchvision()
+    CoSAImageProcessor()
 
 
 def test_examples():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cosa_hf.configuration_cosa import CoSAConfig
     from cosa_hf.demo import demo_model
     from cosa_hf.evaluation.evaluate import evaluate
-    from cosa_hf.image_processing_cosa import CoSAImageProcessor
+    from cosa_hf.image_processing_cosa import CoSAImageProcessor, CoSAImageProcessorTorchvision
     from cosa_hf.inference import Segmenter
     from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation, CoSAOutput
     from cosa_hf.pseudo_labels.export import export_pseudo_labels
@@ -26,6 +26,7 @@ _MODULES = {
     "CoSAConfig": "configuration_cosa",
     "CoSAForWeaklySupervisedSegmentation": "modeling_cosa",
     "CoSAImageProcessor": "image_processing_cosa",
+    "CoSAImageProcessorTorchvision": "image_processing_cosa",
     "CoSAOutput": "modeling_cosa",
     "Segmenter": "inference",
     "TrainingConfig": "training.config",
@@ -54,6 +55,7 @@ __all__ = [
     "CoSAConfig",
     "CoSAForWeaklySupervisedSegmentation",
     "CoSAImageProcessor",
+    "CoSAImageProcessorTorchvision",
     "CoSAOutput",
     "Segmenter",
     "TrainingConfig",

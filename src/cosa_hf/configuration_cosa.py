@@ -87,6 +87,22 @@ class SegmentationConfig(PreTrainedConfig):
         """C, the number of foreground classes an image can be tagged with: `num_labels` less background."""
         return len(self.id2label or ()) - 1
 
+    @property
+    def image_processor_type(self) -> str:
+        """
+        Class of the image processor, for which `AutoImageProcessor` asks before it chooses a backend.
+
+        It would take torchvision's wherever that is installed. Scores and masks of saved models are those of Pillow,
+        so their name joins the names that it takes Pillow for, now that there is something to choose.
+        """
+        from transformers.models.auto import image_processing_auto  # four seconds, which configs alone do without
+
+        name = "CoSAImageProcessor"
+        pillow_first = getattr(image_processing_auto, "DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS", [])
+        if name not in pillow_first:
+            pillow_first.append(name)
+        return name
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
         Saves the config and, beside it, the code of config, model and processor.
@@ -103,7 +119,10 @@ class SegmentationConfig(PreTrainedConfig):
             "AutoModel": self.model_code,
             "AutoModelForSemanticSegmentation": self.model_code,
             "AutoModelForImageSegmentation": self.model_code,
-            "AutoImageProcessor": "image_processing_cosa.CoSAImageProcessor",
+            "AutoImageProcessor": {
+                "pil": "image_processing_cosa.CoSAImageProcessor",
+                "torchvision": "image_processing_cosa.CoSAImageProcessorTorchvision",
+            },
         }
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

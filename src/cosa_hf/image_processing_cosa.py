@@ -1,4 +1,4 @@
-"""Image processor of CoSA: photos of any kind in, segmentation masks out. Needs no torchvision."""
+"""Image processors of CoSA, Pillow's and torchvision's: photos of any kind in, segmentation masks out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
-from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
-from transformers.utils import logging
+from transformers.utils import logging, requires_backends
 
 logger = logging.get_logger(__name__)
 
@@ -116,37 +117,8 @@ def _guessed_range(mode: str, values: np.ndarray) -> tuple[float, float]:
     return 0.0, next((limit for limit in ranges if maximum <= limit), maximum)
 
 
-class CoSAImageProcessor(PilBackend):
-    r"""
-    Turns images into the `pixel_values` of a CoSA model, and its logits into masks.
-
-    The default is the paper's evaluation input: 448 x 448 without keeping the aspect ratio (Sec. 4.1). Mean
-    and std should be those the backbone was trained with: `model.backbone.data_config` has them.
-
-    Args:
-        size: `{"height", "width"}` in pixels.
-        image_mean, image_std: Per channel, for values in [0, 1]. ImageNet's by default.
-        resample: Pillow filter, bilinear by default.
-        do_resize, do_rescale, do_normalize: Which steps to take, all by default.
-        value_range: (low, high), which values of more than 8 bits are scaled from, the same for all images: that of
-            the training images. "window" stands for the window in each DICOM file, which is applied where the file is
-            opened. None: `to_rgb` guesses, image by image. Arrays of other types than `uint8` are scaled only where
-            there is a range.
-        bands: One or three numbers, from 1, of the bands of a file that are grey or red, green and blue. They are
-            selected where the file is opened (`cosa_hf.Segmenter`).
-
-    Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> from cosa_hf import CoSAImageProcessor
-
-    >>> processor = CoSAImageProcessor(size={"height": 64, "width": 64})
-    >>> processor(Image.new("L", (100, 50)), return_tensors="pt").pixel_values.shape
-    torch.Size([1, 3, 64, 64])
-
-    ```
-    """
+class CoSAImageProcessing(BaseImageProcessor):
+    """What the processors have in common, whichever backend comes after it: settings, kinds of images, masks."""
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (the library's own spelling)
     resample = PILImageResampling.BILINEAR
@@ -160,16 +132,17 @@ class CoSAImageProcessor(PilBackend):
     value_range: Sequence[float] | str | None = None
     bands: Sequence[int] | None = None
 
-    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+    fetch_images = BaseImageProcessor.fetch_images  # by Pillow: torchvision would open fewer kinds of files itself
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(image, Image.Image):
-            image = to_rgb(image, self.value_range if is_deep(image) else None)  # type: ignore[arg-type]
-            size = kwargs.get("size")
-            if kwargs.get("do_resize") and size and size.height and size.width:
-                # Before it becomes an array, which of a large photo takes three more copies; the result is the same.
-                return self.resize(image, size, kwargs["resample"])
+            image = self._rgb(image)
         elif self.value_range is not None and isinstance(image, np.ndarray) and image.dtype != np.uint8:
             image = to_8_bit(image, self.value_range)  # type: ignore[arg-type]
         return super().process_image(image, *args, **kwargs)
+
+    def _rgb(self, image: Image.Image) -> Image.Image:
+        return to_rgb(image, self.value_range if is_deep(image) else None)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
@@ -221,6 +194,78 @@ class CoSAImageProcessor(PilBackend):
         ]
 
 
+class CoSAImageProcessor(CoSAImageProcessing, PilBackend):
+    r"""
+    Turns images into the `pixel_values` of a CoSA model, and its logits into masks. By Pillow, without torchvision.
+
+    The default is the paper's evaluation input: 448 x 448 without keeping the aspect ratio (Sec. 4.1). Mean
+    and std should be those the backbone was trained with: `model.backbone.data_config` has them.
+
+    Args:
+        size: `{"height", "width"}` in pixels.
+        image_mean, image_std: Per channel, for values in [0, 1]. ImageNet's by default.
+        resample: Pillow filter, bilinear by default.
+        do_resize, do_rescale, do_normalize: Which steps to take, all by default.
+        value_range: (low, high), which values of more than 8 bits are scaled from, the same for all images: that of
+            the training images. "window" stands for the window in each DICOM file, which is applied where the file is
+            opened. None: `to_rgb` guesses, image by image. Arrays of other types than `uint8` are scaled only where
+            there is a range.
+        bands: One or three numbers, from 1, of the bands of a file that are grey or red, green and blue. They are
+            selected where the file is opened (`cosa_hf.Segmenter`).
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from cosa_hf import CoSAImageProcessor
+
+    >>> processor = CoSAImageProcessor(size={"height": 64, "width": 64})
+    >>> processor(Image.new("L", (100, 50)), return_tensors="pt").pixel_values.shape
+    torch.Size([1, 3, 64, 64])
+
+    ```
+    """
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        size = kwargs.get("size")
+        if isinstance(image, Image.Image) and kwargs.get("do_resize") and size and size.height and size.width:
+            # Before it becomes an array, which of a large photo takes three more copies; the result is the same.
+            return self.resize(self._rgb(image), size, kwargs["resample"])  # type: ignore[arg-type]
+        return super().process_image(image, *args, **kwargs)
+
+
+class CoSAImageProcessorTorchvision(CoSAImageProcessing, TorchvisionBackend):
+    r"""
+    The same by torchvision: batches at once, on a GPU where `device` names one, or where the tensors are that it gets.
+
+    Resized photos are within 1/255 of Pillow's. `AutoImageProcessor.from_pretrained(..., backend="torchvision")` loads
+    any saved processor as this one; its default is Pillow's, with which scores are measured.
+
+    Args:
+        kwargs: As in `CoSAImageProcessor`.
+
+    Raises:
+        ImportError: without torchvision.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from cosa_hf import CoSAImageProcessorTorchvision
+
+    >>> processor = CoSAImageProcessorTorchvision(size={"height": 64, "width": 64})
+    >>> photos = torch.zeros(8, 3, 50, 100, dtype=torch.uint8)
+    >>> processor(photos, return_tensors="pt", device="cpu").pixel_values.shape
+    torch.Size([8, 3, 64, 64])
+
+    ```
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        requires_backends(self, ["torchvision"])
+        super().__init__(**kwargs)
+
+
 def upsampled_argmax(
     logits: torch.Tensor, size: tuple[int, int], label_ids: Sequence[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,4 +306,4 @@ def upsampled_argmax(
     return ids, best
 
 
-__all__ = ["CoSAImageProcessor"]
+__all__ = ["CoSAImageProcessor", "CoSAImageProcessorTorchvision"]

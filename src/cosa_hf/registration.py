@@ -10,7 +10,7 @@ from transformers import (
 
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.configuration_cosa_ms import CoSAMSConfig
-from cosa_hf.image_processing_cosa import CoSAImageProcessor
+from cosa_hf.image_processing_cosa import CoSAImageProcessor, CoSAImageProcessorTorchvision
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.modeling_cosa_ms import CoSAMSForSemanticSegmentation
 
@@ -21,9 +21,8 @@ for _config, _model in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     for _auto_class in (AutoModel, AutoModelForSemanticSegmentation, AutoModelForImageSegmentation):
         _auto_class.register(_config, _model, exist_ok=True)
-    # One class for both backends: with the Pillow entry alone the library warns that torchvision's is missing.
     AutoImageProcessor.register(
         _config,
-        image_processor_classes={"pil": CoSAImageProcessor, "torchvision": CoSAImageProcessor},
+        image_processor_classes={"pil": CoSAImageProcessor, "torchvision": CoSAImageProcessorTorchvision},
         exist_ok=True,
     )

@@ -197,16 +197,15 @@ def test_tied_split_is_the_best_of_real_cam_values(real_confidences, cut):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_tied_gaussians_find_the_border_of_what_stands_on_an_empty_ground(share):
+@pytest.mark.parametrize("seed", range(3))
+def test_tied_gaussians_find_the_border_of_what_stands_on_an_empty_ground(share, seed):
     """Clean CAMs: zero but for the objects, which rise from nothing to one."""
-    rising = torch.rand(int(20_000 * share), generator=torch.Generator().manual_seed(0))
-    values = torch.cat([torch.zeros(int(20_000 * (1 - share))), rising])
-    full, tied = (following(decay=0.0, covariance=covariance) for covariance in ("full", "tied"))
-    full.update(values)
+    objects = torch.rand(int(20_000 * share), generator=torch.Generator().manual_seed(seed))
+    values = torch.cat([torch.zeros(int(20_000 * (1 - share))), objects])
+    tied = following(decay=0.0, covariance="tied")
     tied.update(values)
     assert_is_the_best_split(tied.value, values.numpy(), "tied")
     assert 0.3 < tied.value < 0.5
-    assert tied.value < full.value or full.value == 0.5  # which sees the objects alone, and parts them
 
 
 def spikes(counts: dict[int, int]) -> torch.Tensor:

@@ -34,6 +34,8 @@ for folder in sys.argv[1:]:
     {before}
     config = AutoConfig.from_pretrained(folder, **options)
     processor = AutoImageProcessor.from_pretrained(folder, **options)
+    twin = AutoImageProcessor.from_pretrained(folder, backend="torchvision", **options)
+    assert (processor.backend, twin.backend) == ("pil", "torchvision")
     models = [
         auto_class.from_pretrained(folder, **options)
         for auto_class in (AutoModel, AutoModelForSemanticSegmentation, AutoModelForImageSegmentation)
@@ -41,6 +43,8 @@ for folder in sys.argv[1:]:
     digests, masks = [], []
     for photo in photos:
         image = Image.open(photo)
+        pixels = [each(image, do_normalize=False, return_tensors="pt").pixel_values for each in (processor, twin)]
+        assert (pixels[0] - pixels[1]).abs().max() < 1.01 / 255
         with torch.no_grad():
             logits = [model(**processor(image, return_tensors="pt")).logits for model in models]
         assert all(torch.equal(each, logits[0]) for each in logits)
@@ -55,7 +59,7 @@ for folder in sys.argv[1:]:
         for photo in photos
     ]
     {afterwards}
-    modules = sorted({{type(each).__module__.split(".")[0] for each in (config, processor, segmenter.model)}})
+    modules = sorted({{type(each).__module__.split(".")[0] for each in (config, processor, twin, segmenter.model)}})
     print(json.dumps({{"digests": digests, "masks": masks, "segments": segments, "modules": modules}}))
 """
 INSTALLED = READER.format(preparation="import cosa_hf", options="{}", before="", afterwards="")
@@ -77,6 +81,7 @@ ABSENT = READER.format(
     models[0].save_pretrained(copy)
     processor.save_pretrained(copy)
     again = AutoModelForSemanticSegmentation.from_pretrained(copy, **options)
+    assert AutoImageProcessor.from_pretrained(copy, backend="torchvision", **options).to_dict() == twin.to_dict()
     image = AutoImageProcessor.from_pretrained(copy, **options)(Image.open(photos[-1]), return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(again(**image).logits, logits[0])

@@ -19,6 +19,7 @@ from cosa_hf.multistage.labels import labels_to_learn
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.multistage.train import MultistageTrainer, _arguments, train_multistage
 from cosa_hf.pseudo_labels.load import load_pseudo_labels
+from cosa_hf.training import telemetry
 
 
 def trainer_of(config):
@@ -276,6 +277,12 @@ def test_a_first_network_that_cannot_label_the_images_is_refused(tiny, tmp_path)
 def test_what_this_machine_cannot_do_is_refused(tiny, fields, message):
     with pytest.raises(ValueError, match=message):
         train_multistage(tiny(**fields))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(telemetry, "get_available_trackers", lambda: [])
+    with pytest.raises(ImportError, match=r'pip install "cosa-hf\[trackio\]"'):
+        train_multistage(tiny(tracker="trackio"))
 
 
 @pytest.mark.parametrize("fields", [{"snapshot_every": 2}, {"allow_changed_data": True}])

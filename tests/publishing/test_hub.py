@@ -312,6 +312,60 @@ def test_cards_of_the_papers_settings_are_up_to_date(dataset, classes):
     assert (ROOT / "model_cards" / f"{name}.md").read_text() == card.content
 
 
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (TrainingConfig(dataset="hub", dataset_name="org/pets"), ["org/pets"]),
+        (TrainingConfig(dataset="hub", dataset_name="/home/someone/pets"), None),
+        (TrainingConfig(dataset="voc", dataset_name="org/pets"), None),
+        (TrainingConfig(dataset="folder", data_dir="org/pets"), None),
+        (MultistageConfig(pseudo_labels="org/labels", dataset="voc"), ["org/labels"]),
+        (MultistageConfig(pseudo_labels="VOC2012-pseudo"), None),
+        (None, None),
+    ],
+)
+def test_the_card_links_the_dataset_on_the_hub(recipe, expected):
+    config = CoSAConfig(id2label=dict(enumerate(NAMES)))
+    assert model_card("org/cats", config, recipe, weights_sha256="0" * 64).data.datasets == expected
+
+
+def test_the_card_names_the_dataset_on_the_hub_and_needs_no_directory_of_it():
+    recipe = TrainingConfig(dataset="hub", dataset_name="org/pets", train_split="train")
+    text = model_card("org/cats", CoSAConfig(id2label=dict(enumerate(NAMES))), recipe, weights_sha256="0" * 64).text
+    assert "| data | org/pets, split `train`, image-level tags only |" in text
+    assert "train --recipe recipe.yaml\n" in text
+
+
+def test_a_licence_that_the_hub_does_not_know_has_a_name_and_a_link(model, tmp_path):
+    terms = tmp_path / "terms.md"
+    terms.write_text("For research.\n")
+    for link, published in ((terms, "LICENSE.md"), ("https://example.org/terms", "https://example.org/terms")):
+        staged = tmp_path / published.replace("/", "-")
+        stage(model, staged, "org/cats", license="other", license_name="research-only", license_link=str(link))
+        card = ModelCard.load(staged / "README.md")
+        data = card.data
+        assert (data.license, data.license_name, data.license_link) == ("other", "research-only", published)
+        assert f"Weights: [research-only]({published})." in card.text
+    assert (tmp_path / "LICENSE.md" / "LICENSE.md").read_text() == "For research.\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"license_name": "research-only"}, ValueError, "of license other, not of apache-2.0"),
+        (
+            {"license": "other", "license_link": "nowhere"},
+            FileNotFoundError,
+            "no license_link nowhere: give an address",
+        ),
+    ],
+)
+def test_a_licence_that_cannot_be_read_is_refused(settings, error, message, model, tmp_path):
+    with pytest.raises(error, match=message):
+        stage(model, tmp_path / "staged", "org/cats", **settings)
+    assert not (tmp_path / "staged").exists()
+
+
 def test_a_class_name_cannot_break_the_card():
     config = CoSAConfig(id2label={0: "background", 1: "{{ 7 * 7 }} <b>"})
     assert "{{ 7 * 7 }} <b>" in model_card("org/x", config, weights_sha256="0" * 64).text

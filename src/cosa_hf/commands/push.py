@@ -29,6 +29,8 @@ def main(arguments: Sequence[str]) -> None:
             recipe=args.recipe,
             benchmark=args.benchmark,
             license=args.license,
+            license_name=args.license_name,
+            license_link=args.license_link,
             notes=args.notes,
         )
         if args.report is None:
@@ -62,6 +64,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, help="recipe.yaml of the training run (default: the one beside MODEL)")
     parser.add_argument("--benchmark", help="registered benchmark on the Hub that the scores are for, org/name")
     parser.add_argument("--license", default="apache-2.0", help="of the weights, as the Hub spells it")
+    parser.add_argument("--license_name", metavar="NAME", help="of a licence that the Hub does not know (other)")
+    parser.add_argument(
+        "--license_link", metavar="LINK", help="its text: an address, or a file, which is published as LICENSE"
+    )
     parser.add_argument("--notes", type=Path, help="Markdown file that the card begins with")
     parser.add_argument("--private", action="store_true", help="create the repository private")
     parser.add_argument("--dry_run", metavar="DIR", type=Path, help="write it all to DIR and send nothing")

@@ -33,6 +33,7 @@ from cosa_hf.pseudo_labels.load import Exported
 from cosa_hf.training.precision import settle_precision
 from cosa_hf.training.resume import require_unused
 from cosa_hf.training.setup import evaluation_data, hardware
+from cosa_hf.training.telemetry import check_tracker
 
 MODEL = "model"
 MOMENTUM = 0.9
@@ -193,6 +194,7 @@ def _arguments(config: MultistageConfig) -> TrainingArguments:
     use_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     if config.mixed_precision == "fp16" and use_cpu:
         raise ValueError("mixed_precision fp16 needs an accelerator, this is a CPU: take bf16 or no")
+    check_tracker(config.tracker)
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         use_cpu=use_cpu,

@@ -10,7 +10,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from cosa_hf.evaluation.evaluate import PROTOCOLS
 from cosa_hf.inference import MASK_SETS, label_names
-from cosa_hf.publishing.kinds import Origin, encoder_origin, kind_of, needs, network_name, trained_network
+from cosa_hf.publishing.kinds import (
+    Origin,
+    encoder_origin,
+    hub_dataset,
+    kind_of,
+    needs,
+    network_name,
+    trained_network,
+)
 from cosa_hf.training.config import RunConfig, TrainingConfig
 
 TEMPLATES = Path(__file__).with_name("cards")
@@ -61,6 +69,8 @@ def model_card(
     recipe_name: str = "recipe",
     panels: Sequence[str] = (),
     license: str = "apache-2.0",
+    license_name: str | None = None,
+    license_link: str | None = None,
     notes: str | None = None,
 ) -> ModelCard:
     """The card of a model, with `model-index` metadata where there is a report.
@@ -75,7 +85,12 @@ def model_card(
         recipe_name: how the command calls the recipe of a model that is only described.
         panels: file names of visualizations in `panels/`.
         license: identifier of the Hub for the weights' licence.
+        license_name: of the licence "other", which the Hub has no identifier for.
+        license_link: where that one can be read: an address, or a file of the repository.
         notes: Markdown before everything else: what a reader must know and no file says.
+
+    Raises:
+        ValueError: name or link of a licence that the Hub knows.
 
     Example:
         >>> from cosa_hf import CoSAConfig
@@ -85,12 +100,18 @@ def model_card(
         >>> card.data.pipeline_tag, "Not trained here" in card.text, "| 76.2 |" in card.text
         ('image-segmentation', True, True)
     """
+    if (license_name or license_link) and license != "other":
+        raise ValueError(f"license_name and license_link are of license other, not of {license}, which the Hub knows")
     kind, values = kind_of(config, recipe), dataclasses.asdict(recipe) if recipe else None
     reads_masks = isinstance(recipe, TrainingConfig) and recipe.reads_masks
     encoder = encoder_origin(config, recipe)
+    hub = hub_dataset(recipe)
     downloaded = values is not None and values["pretrained"] and values["backbone_weights"] is None
     data = ModelCardData(
         license=license,
+        license_name=license_name,
+        license_link=license_link,
+        datasets=[hub] if hub else None,
         library_name="transformers",
         pipeline_tag="image-segmentation",
         tags=[tag for tag in kind.tags if not (reads_masks and tag == "weakly-supervised-segmentation")],
@@ -100,7 +121,12 @@ def model_card(
         ignore_metadata_errors=False,
     )
     dataset = kind.dataset(recipe, report)
-    unknown = _Data(str(dataset), "DIR", "see the data set.", "What its training images lack or overdo, it learned.")
+    unknown = _Data(
+        hub or str(dataset),
+        "" if dataset == "hub" else "DIR",
+        "see the data set.",
+        "What its training images lack or overdo, it learned.",
+    )
     # Not ModelCard.from_template: it keeps the line of every block, which would tear tables apart.
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -133,7 +159,7 @@ def model_card(
         data=_DATA.get(str(dataset), unknown),
         encoder_weights=_encoder_weights(values, encoder),
         encoder_license=encoder.license,
-        license=license,
+        license=f"[{license_name or license}]({license_link})" if license_link else license_name or license,
         percent=lambda value: "-" if value is None else f"{value:.1f}",
         hours=lambda seconds: f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min",
     )

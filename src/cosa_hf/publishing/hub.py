@@ -36,6 +36,8 @@ def stage(
     recipe: str | Path | None = None,
     benchmark: str | None = None,
     license: str = "apache-2.0",
+    license_name: str | None = None,
+    license_link: str | None = None,
     notes: str | Path | None = None,
 ) -> None:
     """Write into `folder` all that the repository `repo_id` is going to hold, and nothing else.
@@ -55,13 +57,15 @@ def stage(
         benchmark: data set on the Hub, "org/name", whose leaderboard the scores are for; the Hub shows
             `.eval_results` of registered benchmarks only. Default: the name in the report.
         license: identifier of the Hub for the weights' licence.
+        license_name: of the licence "other", which the Hub has no identifier for.
+        license_link: where that one can be read: an address, or a file, which is published as `LICENSE`.
         notes: a Markdown file that the card begins with.
 
     Raises:
         FileNotFoundError: a file of the model, or a file or directory that was named, is missing.
         FileExistsError: `folder` is not empty.
-        ValueError: the report is of other weights or broken, the recipe of another network, or transformers does not
-            know the model.
+        ValueError: the report is of other weights or broken, the recipe of another network, a licence named that the
+            Hub knows, or transformers does not know the model.
     """
     model, folder = Path(model), Path(folder)
     config = AutoConfig.from_pretrained(model) if (model / "config.json").is_file() else None
@@ -80,10 +84,28 @@ def stage(
     images = _images(Path(panels)) if panels else []
     if notes and not Path(notes).is_file():
         raise FileNotFoundError(f"no notes {notes}")
+    terms = Path(license_link) if license_link and "://" not in license_link else None
+    if terms and not terms.is_file():
+        raise FileNotFoundError(f"no license_link {terms}: give an address, https://..., or a file")
+    card = model_card(
+        repo_id,
+        config,
+        settings,
+        run=run,
+        report=scores,
+        weights_sha256=digest,
+        panels=[image.name for image in images],
+        license=license,
+        license_name=license_name,
+        license_link=f"LICENSE{terms.suffix}" if terms else license_link,
+        notes=Path(notes).read_text(encoding="utf-8").strip() if notes else None,
+    )
 
     with whole_model(folder) as unfinished:
         for name in model_files:
             shutil.copyfile(model / name, unfinished / name)
+        if terms:
+            shutil.copyfile(terms, unfinished / f"LICENSE{terms.suffix}")
         if settings:
             settings.to_yaml(unfinished / "recipe.yaml")
         if images:
@@ -92,17 +114,7 @@ def stage(
             shutil.copyfile(image, unfinished / "panels" / image.name)
         if scores:
             _write_eval_results(scores, unfinished / ".eval_results", benchmark)
-        model_card(
-            repo_id,
-            config,
-            settings,
-            run=run,
-            report=scores,
-            weights_sha256=digest,
-            panels=[image.name for image in images],
-            license=license,
-            notes=Path(notes).read_text(encoding="utf-8").strip() if notes else None,
-        ).save(unfinished / "README.md")
+        card.save(unfinished / "README.md")
 
 
 def publish(folder: str | Path, repo_id: str, private: bool = False) -> str:

@@ -11,7 +11,7 @@ from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import PAPER, SWIN_B, SWIN_B_SHAPE
-from cosa_hf.training.config import RunConfig, TrainingConfig, read_fields
+from cosa_hf.training.config import RunConfig, TrainingConfig, place_name, read_fields
 
 #: (what, split, protocol, mIoU) by the paper.
 Published = tuple[str, str, str, str]
@@ -142,6 +142,20 @@ def trained_network(recipe: Any) -> str:
     return (
         f"cosa/{recipe.backbone}" if isinstance(recipe, TrainingConfig) else PAPER.get(recipe.network, recipe.network)
     )
+
+
+def hub_dataset(recipe: Any) -> str | None:
+    """The dataset on the Hub that a recipe trains on; None where it is somebody's files.
+
+    Example:
+        >>> hub_dataset(TrainingConfig(dataset="hub", dataset_name="org/pets"))
+        'org/pets'
+    """
+    if isinstance(recipe, MultistageConfig):
+        name = place_name(recipe.pseudo_labels)
+    else:
+        name = place_name(recipe.dataset_name) if recipe and recipe.dataset == "hub" else None
+    return name if name and "/" in name else None  # without an owner it may be what is left of a path
 
 
 def check_network(recipe: RunConfig, config: Any, path: Path) -> None:

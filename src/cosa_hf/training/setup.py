@@ -35,6 +35,7 @@ from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.affinity import AffinityConfig
 from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
 from cosa_hf.training.features import EncodedImages, default_directory
+from cosa_hf.training.telemetry import check_tracker
 
 ENCODED_AT_ONCE = 4  # images, twice: plain and mirrored
 STANDARDIZED_OVER = 256  # images
@@ -44,8 +45,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate as a run needs it.
 
     Raises:
+        ImportError: the tracker is not installed.
         ValueError: processes that do not know of each other, a precision or a way of sharing that does not work here.
     """
+    check_tracker(config.tracker)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         # The loader hands out whole steps, so its end is not a reason to cut one short.

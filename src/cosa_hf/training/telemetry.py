@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from torch import Tensor
 
 from cosa_hf.assignment.threshold import DynamicThreshold
@@ -134,6 +136,20 @@ class Telemetry:
                 f"tracker {self.config.tracker} failed and is left out from now on, {self.log} goes on: {error!r}",
                 stacklevel=2,
             )
+
+
+def check_tracker(name: str) -> None:
+    """That the package of a tracker is there: Accelerate leaves out what is not installed without a word.
+
+    Raises:
+        ImportError: it is not; says how to install it.
+
+    Example:
+        >>> check_tracker("tensorboard")
+    """
+    if name in LoggerType.list() and name not in ("all", *map(str, get_available_trackers())):
+        package = "cosa-hf[trackio]" if name == "trackio" else name
+        raise ImportError(f'tracker {name} is not installed: pip install "{package}"')
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
