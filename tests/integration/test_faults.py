@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -30,19 +31,23 @@ from hub_server import Hub
 from huggingface_hub import constants
 from in_process import run_command
 from runs_of import assert_equal, left, load_few_shapes, tiny_config
+from tqdm import tqdm
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.files import CONFIG
 from cosa_hf.inference import Segmenter, load_model
+from cosa_hf.multistage.config import MultistageConfig
+from cosa_hf.multistage.train import _checkpoints, train_multistage
 from cosa_hf.pseudo_labels.export import RECORD, export_pseudo_labels
 from cosa_hf.training import setup
-from cosa_hf.training.checkpoints import read_checkpoint, snapshots
+from cosa_hf.training.checkpoints import read_checkpoint
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.features import EncodedImages
+from cosa_hf.training.snapshots import snapshots
 from cosa_hf.training.trainer import train
 
-COMMANDS = ("caching", "training", "label", "export", "push", "convert", "stage")
+COMMANDS = ("caching", "training", "label", "export", "push", "convert", "stage", "multistage")
 KILLS = int(os.environ.get("COSA_HF_FAULTS", len(COMMANDS)))
 DISKS = max(2, 2 * KILLS // 5)
 REPO = "org/cosa-tiny"
@@ -64,7 +69,9 @@ class Caching:
     def encoded(self) -> EncodedImages:
         AcceleratorState._reset_state(True)
         processor, images = CoSAImageProcessor(size={"height": 48, "width": 48}), load_few_shapes("", None, "train")
-        return EncodedImages(network(), processor, images, self.root / "cache", Accelerator(cpu=True))
+        model = network()
+        model.backbone.freeze()
+        return EncodedImages(model, processor, images, self.root / "cache", Accelerator(cpu=True))
 
     def run(self) -> None:
         self.encoded().fill(2, 0)
@@ -114,6 +121,40 @@ class Training:
         if (run / "run.json").exists():
             assert json.loads((run / "run.json").read_text())["recommended"] == expected["recommended"]
             assert_equal(networks(run), expected["weights"])
+
+
+class Multistage:
+    """Four steps of another network on exported labels, a checkpoint after every two, resumed likewise."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.labels = root, root.parent / "labels"
+        if not self.labels.exists():
+            segmenter = Segmenter(network(), CoSAImageProcessor(size={"height": 48, "width": 48}))
+            images = load_shapes("train", num_images=6, image_size=48)
+            export_pseudo_labels(
+                segmenter, images, self.labels, source="cam", format="png", split="train", progress=False
+            )
+
+    def run(self) -> None:
+        settings = {
+            "pseudo_labels": str(self.labels), "network": "largefov/test_resnet", "pretrained": False,
+            "decoder_channels": 16, "freeze_batch_norm": False, "crop_size": 48, "input_size": 64, "batch_size": 2,
+            "images_per_step": 2, "num_workers": 0, "max_steps": 4, "learning_rate": 1e-3, "lr_warmup_steps": 1,
+            "tracker": "none", "checkpoint_every": 2, "output_dir": str(self.root / "run"),
+        }  # fmt: skip
+        resume = bool(_checkpoints(self.root / "run"))
+        train_multistage(MultistageConfig.from_mapping(settings | {"resume": resume}))
+
+    def left(self) -> dict[str, Any]:
+        return dict(load_model(str(self.root / "run/model"), "cpu")[0].state_dict())
+
+    def check(self, expected: dict[str, Any]) -> None:
+        for path in _checkpoints(self.root / "run").values():
+            load_model(str(path), "cpu")
+        if (self.root / "run/model" / CONFIG).exists():
+            assert_equal(self.left(), expected)
+        if (self.root / "run/run.json").exists():
+            assert_equal(self.left(), expected)
 
 
 def networks(place: Path) -> dict[str, Any]:
@@ -249,7 +290,7 @@ class Complaint(Exception):
     """A command ended with its one line instead of a traceback."""
 
 
-KINDS = dict(zip(COMMANDS, (Caching, Training, Label, Export, Push, Convert, Stage), strict=True))
+KINDS = dict(zip(COMMANDS, (Caching, Training, Label, Export, Push, Convert, Stage, Multistage), strict=True))
 
 
 WRITING = ("os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate")
@@ -285,6 +326,7 @@ def in_child(
         if at_moment:
             sys.addaudithook(hook)
         AcceleratorState._reset_state(True)
+        tqdm.set_lock(threading.RLock())  # a lock of several processes would stay locked by one that is killed
         task()
         status = 0
     except (Complaint, OSError) as error:

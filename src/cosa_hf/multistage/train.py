@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -248,8 +249,15 @@ def _optimizer(config: MultistageConfig, network: PreTrainedModel) -> torch.opti
 
 def _checkpoints(output_dir: Path) -> dict[int, Path]:
     """Those that are complete, by step: their state is written last."""
-    found = (path.parent for path in output_dir.glob("checkpoint-[0-9]*/trainer_state.json"))
+    found = (path.parent for path in output_dir.glob("checkpoint-[0-9]*/trainer_state.json") if _is_whole(path))
     return {int(path.name.removeprefix("checkpoint-")): path for path in found}
+
+
+def _is_whole(state: Path) -> bool:
+    with suppress(ValueError):
+        json.loads(state.read_text(encoding="utf-8"))
+        return True
+    return False
 
 
 def _checkpoint(config: MultistageConfig) -> str | None:
