@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosa_hf.evaluation.crf import DenseCRF
+from cosa_hf.evaluation.crf import DenseCRF, _Gaussian
 
 # An image of 24 x 18 pixels is smaller than DeepLab's widths.
 SETTINGS = {"bilateral_sigma_xy": 8.0, "bilateral_sigma_rgb": 20.0}
@@ -70,6 +70,16 @@ def test_every_part_is_the_brute_force_part(case, change):
     assert np.abs(result - expected).mean() < 0.03
     unchanged = DenseCRF(**SETTINGS, backend="torch")(logits, image).numpy()
     assert np.abs(result - unchanged).mean() > np.abs(result - expected).mean()
+
+
+def test_the_blur_is_as_wide_as_the_gaussian():
+    """On a dense grid the variance of what each point hands to the others is 1 in either direction."""
+    side = torch.arange(-5, 5.01, 0.25)
+    places = torch.cartesian_prod(side, side)
+    centres = (places.abs() < 0.8).all(dim=1).nonzero().flatten()
+    reached = _Gaussian(places)(torch.nn.functional.one_hot(centres, len(places)).T.float())
+    distances = torch.cdist(places, places[centres]).square()
+    assert (reached * distances).sum() / (2 * reached.sum()) == pytest.approx(1, abs=0.01)
 
 
 def test_backends_differ_by_rounding_only(case):

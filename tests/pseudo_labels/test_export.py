@@ -144,7 +144,7 @@ def test_parquet_is_a_dataset_with_images_tags_and_confidence(segmenter, dataset
     assert class_names(read) == CLASSES
     assert read.column_names == ["image", "labels", "image_id", "mask", "confidence"]
     assert read["labels"][:] == columns["labels"]
-    assert undecoded(read)[0]["image"]["bytes"] == Path(columns["image"][0]).read_bytes()
+    assert undecoded(read)[0]["image"] == {"bytes": Path(columns["image"][0]).read_bytes(), "path": "0.jpg"}
     for row, one in zip(read, segmenter.predict(dataset), strict=True):
         confidence, mask = np.array(row["confidence"]), np.array(row["mask"])
         assert confidence.dtype == np.uint8
