@@ -136,5 +136,6 @@ def test_saving_a_model_goes_on_after_a_kill_at_any_file(moved, tmp_path):
         for name in names:
             (unfinished / name).write_text("whole")
     assert {path.name: path.read_text() for path in model.iterdir()} == dict.fromkeys(names, "whole")
-    with pytest.raises(FileExistsError):
+    (model / ".killed.unfinished").mkdir()  # before it was removed
+    with pytest.raises(FileExistsError, match="is there already"):
         check_output(model, directory=True)

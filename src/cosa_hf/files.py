@@ -13,6 +13,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 __all__ = [
+    "CONFIG",
     "check_output",
     "file_name",
     "remove_unfinished",
@@ -35,6 +36,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     An exception removes the temporary file. A process that is killed leaves it behind, under a name that
     nothing reads and `remove_unfinished` finds.
+
+    Raises:
+        OSError: as the block does, of a full disk say; names the file.
 
     Example:
         >>> with whole_file(Path("numbers.txt")) as unfinished:
@@ -60,6 +64,9 @@ def whole_model(directory: Path) -> Iterator[Path]:
 
     A directory is a model's if it has a `config.json`: of a model that is replaced it goes first, of the new one it
     comes last. Other files that are there stay.
+
+    Raises:
+        OSError: as the block does; names the directory.
 
     Example:
         >>> with whole_model(Path("model")) as unfinished:
@@ -111,7 +118,7 @@ def check_output(
     Makes nothing.
 
     Args:
-        path: to be written; a directory may be there, but empty, or as a killed process left it.
+        path: to be written; a directory may be there, but empty, or with the model that a killed process began.
         directory: whether it is one.
         instead: how else to go on, for the message.
         replace: what is there was meant to be replaced.
@@ -130,8 +137,8 @@ def check_output(
         kind = "directory" if there.is_dir() else "file"
         raise FileExistsError(f"cannot write {path}: {there} is a {kind}; choose another name")
     if not replace:
-        there_already = [path] if not directory else [] if any(path.glob(_UNFINISHED)) else visible(path)
-        require_absent(there_already, f"{instead}, or remove {path}")
+        begun = any(path.glob(_UNFINISHED)) and not (path / CONFIG).exists()
+        require_absent([] if begun else visible(path) if directory else [path], f"{instead}, or remove {path}")
     if not os.access(there, os.W_OK):
         raise PermissionError(f"cannot write {path}: no permission to write {there}; choose another place")
 
