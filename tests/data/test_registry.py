@@ -1,6 +1,9 @@
+import functools
+
 import pytest
 
-from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, class_names, load_dataset_by_name
+import cosa_hf.data
+from cosa_hf.data import COEXISTENCE_CLASSES, DatasetOptions, class_names, load_dataset_by_name, load_shapes
 
 
 def test_known_names(voc_dir):
@@ -37,6 +40,7 @@ def test_directory_must_fit(tmp_path):
 )
 def test_what_an_error_advises_works(name, data_dir, options, advice, followed, voc_dir, monkeypatch):
     monkeypatch.chdir(voc_dir.parent)
+    monkeypatch.setattr(cosa_hf.data, "load_shapes", functools.partial(load_shapes, num_images=1))  # of 2,000
     voc_dir.rename("voc")
     load_dataset_by_name("voc", "voc", "train").to_parquet("saved/train.parquet")
     with pytest.raises(ValueError, match=advice):
