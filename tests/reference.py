@@ -79,12 +79,13 @@ def attention_weights(query: Array, key: Array) -> Array:
     return result
 
 
-def smooth_maximum(logits: Array, sharpness: float) -> Array:
-    """log mean exp(r z) / r over the tokens (B, C, N)."""
+def smooth_maximum(logits: Array, sharpness: float, weights: Array | None = None) -> Array:
+    """log mean exp(r z) / r over the tokens (B, C, N), the mean weighted by (B, N)."""
     result = np.zeros(logits.shape[:2])
     for image, c in np.ndindex(result.shape):
         highest = logits[image, c].max()
-        mean = np.mean([math.exp(sharpness * (z - highest)) for z in logits[image, c]])
+        powers = [math.exp(sharpness * (z - highest)) for z in logits[image, c]]
+        mean = np.average(powers, weights=None if weights is None else weights[image])
         result[image, c] = highest + math.log(mean) / sharpness
     return result
 

@@ -38,6 +38,8 @@ def test_num_labels_alone_names_the_labels():
         ({"output_stride": 12}, "output_stride=12"),
         ({"cam_threshold": 0.0}, "cam_threshold=0.0"),
         ({"cam_threshold": 1.0}, "cam_threshold=1.0"),
+        ({"pooling_weights": "distance", "pooling": "lse"}, "pooling_weights='distance' needs.*got 'lse' and False"),
+        ({"pooling_weights": "distance", "center_features": True}, "pooling_weights='distance' needs.*got 'max' and"),
         ({"id2label": LABELS, "coexistence_classes": ["cat", "train"]}, r"\['train'\]"),
         ({"id2label": LABELS, "coexistence_classes": ["background"]}, "background"),
     ],

@@ -21,7 +21,9 @@ FROZEN = {
     "aux_layer": -1,
     "aux_attention": "value-value",
     "pooling": "lse",
+    "pooling_weights": "distance",
     "classifier_bias": True,
+    "center_features": True,
     "standardize_features": True,
     "decoder": "mlp",
     "decoder_inputs": "concat",
@@ -308,6 +310,16 @@ def test_smooth_maximum_equals_reference(data, shape, sharpness):
     np.testing.assert_allclose(smooth_maximum(flat, sharpness).numpy(), expected, rtol=1e-5, atol=1e-5 * size)
 
 
+@given(st.data(), strategies.map_shapes, st.sampled_from([0.1, 4.0]))
+def test_weighted_smooth_maximum_equals_reference(data, shape, sharpness):
+    flat = torch.tensor(data.draw(strategies.logits(shape))).flatten(2).double().clamp(-50, 50)
+    weights = torch.rand(len(flat), 1, flat.shape[2], dtype=torch.float64) + 0.01
+    expected = reference.smooth_maximum(array(flat), sharpness, array(weights[:, 0]))
+    np.testing.assert_allclose(array(smooth_maximum(flat, sharpness, weights)), expected, rtol=1e-9, atol=1e-9)
+    equal = smooth_maximum(flat, sharpness, torch.ones_like(weights))
+    torch.testing.assert_close(equal, smooth_maximum(flat, sharpness))
+
+
 @pytest.mark.parametrize("pooling", ["max", "lse", "token-max"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_heads_equal_reference(pooling, bias):
@@ -357,6 +369,36 @@ def test_feature_statistics_are_those_of_all_tokens():
     expected = plain.forward_heads(outputs.hidden_states[1], outputs.hidden_states[0])
     torch.testing.assert_close(outputs.cam_logits, expected.cam_logits)
     torch.testing.assert_close(outputs.logits, expected.logits)
+
+
+def test_centered_heads_see_what_stands_out_and_count_it_by_its_distance():
+    settings = {"center_features": True, "pooling": "lse", "pooling_weights": "distance", "aux_layer": -2}
+    model = build(**settings, standardize_features=True, pooling_sharpness=2.0).double().eval()
+    features, aux_features = photos(3, 64, 2, 3).double() * 5 + 3, photos(3, 64, 2, 3).double()
+    model.set_feature_statistics([(features, aux_features)])
+    outputs = model.forward_heads(features, aux_features, output_hidden_states=True)
+    apart = array(features) - array(features).mean(axis=(2, 3), keepdims=True)
+    seen = apart / apart.std(axis=(0, 2, 3))[:, None, None]  # the mean over all tokens is 0
+    np.testing.assert_allclose(array(outputs.hidden_states[1]), seen, atol=1e-9)
+    maps = reference.activation_maps(seen, array(model.classifier.weight)[:, :, 0, 0])
+    np.testing.assert_allclose(array(outputs.cam_logits), maps, atol=1e-9)
+    lengths = np.linalg.norm(seen, axis=1).reshape(3, -1)
+    expected = reference.smooth_maximum(maps.reshape(3, 3, -1), 2.0, lengths)
+    np.testing.assert_allclose(array(outputs.cls_logits), expected, atol=1e-9)
+    # A look that fills the image is no evidence.
+    shifted = model.forward_heads(features + photos(3, 64, 1, 1).double(), aux_features)
+    torch.testing.assert_close(shifted.cls_logits, outputs.cls_logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_image_of_one_colour_has_logits_and_gradients(dtype):
+    settings = {"center_features": True, "pooling": "lse", "pooling_weights": "distance", "classifier_bias": True}
+    model = build(**settings).to(dtype)
+    features = torch.ones(1, 64, 2, 2, dtype=dtype, requires_grad=True)
+    outputs = model.forward_heads(features, features, labels=torch.ones(1, 3))
+    torch.testing.assert_close(outputs.cls_logits, model.classifier.bias[None].detach(), check_dtype=False)
+    outputs.loss.backward()
+    assert all(each.isfinite().all() for each in (features.grad, model.classifier.bias.grad))
 
 
 def test_without_statistics_nothing_is_standardised(tmp_path):

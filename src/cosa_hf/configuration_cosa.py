@@ -162,9 +162,14 @@ class CoSAConfig(SegmentationConfig):
             `lse`: of the tokens' logits z = F Wᵀ their smooth maximum, log mean exp(r z) / r (Pinheiro and
             Collobert, 2015). `token-max`: the largest of them.
         pooling_sharpness: r of `lse`; from the mean of the logits, towards 0, to their maximum.
+        pooling_weights: How much a token counts in `lse`. `equal`: all alike. `distance`: as much as what the head sees
+            of it is long, its distance from the image's mean; needs `center_features`.
         classifier_bias: Whether both classifiers, and with them M and M†, have a bias.
+        center_features: Whether the heads see F and F† less their mean over the image. Where an even surface, a tissue
+            or a field fills the image, its look tells the classes apart as well as the object does, and so the CAMs are
+            of both; what is left without the mean is what stands out.
         standardize_features: Whether the heads see F and F† less their mean over the training images, divided by
-            their standard deviation, channel by channel.
+            their standard deviation, channel by channel; after `center_features`.
         decoder: `largefov`, two dilated 3x3 convolutions and a classifier (Sec. 3.1), or `mlp`, two layers on each
             token by itself.
         decoder_inputs: `last`, F, or `concat`, F and F† one after the other, through a layer norm.
@@ -184,7 +189,8 @@ class CoSAConfig(SegmentationConfig):
 
     Raises:
         ValueError: as `SegmentationConfig`; for a number outside its range, a layer that is not counted from the
-            end, F and F† that are one map, or an attention for another layer than the last.
+            end, F and F† that are one map, an attention for another layer than the last, or weights of a pooling
+            that has none.
 
     Example:
 
@@ -209,7 +215,9 @@ class CoSAConfig(SegmentationConfig):
     aux_attention: Literal["standard", "value", "value-value"] = "standard"
     pooling: Literal["max", "lse", "token-max"] = "max"
     pooling_sharpness: float = 4.0
+    pooling_weights: Literal["equal", "distance"] = "equal"
     classifier_bias: bool = False
+    center_features: bool = False
     standardize_features: bool = False
     decoder: Literal["largefov", "mlp"] = "largefov"
     decoder_inputs: Literal["last", "concat"] = "last"
@@ -235,6 +243,11 @@ class CoSAConfig(SegmentationConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0.")
+        if self.pooling_weights != "equal" and (self.pooling != "lse" or not self.center_features):
+            raise ValueError(
+                f"pooling_weights={self.pooling_weights!r} needs pooling='lse' and center_features=True, "
+                f"got {self.pooling!r} and {self.center_features}."
+            )
 
     def _check_layers(self) -> None:
         for name in ("feature_layer", "aux_layer", "affinity_layer"):

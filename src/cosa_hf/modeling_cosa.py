@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from .configuration_cosa import CoSAConfig
 
 LEAST_STD = 1e-6  # of a channel that is the same everywhere
+LEAST_WEIGHT = 1e-6  # of a token that is its image's mean
 PRIOR_LOGIT = -2.0  # of a class: most are absent, and from 0 the first steps would only learn that
 
 MAPS = ("features", "aux_features", "affinity")
@@ -674,7 +675,8 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
     @torch.no_grad()
     def set_feature_statistics(self, maps: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """
-        Sets what F and F† are standardised by: mean and standard deviation of each channel over all tokens.
+        Sets what F and F† are standardised by: mean and standard deviation of each channel over all tokens, those of
+        maps less their images' mean if the config centers them.
 
         Args:
             maps: F `(B, D, h, w)` and F† `(B, D†, h, w)` of training images, batch by batch, as the backbone gives
@@ -704,6 +706,8 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
         for batch in maps:
             count += batch[0][:, 0].numel()
             for name, each in zip(("feature", "aux_feature"), batch, strict=True):
+                if self.config.center_features:
+                    each = _center(each)
                 values = each.cpu().double().transpose(0, 1).flatten(1)  # (D, tokens)
                 total, squares = sums.get(name, (0, 0))
                 sums[name] = total + values.sum(1), squares + values.square().sum(1)
@@ -787,6 +791,8 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if self.config.center_features:
+            features, aux_features = _center(features), _center(aux_features)
         if self.config.standardize_features:
             features = _standardize(features, self.feature_mean, self.feature_std)
             aux_features = _standardize(aux_features, self.aux_feature_mean, self.aux_feature_std)
@@ -809,7 +815,11 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
             return head(features.amax(dim=(2, 3), keepdim=True)).flatten(1), cam_logits
         if self.config.pooling == "token-max":
             return cam_logits.amax(dim=(2, 3)), cam_logits
-        return smooth_maximum(cam_logits.flatten(2), self.config.pooling_sharpness), cam_logits
+        weights = None
+        if self.config.pooling_weights == "distance":
+            dtype = torch.promote_types(features.dtype, torch.float32)  # squares soon overflow half precision
+            weights = features.flatten(2).norm(dim=1, keepdim=True, dtype=dtype)
+        return smooth_maximum(cam_logits.flatten(2), self.config.pooling_sharpness, weights), cam_logits
 
     def _classification_loss(
         self, cls_logits: torch.Tensor, aux_cls_logits: torch.Tensor, labels: torch.Tensor
@@ -827,13 +837,14 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
         )
 
 
-def smooth_maximum(logits: torch.Tensor, sharpness: float) -> torch.Tensor:
+def smooth_maximum(logits: torch.Tensor, sharpness: float, weights: torch.Tensor | None = None) -> torch.Tensor:
     """
     log mean exp(r z) / r over the last dimension (Pinheiro and Collobert, 2015): between mean and maximum of z.
 
     Args:
         logits: z, `(B, C, N)`; computed in float32 at least.
         sharpness: r; towards 0 the mean, towards infinity the maximum.
+        weights: w of a weighted mean, log (sum w exp(r z) / sum w) / r, not negative, `(B, 1, N)`. All zero: all alike.
 
     Example:
 
@@ -843,12 +854,23 @@ def smooth_maximum(logits: torch.Tensor, sharpness: float) -> torch.Tensor:
 
     >>> [round(smooth_maximum(torch.tensor([0.0, 1.0]), r).item(), 3) for r in (0.01, 4, 100)]
     [0.501, 0.831, 0.993]
+    >>> round(smooth_maximum(torch.tensor([0.0, 1.0]), 4, torch.tensor([3.0, 1.0])).item(), 3)
+    0.668
 
     ```
     """
-    scaled = sharpness * logits.to(torch.promote_types(logits.dtype, torch.float32))
-    pooled = (scaled.logsumexp(dim=-1) - math.log(logits.shape[-1])) / sharpness
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scaled = sharpness * logits.to(dtype)
+    if weights is None:
+        return ((scaled.logsumexp(dim=-1) - math.log(logits.shape[-1])) / sharpness).to(logits.dtype)
+    # A floor: an image of one colour has no token apart from its mean, and log 0 no gradient.
+    log_weights = weights.to(dtype).clamp_min(LEAST_WEIGHT).log()
+    pooled = ((scaled + log_weights).logsumexp(dim=-1) - log_weights.logsumexp(dim=-1)) / sharpness
     return pooled.to(logits.dtype)
+
+
+def _center(features: torch.Tensor) -> torch.Tensor:
+    return features - features.mean(dim=(2, 3), keepdim=True)
 
 
 def _standardize(features: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

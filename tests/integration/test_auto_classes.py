@@ -90,8 +90,9 @@ ABSENT = READER.format(
 
 
 FROZEN = {
-    "feature_layer": -3, "aux_layer": -1, "aux_attention": "value-value", "pooling": "lse", "classifier_bias": True,
-    "standardize_features": True, "decoder": "mlp", "decoder_inputs": "concat", "affinity": "attention",
+    "feature_layer": -3, "aux_layer": -1, "aux_attention": "value-value", "pooling": "lse",
+    "pooling_weights": "distance", "classifier_bias": True, "center_features": True, "standardize_features": True,
+    "decoder": "mlp", "decoder_inputs": "concat", "affinity": "attention",
     "affinity_blocks": [-2, -1],
 }  # fmt: skip
 

@@ -10,9 +10,9 @@ from cosa_hf.publishing.onnx import export_onnx
 
 # What recipes for frozen encoders use
 FROZEN = {
-    "aux_layer": -1, "aux_attention": "value-value", "pooling": "lse", "classifier_bias": True,
-    "standardize_features": True, "decoder": "mlp", "decoder_inputs": "concat", "affinity": "attention",
-    "affinity_blocks": [-2],
+    "aux_layer": -1, "aux_attention": "value-value", "pooling": "lse", "pooling_weights": "distance",
+    "classifier_bias": True, "center_features": True, "standardize_features": True, "decoder": "mlp",
+    "decoder_inputs": "concat", "affinity": "attention", "affinity_blocks": [-2],
 }  # fmt: skip
 
 

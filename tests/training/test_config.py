@@ -23,8 +23,9 @@ NAMES = """
     background_threshold threshold_decay threshold_queue threshold_covariance cam2seg_weight aux_cam2seg_weight
     supervision_stride balanced seg2cam_weight guidance detach relu_cams separation_weight separation_temperature
     separation_scope reliability_weighting perplexity_alpha perplexity_beta perplexity_epsilon dense_energy_weight
-    dense_energy_scale feature_layer attention aux_attention pooling pooling_sharpness classifier_bias
-    frozen_blocks cache_features standardize_features decoder decoder_inputs decoder_dropout affinity affinity_layer
+    dense_energy_scale feature_layer attention aux_attention pooling pooling_sharpness pooling_weights
+    classifier_bias frozen_blocks cache_features center_features standardize_features decoder decoder_inputs
+    decoder_dropout affinity affinity_layer
     affinity_blocks affinity_temperature affinity_power affinity_steps value_range bands mask_values cam_threshold
 """
 
@@ -70,8 +71,9 @@ PAPER = {
     # All switches of Tab. 3 on.
     "swapping_assignments": True, "reliability_weighting": True, "dynamic_threshold": True,
     # Nothing that frozen encoders need.
-    "feature_layer": -1, "attention": "standard", "pooling": "max", "classifier_bias": False,
-    "standardize_features": False, "decoder": "largefov", "decoder_inputs": "last", "decoder_dropout": 0.0,
+    "feature_layer": -1, "attention": "standard", "pooling": "max", "pooling_weights": "equal",
+    "classifier_bias": False, "center_features": False, "standardize_features": False, "decoder": "largefov",
+    "decoder_inputs": "last", "decoder_dropout": 0.0,
     "affinity": "none",
     # Nothing that only the released code does.
     "supervision_stride": 1, "background_threshold": None, "balanced": False, "relu_cams": False,

@@ -245,7 +245,14 @@ class ModelConfig(Settings):
         "log-sum-exp, or the maximum",
     )  # fmt: skip
     pooling_sharpness: float = setting(CoSAConfig.pooling_sharpness, "r of pooling lse", above=0)
+    pooling_weights: Literal["equal", "distance"] = setting(
+        CoSAConfig.pooling_weights, "how much a token counts in pooling lse: all alike, or by its distance from the "
+        "image's mean; needs center_features",
+    )  # fmt: skip
     classifier_bias: bool = setting(CoSAConfig.classifier_bias, "the classifiers, and so M and M†, have a bias")
+    center_features: bool = setting(
+        CoSAConfig.center_features, "the heads see F and F† less their mean over the image: what stands out in it"
+    )
     standardize_features: bool = setting(
         CoSAConfig.standardize_features, "the heads see F and F† with mean 0 and deviation 1 over the training images"
     )
@@ -309,8 +316,8 @@ class TrainingConfig(
     places: ClassVar[tuple[str, ...]] = (*RunConfig.places, "cache_features")
     in_checkpoint: ClassVar[tuple[str, ...]] = (
         *RunConfig.in_checkpoint, "backbone", "feature_layer", "attention", "aux_layer", "aux_attention",
-        "classifier_bias", "standardize_features", "decoder", "decoder_inputs", "decoder_channels", "threshold",
-        "threshold_queue", "threshold_covariance",
+        "classifier_bias", "center_features", "standardize_features", "decoder", "decoder_inputs", "decoder_channels",
+        "threshold", "threshold_queue", "threshold_covariance",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
