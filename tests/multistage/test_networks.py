@@ -9,10 +9,13 @@ from transformers import (
     EomtConfig,
     Mask2FormerForUniversalSegmentation,
     OneFormerConfig,
+    SwinBackbone,
+    SwinConfig,
     pipeline,
 )
 
 from cosa_hf.inference import load_model, segmentation_logits
+from cosa_hf.multistage import networks
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network, encoder_of
 
@@ -98,6 +101,22 @@ def test_without_a_download_the_ways_out_are_named_and_are_some(tmp_path, monkey
     weights = str(tmp_path / "encoder.pth")
     build_network(recipe("largefov/test_resnet", pretrained=True, backbone_weights=weights), NAMES)
     build_network(recipe("largefov/test_resnet", pretrained=False), NAMES)
+
+
+def test_swin_comes_from_a_directory_or_random_weights_as_the_error_advises(tmp_path, monkeypatch):
+    small = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2}
+    monkeypatch.setattr(networks, "SWIN_B_SHAPE", small)  # the large one takes seconds
+    monkeypatch.setattr(networks, "SWIN_B", str(tmp_path / "nowhere"))
+    source = SwinBackbone(SwinConfig(**small))
+    source.save_pretrained(tmp_path / "swin")
+    said = r"Name a directory of them \(--backbone_weights DIR\), or start from random ones \(--pretrained false\)"
+    with pytest.raises(ValueError, match=said):
+        build_network(recipe("upernet-swin-b", pretrained=True), NAMES)
+    model, _ = build_network(recipe("upernet-swin-b", pretrained=True, backbone_weights=str(tmp_path / "swin")), NAMES)
+    weights = source.state_dict()
+    name = next(name for name in weights if name.endswith("patch_embeddings.projection.weight"))
+    assert torch.equal(model.backbone.state_dict()[name], weights[name])
+    build_network(recipe("upernet-swin-b", pretrained=False), NAMES)
 
 
 def test_the_encoder_is_what_is_pretrained():
