@@ -245,7 +245,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(frozen, fields, said):
 @pytest.mark.parametrize(
     ("fields", "said", "advised"),
     [
-        ({"streaming": True}, "streaming True needs the images", "streaming false"),
+        pytest.param({"streaming": True}, "streaming True needs the images", "streaming false", marks=pytest.mark.slow),
         ({"label_scales": [1.0, 0.5]}, r"label_scales \[1.0, 0.5\] needs the images", "label_scales 1"),
         ({"dense_energy_weight": 0.1}, "dense_energy_weight 0.1 needs the images", "dense_energy_weight 0"),
         (
