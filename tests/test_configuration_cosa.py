@@ -49,6 +49,25 @@ def test_bad_settings_are_named(settings, named):
         CoSAConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "advice", "followed"),
+    [
+        ({"aux_layer": 2}, "aux_layer=2 is not a layer: count from the end, -1 or lower", [{"aux_layer": -2}]),
+        ({"affinity_blocks": [1]}, r"affinity_blocks=\[1\] must be blocks, counted", [{"affinity_blocks": [-2]}]),
+        (
+            {"aux_layer": -1},
+            r"is the map F itself: choose another layer \(-2 or lower\), or another attention",
+            [{"aux_layer": -2}, {"aux_attention": "value-value"}],
+        ),
+    ],
+)
+def test_what_an_error_advises_works(settings, advice, followed):
+    with pytest.raises(ValueError, match=advice):
+        CoSAConfig(**settings)
+    for changed in followed:
+        CoSAConfig(**settings | changed)
+
+
 @pytest.fixture
 def saved(tmp_path):
     CoSAConfig(id2label=LABELS, coexistence_classes=["cat", "dog"]).save_pretrained(tmp_path / "saved")

@@ -196,7 +196,9 @@ def test_processors_of_before_read_as_before_and_say_that_they_guess(tmp_path, c
     monkeypatch.setattr(cosa_hf.image_processing_cosa.logger, "warning_once", said.append)
     values = np.linspace(0, 1.02, 12, dtype=np.float32).reshape(3, 4)
     assert np.asarray(to_rgb(Image.fromarray(values))).max() == 1, "of 0..255, which holds 1.02"
-    assert "(value_range)" in said[0]
+    assert "give the model's image processor the range of your images (value_range)" in said.pop()
+    CoSAImageProcessor(size=SIZE, value_range=[0, 1.02])(Image.fromarray(values))
+    assert not said, "as advised"
 
 
 @pytest.mark.parametrize("value_range", ["window", [5, 5], [3]])

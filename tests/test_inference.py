@@ -542,8 +542,9 @@ def test_a_segmenter_spreads_the_segmentation_of_tags_and_of_recognised_classes(
     tagged, untagged = spread([noise, noise], tags=[["LABEL_1", "LABEL_3"], None])
     assert torch.equal(tagged.mask, one.label("seg_tags_spread")[0])
     assert torch.equal(untagged.mask, one.label("seg_spread")[0])
-    with pytest.raises(ValueError, match="choose one"):
+    with pytest.raises(ValueError, match="spread, or refined by a CRF: choose one"):
         replace(spread, crf=lambda logits, image: logits)
+    replace(segmenter, crf=lambda logits, image: logits)  # as spreading alone, above
 
 
 def test_without_an_affinity_nothing_is_spread(model):

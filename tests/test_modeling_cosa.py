@@ -20,6 +20,8 @@ from torch import nn
 import cosa_hf.modeling_cosa
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAOutput
 from cosa_hf.modeling_cosa import CoSABackbone, CoSALargeFOV
+from cosa_hf.training.config import TrainingConfig
+from cosa_hf.training.setup import build_student
 
 # name, aux_layer, token stride, channels of F and of F†
 BACKBONES = [
@@ -488,11 +490,13 @@ def test_a_file_without_all_of_the_backbone_is_refused(tmp_path):
 
 def test_a_file_of_another_backbone_is_refused(tmp_path):
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"test_vit.*missing: cls_token(, [\w.]+){7} and \d+ more"):
+    with pytest.raises(ValueError, match=r"test_vit.*missing: cls_token(, [\w.]+){7} and \d+ more.* Set `backbone` to"):
         CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(tiny_config(), tmp_path / "weights.safetensors")
+    saved_from = tiny_config("test_resnet", -2)
+    CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(saved_from, tmp_path / "weights.safetensors")
 
 
-def test_without_a_download_the_ways_out_are_named(monkeypatch):
+def test_without_a_download_the_ways_out_are_named_and_are_some(tmp_path, monkeypatch):
     create_model = timm.create_model
 
     def offline(name, pretrained=False, **options):
@@ -503,6 +507,9 @@ def test_without_a_download_the_ways_out_are_named(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match=r"weights of test_vit .*--backbone_weights FILE.*--pretrained false.*no conn"):
         CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(tiny_config())
+    save_file(create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
+    for way in ({"pretrained": True, "backbone_weights": str(tmp_path / "weights.safetensors")}, {"pretrained": False}):
+        build_student(TrainingConfig(dataset="folder", backbone="test_vit", aux_layer=-2, **way), ["cat"])
 
 
 def test_pretrained_weights_come_from_timm(monkeypatch):

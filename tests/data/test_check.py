@@ -198,6 +198,24 @@ def test_classes_that_may_be_something_else():
     assert found.warnings["number"] == ["class '3'"]
 
 
+@pytest.mark.parametrize(("advised", "dogs"), [("find more", 20), ("take the tag off them", 0)])
+def test_few_images_are_said_until_there_are_more_or_none(advised, dogs, tmp_path):
+    assert advised in ADVICE["few images"]
+    for number in range(40):
+        image_of(8 + number, 8).save(tmp_path / f"{number}.png")
+
+    def found_with(dogs):
+        tags = ["cat"] * 20 + ["dog"] * dogs + [""] * (20 - dogs)
+        lines = [f"{number}.png,{tag}\n" for number, tag in enumerate(tags)]
+        (tmp_path / "metadata.csv").write_text("file_name,labels\n" + "".join(lines))
+        return check_splits({"train": load_folder(tmp_path)}, progress=False)
+
+    assert found_with(19).warnings["few images"] == ["class 'dog': 19"]
+    found = found_with(dogs)
+    assert not found.errors
+    assert "few images" not in found.warnings
+
+
 def test_splits_must_have_the_same_classes():
     with pytest.raises(ValueError, match=r"split 'val' has the classes .*: give both the same --classes"):
         check_splits({"train": load_shapes("train", num_images=1), "val": _cats()}, progress=False)

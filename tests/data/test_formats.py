@@ -6,10 +6,12 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from hostile import dicom, saved, tiff
 from images_of import image_of
-from PIL import Image
+from packaging.requirements import Requirement
+from PIL import Image, features
 
 import cosa_hf.data.formats
 from cosa_hf.data import undecoded
@@ -151,21 +153,47 @@ def test_dicom_without_a_window(tmp_path):
         ("pydicom", "dicom", lambda: dicom(BANDS[..., 0])),
     ],
 )
-def test_a_missing_library_is_named_with_the_file(one_image, tmp_path, without, module, extra, make):
+def test_a_missing_library_is_named_with_the_file(one_image, tmp_path, without, monkeypatch, module, extra, make):
+    """And with it the file is read."""
     pytest.importorskip(module)
     (tmp_path / "slice.dcm").write_bytes(make())
+    example = undecoded(one_image(tmp_path / "slice.dcm"))[0]
     without(module)
     with pytest.raises(
         ValueError, match=rf"image 'slice' \(.*slice.dcm\): .* needs {module}: pip install \"cosa-hf\[{extra}\]\"$"
     ):
-        read_image(undecoded(one_image(tmp_path / "slice.dcm"))[0])
+        read_image(example)
+    monkeypatch.undo()
+    assert np.array_equal(grey(read_image(example, Reading((0.0, 4095.0), (1,)))), expected(BANDS[..., 0]))
 
 
-def test_extras_that_errors_name_exist():
+def test_extras_that_errors_name_bring_what_is_missing():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    brought = {
+        extra: {Requirement(line).name.replace("-", "_") for line in lines}
+        for extra, lines in project["optional-dependencies"].items()
+    }
     code = "".join(path.read_text() for path in Path(cosa_hf.__file__).parent.rglob("*.py"))
     named = set(re.findall(r"cosa-hf\[(\w+)\]", code)) | set(re.findall(r'_require\(.*, "(\w+)"\)', code))
-    assert {"heif", "tiff", "dicom", "coco", "onnx"} <= named <= set(project["optional-dependencies"])
+    missing = {
+        "heif": {"pillow_heif"}, "tiff": {"tifffile"}, "dicom": {"pydicom"}, "coco": {"pycocotools"},
+        "onnx": {"onnx", "onnxscript", "onnxruntime"}, "app": {"gradio"}, "trackio": {"trackio"},
+    }  # fmt: skip
+    assert named == set(missing)
+    for extra, modules in missing.items():
+        assert modules <= brought[extra]
+
+
+def test_the_pillow_that_the_error_of_avif_names_has_it():
+    """This one, where it is as new; and the package allows it."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (asked,) = re.findall(r"AVIF needs.*pip install \"(.+)\"'", Path(cosa_hf.data.formats.__file__).read_text())
+    asked = Requirement(asked)
+    (oldest,) = (part.version for part in asked.specifier)
+    for line in (*project["dependencies"], *project["optional-dependencies"]["heif"]):
+        if Requirement(line).name == asked.name:
+            assert oldest in Requirement(line).specifier
+    assert features.check("avif") or PIL.__version__ not in asked.specifier
 
 
 def test_what_an_error_advises_to_save_otherwise_is_read(tmp_path):
@@ -188,16 +216,28 @@ def test_what_an_error_advises_to_save_otherwise_is_read(tmp_path):
         assert open_image(tmp_path / name, Reading((0.0, 4095.0), (1,))).size == (9, 6)
 
 
-def test_heic(tmp_path, without, monkeypatch):
-    pytest.importorskip("pillow_heif")
+@pytest.mark.parametrize(
+    ("format", "advice"),
+    [
+        ("HEIF", r'HEIC needs pillow_heif: pip install "cosa-hf\[heif\]"'),
+        ("AVIF", 'AVIF needs a newer Pillow: pip install "pillow>=11.3"'),
+    ],
+)
+def test_heic_and_avif_are_read_once_their_library_is_there(format, advice, tmp_path, without, monkeypatch):
+    if format == "HEIF":
+        pytest.importorskip("pillow_heif")
+    elif not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
     image = Image.new("RGB", (64, 48), (200, 100, 50))
-    (tmp_path / "photo.heic").write_bytes(saved(image, "HEIF", quality=95))
-    assert np.abs(np.asarray(open_image(tmp_path / "photo.heic")).astype(int) - (200, 100, 50)).max() <= 6
+    (tmp_path / "photo").write_bytes(saved(image, format, quality=95))
     without("pillow_heif")
-    monkeypatch.setattr(Image, "OPEN", {name: how for name, how in Image.OPEN.items() if name != "HEIF"})
-    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
-    with pytest.raises(UnreadableImageError, match=r'HEIC needs pillow_heif: pip install "cosa-hf\[heif\]"'):
-        open_image(tmp_path / "photo.heic")
+    monkeypatch.setattr(features, "check", lambda name: False)
+    monkeypatch.setattr(Image, "OPEN", {name: how for name, how in Image.OPEN.items() if name != format})
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != format])
+    with pytest.raises(UnreadableImageError, match=advice):
+        open_image(tmp_path / "photo")
+    monkeypatch.undo()
+    assert np.abs(np.asarray(open_image(tmp_path / "photo")).astype(int) - (200, 100, 50)).max() <= 6
 
 
 def test_of_several_pages_the_first_is_taken_and_said(tmp_path, caplog):

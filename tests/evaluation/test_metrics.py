@@ -128,6 +128,27 @@ def test_masks_that_do_not_fit_are_refused(prediction, reference, message):
     assert metric.confusion_matrix.sum() == 0
 
 
+@pytest.mark.parametrize(
+    ("prediction", "advice", "followed"),
+    [
+        (np.ones((2, 3), int), "resize the prediction to the reference", lambda mask: mask.repeat(2, 0).repeat(2, 1)),
+        (np.eye(4)[np.ones((4, 6), int)], "take the argmax of logits first", lambda logits: logits.argmax(-1)),
+    ],
+)
+def test_what_an_error_advises_works(prediction, advice, followed):
+    metric, reference = SegmentationMetric(NAMES), np.ones((4, 6), int)
+    with pytest.raises(ValueError, match=advice):
+        metric.add(prediction=prediction, reference=reference)
+    metric.add(prediction=followed(prediction), reference=reference)
+    assert metric.confusion_matrix[1, 1] == 24
+
+
+def test_an_id_to_ignore_that_is_a_class_is_chosen_otherwise():
+    with pytest.raises(ValueError, match=r"ignore_index=1 is also the id of 'cat'; choose one outside 0\.\.1"):
+        SegmentationMetric(["background", "cat"], ignore_index=1)
+    SegmentationMetric(["background", "cat"], ignore_index=2)
+
+
 def test_batches_that_do_not_fit_are_refused():
     metric = SegmentationMetric(NAMES)
     with pytest.raises(ValueError, match="2 predictions for 1 references"):

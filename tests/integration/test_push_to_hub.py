@@ -211,9 +211,14 @@ def test_failed_upload_leaves_the_old_revision(run_dir, online, published, tmp_p
 
 
 def test_a_public_repository_is_no_place_for_a_private_model(online, published, tmp_path):
-    with pytest.raises(ValueError, match="exists and is public"):
+    advice = "exists and is public: make it private in its settings, or publish without private"
+    with pytest.raises(ValueError, match=advice):
         publish(tmp_path / "first", REPO, private=True)
     assert online.repos[REPO]["commits"] == published
+    publish(tmp_path / "first", REPO)
+    online.repos[REPO]["private"] = True
+    publish(tmp_path / "first", REPO, private=True)
+    assert len(online.repos[REPO]["commits"]) == len(published) + 2
 
 
 def test_it_says_that_nothing_was_committed(run_dir, online, complaint):

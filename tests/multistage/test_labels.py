@@ -1,8 +1,11 @@
 import math
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
+from hub_server import Hub
+from huggingface_hub import constants
 
 from cosa_hf.multistage.labels import collate, confidence_weights, labels_to_learn, weighted_loss
 
@@ -69,7 +72,38 @@ def test_a_cam_is_trusted_away_from_its_threshold_on_both_sides():
     torch.testing.assert_close(weights[1], weights[2])
 
 
+CONFIDENCE = r"confidence_weighting: .* does not carry confidence .* --format parquet, and keep its export\.json"
+
+
 def test_confidence_needs_a_format_that_carries_it(tiny, export):
-    config = tiny(pseudo_labels=str(export("png")), confidence_weighting=True)
-    with pytest.raises(ValueError, match=r"confidence_weighting: .*png does not carry confidence"):
-        labels_to_learn(config, torch.device("cpu"))
+    with pytest.raises(ValueError, match=CONFIDENCE):
+        labels_to_learn(tiny(pseudo_labels=str(export("png")), confidence_weighting=True), torch.device("cpu"))
+    advised = tiny(pseudo_labels=str(export("parquet")), confidence_weighting=True)
+    assert "confidence" in labels_to_learn(advised, torch.device("cpu")).dataset.column_names
+
+
+def test_labels_on_the_hub_are_learned_once_their_split_is_named(tiny, export, tmp_path, monkeypatch):
+    hub, cpu = Hub(), torch.device("cpu")
+    settings = {
+        constants: {"HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path / "hub")},
+        datasets.config: {"HF_ENDPOINT": hub.endpoint, "HF_DATASETS_CACHE": tmp_path / "datasets"},
+    }
+    for module, changed in settings.items():
+        for name, value in (changed | {"HF_HUB_OFFLINE": False}).items():
+            monkeypatch.setattr(module, name, value)
+    files = {f"data/{path.name}": path.read_bytes() for path in export("parquet").rglob("*.parquet")}
+    hub.repos["org/labels"] = {"private": False, "commits": [("0" * 40, files)]}
+    monkeypatch.chdir(tmp_path)
+    try:
+        with pytest.raises(FileNotFoundError, match="no directory org/labels; of a dataset on the Hub, name the split"):
+            labels_to_learn(tiny(pseudo_labels="org/labels"), cpu)
+        pushed = labels_to_learn(tiny(pseudo_labels="org/labels", train_split="train"), cpu).dataset
+        with pytest.raises(ValueError, match=CONFIDENCE):
+            labels_to_learn(tiny(pseudo_labels="org/labels", train_split="train", confidence_weighting=True), cpu)
+    finally:
+        hub.shutdown()
+        hub.server_close()
+    written = labels_to_learn(tiny(confidence_weighting=True), cpu).dataset  # with its record
+    assert pushed.features == written.features
+    assert pushed["image_id"][:] == written["image_id"][:]
+    assert [mask.tobytes() for mask in pushed["mask"]] == [mask.tobytes() for mask in written["mask"]]

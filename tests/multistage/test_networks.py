@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -7,10 +9,13 @@ from transformers import (
     EomtConfig,
     Mask2FormerForUniversalSegmentation,
     OneFormerConfig,
+    SwinBackbone,
+    SwinConfig,
     pipeline,
 )
 
 from cosa_hf.inference import load_model, segmentation_logits
+from cosa_hf.multistage import networks
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network, encoder_of
 
@@ -67,6 +72,51 @@ def test_the_loss_of_a_model_of_ours_leaves_ignored_pixels_out():
     expected = -resized.log_softmax(1)[:, 1, :8].mean()
     torch.testing.assert_close(loss, expected)
     assert model(torch.randn(1, 3, 50, 70)).logits.shape == (1, 3, 4, 4)  # to multiples of 32
+
+
+def test_without_the_package_of_an_architecture_it_is_named(monkeypatch):
+    pytest.importorskip("segmentation_models_pytorch")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "segmentation_models_pytorch", None)
+        with pytest.raises(ValueError, match="needs a package: pip install segmentation_models_pytorch"):
+            build_network(recipe("smp/unet/test_resnet", decoder_channels=None), NAMES)
+    build_network(recipe("smp/unet/test_resnet", decoder_channels=None), NAMES)
+
+
+def test_without_a_download_the_ways_out_are_named_and_are_some(tmp_path, monkeypatch):
+    import timm
+
+    create_model = timm.create_model
+    torch.save(create_model("test_resnet").state_dict(), tmp_path / "encoder.pth")
+
+    def offline(name, pretrained=False, pretrained_cfg_overlay=None, **options):
+        if pretrained and not pretrained_cfg_overlay:
+            raise FileNotFoundError("no connection")
+        return create_model(name, pretrained=pretrained, pretrained_cfg_overlay=pretrained_cfg_overlay, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    said = r"Name a file of them \(--backbone_weights FILE\), or start from random ones \(--pretrained false\)"
+    with pytest.raises(ValueError, match=said):
+        build_network(recipe("largefov/test_resnet", pretrained=True), NAMES)
+    weights = str(tmp_path / "encoder.pth")
+    build_network(recipe("largefov/test_resnet", pretrained=True, backbone_weights=weights), NAMES)
+    build_network(recipe("largefov/test_resnet", pretrained=False), NAMES)
+
+
+def test_swin_comes_from_a_directory_or_random_weights_as_the_error_advises(tmp_path, monkeypatch):
+    small = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2}
+    monkeypatch.setattr(networks, "SWIN_B_SHAPE", small)  # the large one takes seconds
+    monkeypatch.setattr(networks, "SWIN_B", str(tmp_path / "nowhere"))
+    source = SwinBackbone(SwinConfig(**small))
+    source.save_pretrained(tmp_path / "swin")
+    said = r"Name a directory of them \(--backbone_weights DIR\), or start from random ones \(--pretrained false\)"
+    with pytest.raises(ValueError, match=said):
+        build_network(recipe("upernet-swin-b", pretrained=True), NAMES)
+    model, _ = build_network(recipe("upernet-swin-b", pretrained=True, backbone_weights=str(tmp_path / "swin")), NAMES)
+    weights = source.state_dict()
+    name = next(name for name in weights if name.endswith("patch_embeddings.projection.weight"))
+    assert torch.equal(model.backbone.state_dict()[name], weights[name])
+    build_network(recipe("upernet-swin-b", pretrained=False), NAMES)
 
 
 def test_the_encoder_is_what_is_pretrained():
@@ -156,8 +206,10 @@ def test_a_field_that_the_network_does_not_follow_is_named(network, fields, segf
         pytest.importorskip("segmentation_models_pytorch")
     name, value = next(iter(fields.items()))
     network = segformer if network == "segformer" else network
-    with pytest.raises(ValueError, match=rf"{name}={value!r} has no effect on network {network!r}"):
+    with pytest.raises(ValueError, match=rf"{name}={value!r} has no effect on network {network!r}: leave it out"):
         build_network(recipe(network, **{"decoder_channels": None} | fields), NAMES)
+    if network != "upernet-swin-b":  # seconds, and the same
+        build_network(recipe(network, **{"decoder_channels": None} | fields | {name: None}), NAMES)
 
 
 @pytest.mark.parametrize("network", ["largefov/test_resnet", "smp/deeplabv3plus/test_resnet"])

@@ -163,16 +163,18 @@ def test_a_finished_run_without_checkpoints_is_not_replaced(tiny, tmp_path):
     assert weights.stat().st_mtime_ns == before
 
 
-def test_what_cannot_be_resumed_is_named(tiny):
+def test_what_cannot_be_resumed_is_named_and_what_is_advised_can_be(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint-N in .*run to resume from"):
         train_multistage(tiny(resume=True))
     train_multistage(tiny(checkpoint_every=4))
     with pytest.raises(FileExistsError, match="checkpoint-4 is there already: --resume that run"):
         train_multistage(tiny())
-    with pytest.raises(ValueError, match="checkpoint-4 is beyond max_steps = 3"):
+    with pytest.raises(ValueError, match="checkpoint-4 is beyond max_steps = 3: ask for more steps"):
         train_multistage(tiny(resume=True, max_steps=3))
-    with pytest.raises(ValueError, match=r"optimizer of a resumed run stays adamw, .* got sgd"):
+    with pytest.raises(ValueError, match=r"optimizer of a resumed run stays adamw, .* got sgd: keep it, or start anew"):
         train_multistage(tiny(resume=True, optimizer="sgd"))
+    train_multistage(tiny(resume=True, max_steps=5))
+    train_multistage(tiny(optimizer="sgd", max_steps=2, output_dir=str(tmp_path / "anew")))
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -204,6 +206,7 @@ def test_one_image_is_too_few_where_it_is_pooled_to_a_point(tiny, network):
         pytest.importorskip("segmentation_models_pytorch")
     with pytest.raises(ValueError, match=f"batch_size must be 2 or more for network '{network}'"):
         train_multistage(tiny(network=network, batch_size=1, images_per_step=1))
+    train_multistage(tiny(network=network, batch_size=2, max_steps=2))
 
 
 def test_batch_norm_of_the_encoder_keeps_its_statistics_through_an_evaluation(tiny, tmp_path):
@@ -270,13 +273,17 @@ def test_a_first_network_that_cannot_label_the_images_is_refused(tiny, tmp_path)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mixed_precision": "fp16"}, "fp16 needs an accelerator"),
+        ({"mixed_precision": "fp16"}, "fp16 needs an accelerator, this is a CPU: take bf16 or no"),
         ({"tracker": "nothing"}, "nothing is not supported"),
     ],
 )
 def test_what_this_machine_cannot_do_is_refused(tiny, fields, message):
     with pytest.raises(ValueError, match=message):
         train_multistage(tiny(**fields))
+
+
+def test_bf16_is_taken_in_the_place_of_fp16(tiny, any_precision):
+    train_multistage(tiny(max_steps=2, mixed_precision="bf16"))
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tiny, monkeypatch):

@@ -46,14 +46,15 @@ def test_what_is_no_finished_export_is_refused(png, tmp_path):
         load_pseudo_labels(str(tmp_path))
     record = json.loads((directory / "export.json").read_text())
     for change, message in (
-        ({"complete": False}, "was interrupted"),
-        ({"settings": record["settings"] | {"format": "coco-json"}}, "export in coco-json"),
+        ({"complete": False}, "was interrupted; run the same export again"),
+        ({"settings": record["settings"] | {"format": "coco-json"}}, "in coco-json: export png or parquet to train on"),
         ({"settings": record["settings"] | {"classes": ["cat"]}}, "are not those it was exported with"),
     ):
         (directory / "export.json").write_text(json.dumps(record | change))
         with pytest.raises(ValueError, match=message):
             load_pseudo_labels(str(directory))
     (directory / "export.json").write_text(json.dumps(record))
+    assert len(load_pseudo_labels(str(directory)).dataset) == 6, "complete, in png, of its classes: as advised"
     mask.unlink()
     with pytest.raises(FileNotFoundError, match=mask.name):
         load_pseudo_labels(str(directory))
@@ -90,9 +91,17 @@ def test_a_row_without_a_mask_is_named(export):
         check_masks(spoilt)
 
 
-def test_a_grey_mask_has_no_palette_to_doubt(png):
+@pytest.mark.parametrize("advised", ["export again", "save it as a grey image"])
+def test_what_the_error_of_a_palette_advises_works(advised, png):
     directory, mask = png
-    Image.fromarray(np.array(Image.open(mask))).convert("L").save(mask)
+    exported = mask.read_bytes()
+    renumbered(np.array(Image.open(mask))).save(mask)
+    with pytest.raises(ValueError, match=advised):
+        check_masks(load_pseudo_labels(str(directory)).dataset)
+    if advised == "export again":
+        mask.write_bytes(exported)
+    else:
+        Image.fromarray(np.array(Image.open(mask))).convert("L").save(mask)
     check_masks(load_pseudo_labels(str(directory)).dataset)
 
 

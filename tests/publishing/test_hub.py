@@ -167,8 +167,10 @@ def test_benchmark_names_the_leaderboard(model, report, tmp_path):
 
 def test_report_of_other_weights_is_refused(model, report, tmp_path):
     edit(report, weights_sha256="0" * 64)
-    with pytest.raises(ValueError, match=r"report.json was measured on those with SHA-256 000000000000"):
+    with pytest.raises(ValueError, match=r"report.json was measured on those with SHA-256 000000000000") as refused:
         stage(model, tmp_path / "staged", "org/cats", report=report)
+    assert "or publish without a report, and so without numbers" in str(refused.value)
+    stage(model, tmp_path / "as advised", "org/cats")
     edit(report, weights_sha256=None)
     with pytest.raises(ValueError, match="has no weights_sha256"):
         stage(model, tmp_path / "staged", "org/cats", report=report)
@@ -184,12 +186,14 @@ def test_report_of_other_weights_is_refused(model, report, tmp_path):
     ],
     ids=["empty", "a list", "no scores"],
 )
-def test_a_broken_report_is_named(content, message, model, tmp_path):
-    file = tmp_path / "report.json"
+def test_a_broken_report_is_named(content, message, model, report, tmp_path):
+    file, whole = tmp_path / "report.json", report.read_text()
     file.write_text(content.replace("{digest}", json.dumps({"weights_sha256": digest_of(model)})))
     with pytest.raises(ValueError, match=message):
         stage(model, tmp_path / "staged", "org/cats", report=file)
     assert not (tmp_path / "staged").exists()
+    file.write_text(whole)
+    stage(model, tmp_path / "staged", "org/cats", report=file)
 
 
 def test_without_a_report_there_are_no_numbers(model, tmp_path):
@@ -291,6 +295,8 @@ def test_weights_in_many_files_are_asked_for_in_one(model, tmp_path):
     CoSAImageProcessor.from_pretrained(model).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors: .* in one file \(see its max_shard_size\)"):
         stage(tmp_path, tmp_path / "staged", "org/cats")
+    CoSAForWeaklySupervisedSegmentation.from_pretrained(model).save_pretrained(tmp_path, max_shard_size="1GB")
+    stage(tmp_path, tmp_path / "staged", "org/cats")
 
 
 def test_nothing_is_mixed_into_a_directory(model, tmp_path):

@@ -132,9 +132,12 @@ class Intruder:
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path, state_dict(20), args=Intruder())
-    with pytest.raises(ValueError, match=r"weights.pth is refused: .*mkdir.*code that loading would run"):
+    with pytest.raises(ValueError, match=r"weights.pth is refused: .*mkdir.*code that loading would run") as refused:
         from_official(path, "voc", backbone="test_vit")
     assert not Path("intruded").exists()
+    assert 'save {"model": torch.load(..., weights_only=False)["model"]} and convert that' in str(refused.value)
+    torch.save({"model": torch.load(path, weights_only=False)["model"]}, "trusted.pth")
+    from_official("trusted.pth", "voc", backbone="test_vit")
 
 
 def test_other_files_are_refused(tmp_path):
@@ -151,14 +154,17 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_files_cut_short_are_named(tmp_path):
-    path = save(tmp_path, {"encoder.norm.bias": torch.zeros(64)})
+    path = save(tmp_path, state_dict(20))
     whole = path.read_bytes()
-    torch.save({"model": {"encoder.norm.bias": torch.zeros(64)}}, path, _use_new_zipfile_serialization=False)
+    torch.save({"model": state_dict(20)}, path, _use_new_zipfile_serialization=False)
     old = path.read_bytes()
     for part in (b"", whole[: len(whole) // 2], old[:1], old[:18], old[:-1]):
         (tmp_path / "part.pth").write_bytes(part)
         with pytest.raises(ValueError, match=r"part\.pth is empty or cut short \(.+\): download or copy it again$"):
             from_official(tmp_path / "part.pth", "voc", backbone="test_vit")
+    for content in (whole, old):
+        (tmp_path / "part.pth").write_bytes(content)
+        from_official(tmp_path / "part.pth", "voc", backbone="test_vit")
 
 
 def test_what_is_no_tensor_is_named(tmp_path):
@@ -167,6 +173,10 @@ def test_what_is_no_tensor_is_named(tmp_path):
         ValueError, match=r"weights\.pth has more than tensors .*: classifier.weight, decoder.conv6.weight"
     ):
         from_official(path, "voc", backbone="test_vit")
+    path = save(tmp_path, change(state_dict(20), step=5, scores=[0.5]))
+    with pytest.raises(ValueError, match=r"more than tensors in its entry 'model': .*; take these out of it"):
+        from_official(path, "voc", backbone="test_vit")
+    from_official(save(tmp_path, state_dict(20)), "voc", backbone="test_vit")
 
 
 def test_command_both_ways(tmp_path, cosa_hf):

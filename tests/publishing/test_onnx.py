@@ -1,5 +1,7 @@
 """ONNX files against torch, at batches and sizes other than those of the export."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -58,12 +60,14 @@ def test_same_maps_at_any_batch_and_size(backbone, options, tmp_path):
 
 
 @pytest.mark.slow
-def test_command_with_8_bits(tmp_path, cosa_hf):
+def test_command_with_8_bits_in_the_format_that_the_error_names(tmp_path, cosa_hf, complaint):
     pytest.importorskip("onnxscript")
     model = tiny("test_vit")
     model.save_pretrained(tmp_path / "model")
     CoSAImageProcessor().save_pretrained(tmp_path / "model")
-    printed = cosa_hf("export", tmp_path / "model", tmp_path / "small.onnx", "--int8")
+    command = ("export", tmp_path / "model", tmp_path / "small.onnx", "--int8")
+    (advised,) = re.findall("--int8 is for (--format .*)", complaint(*command, "--format", "official", usage=True))
+    printed = cosa_hf(*command, *advised.split())
     assert "pixel_values (B, 3, H, W), H and W multiples of 16 -> logits, cam_logits" in printed
     small = (tmp_path / "small.onnx").stat().st_size
     # Of a network this small, the graph itself is half of the file.

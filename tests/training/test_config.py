@@ -218,8 +218,10 @@ def test_a_background_threshold_needs_a_fixed_one_above_it(fields):
 
 
 def test_weights_that_nothing_would_read_are_refused():
-    with pytest.raises(ValueError, match=r"backbone_weights vit.pth need pretrained: true"):
+    with pytest.raises(ValueError, match=r"backbone_weights vit.pth need pretrained: true, or leave them out"):
         TrainingConfig(backbone_weights="vit.pth", pretrained=False)
+    assert TrainingConfig(backbone_weights="vit.pth", pretrained=True).backbone_weights == "vit.pth"
+    assert not TrainingConfig(pretrained=False).backbone_weights
 
 
 def test_masks_are_for_the_bound_and_the_oracle():

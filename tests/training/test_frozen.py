@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
 from cosa_hf.assignment.network import AssignmentNetwork, TeacherConfig
+from cosa_hf.commands.train import parse
 from cosa_hf.data import load_shapes, read_image, undecoded
 from cosa_hf.data.encoded import EncodedDataset, image_keys
 from cosa_hf.inference import forward_multiscale
@@ -231,19 +233,52 @@ def test_two_processes_share_cache_and_steps(frozen, tmp_path, blocks):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"label_scales": [1.0, 0.5]}, r"label_scales \[1.0, 0.5\] needs the images in every step"),
-        ({"dense_energy_weight": 0.1}, "dense_energy_weight 0.1 needs the images"),
         ({"frozen_blocks": "0"}, "needs frozen_blocks, a number or all, got 0"),
-        (
-            {"frozen_blocks": "2", "backbone": "test_resnet", "affinity": "none"},
-            "frozen_blocks 2 of test_resnet cannot be cached: .* Pass --cache_features never",
-        ),
         ({"frozen_blocks": "-1"}, "frozen_blocks must be 0, a number of blocks, or all, got '-1'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(frozen, fields, said):
     with pytest.raises(ValueError, match=said):
         train(frozen(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "advised"),
+    [
+        pytest.param({"streaming": True}, "streaming True needs the images", "streaming false", marks=pytest.mark.slow),
+        ({"label_scales": [1.0, 0.5]}, r"label_scales \[1.0, 0.5\] needs the images", "label_scales 1"),
+        ({"dense_energy_weight": 0.1}, "dense_energy_weight 0.1 needs the images", "dense_energy_weight 0"),
+        (
+            {"frozen_blocks": "2", "backbone": "test_resnet", "affinity": "none"},
+            "frozen_blocks 2 of test_resnet cannot be cached",
+            "frozen_blocks all",
+        ),
+    ],
+)
+def test_what_cannot_be_cached_trains_as_the_error_advises(frozen, fields, said, advised, tmp_path):
+    load_shapes("train", num_images=6, image_size=48).to_parquet(tmp_path / "photos/train.parquet")
+    photos = {"dataset": "hub", "dataset_name": str(tmp_path / "photos"), "train_split": "train", "shuffle_buffer": 3}
+    config, recipe = frozen(max_steps=2, warmup_steps=1, **photos, **fields), tmp_path / "recipe.yaml"
+    with pytest.raises(ValueError, match=said) as refused:
+        train(config)
+    flags = re.findall(r"--(\w+) (\w+)", str(refused.value))
+    assert sorted(map(" ".join, flags)) == sorted(["cache_features never", advised])
+    config.to_yaml(recipe)
+    for name, value in flags:
+        train(parse(["--recipe", str(recipe), f"--{name}", value, "--output_dir", str(tmp_path / name)]))
+
+
+def test_a_disk_without_room_is_avoided_as_the_error_advises(frozen, tmp_path, monkeypatch):
+    def usage(directory):
+        return SimpleNamespace(total=10**9, free=0 if directory.is_relative_to(tmp_path / "cache") else 10**9)
+
+    monkeypatch.setattr(features.shutil, "disk_usage", usage)
+    advice = "name another disk with cache_features DIR, .*, or encode anew in every step with cache_features never"
+    config = frozen(max_steps=2, warmup_steps=1)
+    with pytest.raises(OSError, match=advice):
+        train(config)
+    for number, cache in enumerate((str(tmp_path / "other"), "never")):
+        train(replace(config, cache_features=cache, output_dir=str(tmp_path / str(number))))
 
 
 @pytest.mark.parametrize("cache", ["never", "auto"])

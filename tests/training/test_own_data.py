@@ -155,6 +155,15 @@ def test_prediction_sees_what_training_saw(deep_folder, tiny, capsys, monkeypatc
         assert any(np.array_equal(image, one) for one in seen)
 
 
+def test_a_resumed_run_reads_photos_as_before(folder, tiny):
+    options = {"dataset": "folder", "data_dir": str(folder), "train_split": "train", "warmup_steps": 1}
+    train(tiny(max_steps=2, checkpoint_every=1, **options))
+    advice = "to go on as before, restore the images, without --value_range and --bands"
+    with pytest.raises(ValueError, match=advice):
+        train(tiny(max_steps=3, resume=True, bands=[3, 2, 1], **options))
+    train(tiny(max_steps=3, resume=True, **options))
+
+
 def test_a_resumed_run_keeps_its_value_range(deep_folder, tiny):
     options = {"dataset": "folder", "data_dir": str(deep_folder), "train_split": "train", "warmup_steps": 1}
     train(tiny(max_steps=2, checkpoint_every=1, **options))

@@ -214,20 +214,29 @@ def test_a_run_that_has_begun_is_not_done(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "refusal"),
     [
-        ({"learning_rate": 0.05}, r"learning_rate of a resumed run stays 0.001, .* got 0.05"),
-        ({"threshold_queue": 3}, r"threshold_queue of a resumed run stays 100, .* got 3"),
-        ({"max_steps": 4}, r"step-0000006.safetensors is beyond max_steps = 4"),
+        (
+            {"learning_rate": 0.05},
+            r"learning_rate of a resumed run stays 0.001, .* got 0.05: keep it, or start anew in",
+        ),
+        ({"threshold_queue": 3}, r"threshold_queue of a resumed run stays 100, .* got 3: keep it, or start anew in"),
+        ({"max_steps": 4}, r"step-0000006.safetensors is beyond max_steps = 4: ask for more steps"),
         (
             {"batch_size": 3, "gradient_accumulation_steps": 2},
             "took 2 images a step, this one takes 6: keep batch_size x gradient_accumulation_steps x processes",
         ),
     ],
 )
-def test_what_would_not_be_the_same_run_is_refused(tiny, fields, refusal):
+def test_what_would_not_be_the_same_run_is_refused(tiny, fields, refusal, tmp_path):
+    """And what the errors advise is the same run, goes on with it, or is another."""
     train(tiny(checkpoint_every=3))
     with pytest.raises(ValueError, match=refusal):
         train(tiny(checkpoint_every=3, resume=True, **fields))
-    train(tiny(checkpoint_every=3, resume=True))  # what was to be kept is kept
+    if "max_steps" in fields:
+        train(tiny(checkpoint_every=3, resume=True, max_steps=7))
+    else:
+        train(tiny(checkpoint_every=3, resume=True))  # what was to be kept is kept
+    if "start anew" in refusal:
+        train(tiny(output_dir=str(tmp_path / "anew"), **fields))
 
 
 def test_other_classes_are_never_gone_on_with_and_other_images_only_where_they_are_meant(tiny, monkeypatch, capsys):

@@ -299,10 +299,13 @@ def test_a_network_split_among_processes_is_refused(tiny, monkeypatch, kind):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for accelerators, and here is one")
 def test_fp16_without_an_accelerator_is_refused(tiny, any_precision):
-    config = tiny(mixed_precision="fp16")
-    with pytest.raises(ValueError, match="fp16 needs an accelerator, this is cpu"):
+    config = tiny(mixed_precision="fp16", max_steps=2, warmup_steps=1)
+    with pytest.raises(ValueError, match="fp16 needs an accelerator, this is cpu: take bf16 or no"):
         train(config)
     assert not Path(config.output_dir).exists()
+    for precision in ("bf16", "no"):
+        AcceleratorState._reset_state(True)
+        train(dataclasses.replace(config, mixed_precision=precision, output_dir=f"{config.output_dir}-{precision}"))
 
 
 @pytest.fixture

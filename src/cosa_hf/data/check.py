@@ -83,7 +83,7 @@ ADVICE = {
     "combined": "these classes are made of the words of others; if blanks separate your tags, rename the table to "
     "export.csv, and then `cosa-hf import csv export.csv --tag_separator ' ' --output metadata.csv`",
     "number": "a class that is called by a number: is it an id? write the name of the class",
-    "few images": f"fewer than {FEW_IMAGES} images: find more, or leave the class out",
+    "few images": f"fewer than {FEW_IMAGES} images: find more, or take the tag off them",
 }
 """What to do about each kind of finding."""
 

@@ -201,14 +201,15 @@ def encoded_images(
     if chosen == "never" or (chosen == "auto" and accelerator.device.type != "cpu"):
         return None
     needs = {
-        "streaming": not config.streaming,
-        "label_scales": config.label_scales == [1.0],
-        "dense_energy_weight": not config.dense_energy_weight,
+        "streaming false": not config.streaming,
+        "label_scales 1": config.label_scales == [1.0],
+        "dense_energy_weight 0": not config.dense_energy_weight,
     }
-    if unfit := [name for name, fits in needs.items() if not fits]:
+    if unfit := [needed for needed, fits in needs.items() if not fits]:
+        name = unfit[0].split()[0]
         raise ValueError(
-            f"{unfit[0]} {getattr(config, unfit[0])} needs the images in every step, which cached features do not "
-            "give: leave it out, or pass --cache_features never"
+            f"{name} {getattr(config, name)} needs the images in every step, which cached features do not give: pass "
+            f"--{unfit[0]}, or --cache_features never"
         )
     if model.backbone.frozen_layer is None:
         raise ValueError(

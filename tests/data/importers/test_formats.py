@@ -213,6 +213,43 @@ def test_what_an_error_advises_works(format, content, advice, options, photos, t
     assert imported(format, path, photos, **options) == {"1.jpg": ("cat", "")}
 
 
+CVAT_VIDEO = (
+    '<annotations><version>1.1</version><track id="0" label="cat"><box frame="0" xtl="1"/></track></annotations>'
+)
+CVAT_IMAGES = (
+    "<annotations><version>1.1</version><meta><task><labels><label><name>cat</name></label></labels></task></meta>"
+    '<image id="0" name="1.jpg"><tag label="cat"/></image></annotations>'
+)
+CHOICE = {"from_name": "choice", "type": "choices", "value": {"choices": ["cat"]}}
+LABEL_STUDIO = {
+    "full.json": [{"id": 1, "annotations": [{"result": [CHOICE]}], "data": {"image": "/data/upload/1/0a1b2c3d-1.jpg"}}],
+    "min.json": [{"image": "/data/upload/1/0a1b2c3d-1.jpg", "id": 1, "choice": "cat", "annotator": 1}],
+    "x.csv": "image,id,choice,annotator\n/data/upload/1/0a1b2c3d-1.jpg,1,cat,1\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("format", "other", "advice", "advised"),
+    [
+        ("cvat", CVAT_VIDEO, 'export from CVAT as "CVAT for images 1.1"', {"x.xml": CVAT_IMAGES}),
+        ("cvat", FILES["own-voc/Annotations/1.xml"], 'export from CVAT as "CVAT for', {"x.xml": CVAT_IMAGES}),
+        (
+            "label-studio",
+            json.loads(FILES["own-coco/instances.json"]),
+            "export from Label Studio as JSON, JSON-MIN or CSV",
+            LABEL_STUDIO,
+        ),
+    ],
+)
+def test_an_export_in_another_form_is_read_in_those_that_the_error_names(
+    format, other, advice, advised, photos, tmp_path
+):
+    with pytest.raises(ValueError, match=advice):
+        imported(format, write(tmp_path / "other", other), photos)
+    for name, content in advised.items():
+        assert imported(format, write(tmp_path / name, content), photos) == {"1.jpg": ("cat", "")}
+
+
 def test_names_of_ids_are_completed_as_the_errors_say(photos, tmp_path):
     export, names = write(tmp_path / "x.csv", "image,label\n1.jpg,3\n"), tmp_path / "names.csv"
     with pytest.raises(ValueError, match=r"names.csv, line 1: expected an id and a name, as in 3,cat; got 'dog'"):
