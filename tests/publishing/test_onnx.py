@@ -5,8 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf.configuration_cosa_ms import CoSAMSConfig
+from cosa_hf.modeling_cosa_ms import CoSAMSForSemanticSegmentation
 from cosa_hf.publishing import onnx
 from cosa_hf.publishing.onnx import export_onnx
 
@@ -60,6 +63,25 @@ def test_same_maps_at_any_batch_and_size(backbone, options, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["deeplabv3plus", "largefov"])
+def test_networks_of_cosa_ms_have_the_same_logits(architecture, tmp_path):
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    config = CoSAMSConfig(architecture=architecture, encoder="tf_efficientnet_lite0", num_labels=4)
+    model = CoSAMSForSemanticSegmentation(config).eval()
+    path = tmp_path / "model.onnx"
+    assert export_onnx(model, path) < 1e-4
+    session = session_of(path)
+    assert [output.name for output in session.get_outputs()] == ["logits"]
+    for batch, height, width in ((1, 64, 96), (3, 96, 32)):
+        images = torch.rand(batch, 3, height, width)
+        with torch.no_grad():
+            expected = model(images).logits
+        (found,) = session.run(None, {"pixel_values": images.numpy()})
+        assert np.abs(found - expected.numpy()).max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.slow
 def test_command_with_8_bits_in_the_format_that_the_error_names(tmp_path, cosa_hf, complaint):
     pytest.importorskip("onnxscript")
     model = tiny("test_vit")
@@ -83,6 +105,15 @@ def test_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(ImportError, match=r'needs onnxscript: pip install "cosa-hf\[onnx\]"'):
         export_onnx(tiny("test_vit"), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_of_transformers_is_left_to_others(tmp_path):
+    config = SegformerConfig(hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, depths=[1] * 4, decoder_hidden_size=8)
+    with pytest.raises(
+        ValueError, match="SegformerForSemanticSegmentation is a network of transformers: export it with"
+    ):
+        export_onnx(SegformerForSemanticSegmentation(config), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,17 +19,17 @@ from cosa_hf.files import check_output, whole_file
 from cosa_hf.inference import load_model, require_cams
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.publishing.official import to_official
-from cosa_hf.publishing.onnx import OUTPUTS, export_onnx
+from cosa_hf.publishing.onnx import export_onnx, onnx_outputs, onnx_stride
 
 
 def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     check_output(args.target)
     model: Any = load_model(args.model, "cpu")[0]
-    require_cams(model)
     if args.format == "onnx":
         write_onnx(model, args.target, args.int8)
         return
+    require_cams(model)
     checkpoint = to_official(cast(CoSAForWeaklySupervisedSegmentation, model))
     args.target.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()  # torch itself does not say that a disk is full
@@ -46,7 +46,8 @@ def write_onnx(model: Any, target: Path, int8: bool) -> None:
         raise ValueError(f"{target} cannot be written: {error}") from error
     print(
         f"{target}: {target.stat().st_size / 1e6:.1f} MB; pixel_values (B, 3, H, W), H and W multiples of "
-        f"{model.backbone.stride} -> {', '.join(OUTPUTS)}; at most {difference:.1e} of the largest output from torch"
+        f"{onnx_stride(model)} -> {', '.join(onnx_outputs(model))}; at most {difference:.1e} of the largest output "
+        "from torch"
     )
 
 

@@ -8,22 +8,48 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from cosa_hf.configuration_cosa import CoSAConfig
+from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 from cosa_hf.files import whole_file
-from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.inference import has_cams, segmentation_logits
+from cosa_hf.modeling_cosa_ms import STRIDE
 
-OUTPUTS = ("logits", "cam_logits")
 TOLERANCE = 1e-4
 
 
-def export_onnx(model: CoSAForWeaklySupervisedSegmentation, path: str | Path, int8: bool = False) -> float:
+def onnx_outputs(model: Any) -> list[str]:
+    """What the file of a network gives: a segmentation, and CAMs if it has any.
+
+    Example:
+        >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
+        >>> onnx_outputs(CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit")))
+        ['logits', 'cam_logits']
+    """
+    return ["logits", "cam_logits"] if has_cams(model) else ["logits"]
+
+
+def onnx_stride(model: Any) -> int:
+    """What the sides of its images have to be multiples of, in pixels.
+
+    Example:
+        >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
+        >>> onnx_stride(CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit")))
+        16
+    """
+    return model.backbone.stride if has_cams(model) else STRIDE
+
+
+def export_onnx(model: Any, path: str | Path, int8: bool = False) -> float:
     """Write `model` as ONNX with dynamic batch and image size, and compare it with torch at another of both.
 
-    Input `pixel_values` (B, 3, H, W), float32, prepared as the model's processor does; H and W are multiples of the
-    model's stride. Outputs: `logits` (B, K, h, w), segmentation, background first, and `cam_logits` (B, C, h, w), CAMs
-    before any activation; both at token resolution, to be resized to the image before the argmax.
+    Input `pixel_values` (B, 3, H, W), float32, prepared as the model's processor does; H and W are multiples of
+    `onnx_stride`. Outputs: `logits` (B, K, h, w), segmentation, background first, and of CoSA `cam_logits`
+    (B, C, h, w), CAMs before any activation; both at the network's own resolution, to be resized to the image before
+    the argmax.
 
     Args:
-        model: on any device; it is exported in eval mode and float32, and left as it was.
+        model: CoSA, or a segmentation network of CoSA-MS, on any device; it is exported in eval mode and float32, and
+            left as it was.
         path: of the `.onnx` file.
         int8: quantise the weights of matrix products and convolutions to 8 bits, for CPUs. Its outputs are close to
             torch's, not equal: the difference returned says how close.
@@ -33,16 +59,19 @@ def export_onnx(model: CoSAForWeaklySupervisedSegmentation, path: str | Path, in
 
     Raises:
         ImportError: the extra `onnx` is not installed.
+        ValueError: another library's network.
         RuntimeError: without `int8`, the difference is above 1e-4: the file is removed.
     """
     absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if absent:
         raise ImportError(f'ONNX export needs {", ".join(absent)}: pip install "cosa-hf[onnx]"')
+    if model.config.model_type not in (CoSAConfig.model_type, CoSAMSConfig.model_type):
+        raise ValueError(f"a {type(model).__name__} is a network of transformers: export it with optimum")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    network = _Outputs(CoSAForWeaklySupervisedSegmentation(model.config)).eval()
+    network = _Outputs(type(model)(model.config)).eval()
     network.model.load_state_dict(model.state_dict())
-    stride = network.model.backbone.stride
+    stride, outputs = onnx_stride(model), onnx_outputs(model)
     images = torch.rand(3, 3, 5 * stride, 9 * stride)
     with torch.inference_mode():
         expected = network(images)
@@ -59,7 +88,7 @@ def export_onnx(model: CoSAForWeaklySupervisedSegmentation, path: str | Path, in
             external_data=False,
             verbose=False,
             input_names=["pixel_values"],
-            output_names=list(OUTPUTS),
+            output_names=outputs,
             dynamic_shapes=({0: batch, 2: stride * rows, 3: stride * columns},),
         )
         if int8:
@@ -75,13 +104,14 @@ def export_onnx(model: CoSAForWeaklySupervisedSegmentation, path: str | Path, in
 class _Outputs(nn.Module):
     """The model with the outputs of the file, as a tuple."""
 
-    def __init__(self, model: CoSAForWeaklySupervisedSegmentation):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(pixel_values)
-        return tuple(outputs[name] for name in OUTPUTS)
+        cams = (outputs.cam_logits,) if has_cams(self.model) else ()
+        return segmentation_logits(outputs), *cams
 
 
 def _fix_padding(network: nn.Module) -> None:
@@ -121,7 +151,7 @@ def _difference(path: Path, images: Tensor, expected: tuple[Tensor, ...]) -> flo
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = session.run(list(OUTPUTS), {"pixel_values": images.numpy()})
+    found = session.run(None, {"pixel_values": images.numpy()})
     return max(
         ((torch.from_numpy(there) - here).abs().max() / here.abs().max()).item()
         for there, here in zip(found, expected, strict=True)
