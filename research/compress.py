@@ -7,7 +7,6 @@ alone; score the segmentation again with `cosa-hf evaluate`.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,8 +22,9 @@ from cosa_hf.data import DatasetOptions, read_image, undecoded
 from cosa_hf.files import check_output, whole_model
 from cosa_hf.inference import Segmenter
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.publishing.half import save_half
 
-__all__ = ["narrow_decoder", "save_half"]
+__all__ = ["narrow_decoder"]
 
 
 @one_line_errors()
@@ -121,34 +121,6 @@ def _interpolate(moment: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 def _fold(layer: nn.Conv2d, fit: Tensor) -> Tensor:
     """Weights of `layer` for the kept input channels only: (out, kept, ...)."""
     return torch.einsum("oi...,ki->ok...", layer.weight.double().cpu(), fit).to(layer.weight)
-
-
-def save_half(model: CoSAForWeaklySupervisedSegmentation, folder: str | Path) -> None:
-    """Save `model` with float16 weights that `from_pretrained` reads back as float32.
-
-    Half the size of the file, and the speed and range of float32 in use: CPUs are slow in half precision. The weights
-    are rounded to 11 significant bits; a value outside the range of float16 is refused.
-
-    Raises:
-        ValueError: a weight is above 65,504 or not finite.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> model = CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit"))
-        >>> with TemporaryDirectory() as folder:
-        ...     save_half(model, folder)
-        ...     CoSAForWeaklySupervisedSegmentation.from_pretrained(folder).dtype
-        torch.float32
-    """
-    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    unfit = [name for name, value in state.items() if not value.isfinite().all()]
-    if unfit:
-        raise ValueError(f"{', '.join(unfit)}: values that float16 cannot hold")
-    model.save_pretrained(folder, state_dict=state)
-    # The type to compute in: without it, loading would follow that of the file.
-    config = Path(folder) / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, DatasetOptions]:

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from compress import main, narrow_decoder, save_half
-from safetensors.torch import load_file
+from compress import main, narrow_decoder
 from tiny import square, tiny_cosa
 
-from cosa_hf import CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
+from cosa_hf import CoSAImageProcessor
 from cosa_hf.files import CONFIG
 
 
@@ -47,23 +46,6 @@ def test_dead_channels_leave_nothing_to_fit(redundant):
 def test_width_out_of_range(redundant, channels):
     with pytest.raises(ValueError, match=f"channels={channels} must be between 1 and the decoder's 16"):
         narrow_decoder(redundant, [], channels)
-
-
-def test_stored_in_half_and_computed_with_in_single_precision(redundant, tmp_path):
-    save_half(redundant, tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    assert stored["classifier.weight"].dtype == torch.float16
-    loaded = CoSAForWeaklySupervisedSegmentation.from_pretrained(tmp_path)
-    assert loaded.dtype == torch.float32
-    assert torch.equal(loaded.classifier.weight, redundant.classifier.weight.half().float())
-
-
-def test_what_half_precision_cannot_hold_is_refused(redundant, tmp_path):
-    with torch.no_grad():
-        redundant.classifier.weight[0] = 1e6
-    with pytest.raises(ValueError, match=r"^classifier.weight: values that float16 cannot hold"):
-        save_half(redundant, tmp_path / "half")
-    assert not (tmp_path / "half").exists()
 
 
 def full_disk(*_):

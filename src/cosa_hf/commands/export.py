@@ -1,7 +1,8 @@
-"""Write a model for other programs: ONNX with dynamic batch and image size, checked against torch, or a checkpoint that
-the authors' code loads.
+"""Write a model for other programs or in less room: ONNX with dynamic batch and image size, checked against torch; a
+model directory of half the size, its weights stored as float16; or a checkpoint that the authors' code loads.
 
     cosa-hf export runs/voc/assignment voc.onnx
+    cosa-hf export runs/voc/assignment small --format half
     cosa-hf export runs/voc/assignment assignment.pth --format official
 """
 
@@ -15,19 +16,28 @@ import torch
 
 from cosa_hf.commands.arguments import command_parser
 from cosa_hf.commands.inputs import add_model
-from cosa_hf.files import check_output, whole_file
+from cosa_hf.files import check_output, whole_file, whole_model
 from cosa_hf.inference import load_model, require_cams
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.publishing.half import save_half
 from cosa_hf.publishing.official import to_official
 from cosa_hf.publishing.onnx import export_onnx, onnx_outputs, onnx_stride
 
 
 def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
-    check_output(args.target)
-    model: Any = load_model(args.model, "cpu")[0]
+    check_output(args.target, directory=args.format == "half")
+    model: Any
+    model, processor = load_model(args.model, "cpu")
     if args.format == "onnx":
         write_onnx(model, args.target, args.int8)
+        return
+    if args.format == "half":
+        with whole_model(args.target) as unfinished:
+            save_half(model, unfinished)
+            processor.save_pretrained(unfinished)
+        size = sum(file.stat().st_size for file in args.target.glob("*.safetensors"))
+        print(f"{args.target}: {size / 1e6:.1f} MB of float16 weights, which are computed with as float32")
         return
     require_cams(model)
     checkpoint = to_official(cast(CoSAForWeaklySupervisedSegmentation, model))
@@ -54,8 +64,13 @@ def write_onnx(model: Any, target: Path, int8: bool) -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("export", __doc__)
     add_model(parser)
-    parser.add_argument("target", metavar="OUT", type=Path, help="file to write")
-    parser.add_argument("--format", choices=("onnx", "official"), default="onnx", help="official: the authors' layout")
+    parser.add_argument("target", metavar="OUT", type=Path, help="file to write; half: directory")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "half", "official"),
+        default="onnx",
+        help="half: a model with float16 weights; official: the authors' layout",
+    )
     parser.add_argument("--int8", action="store_true", help="onnx: weights in 8 bits, smaller, not equal to torch")
     args = parser.parse_args(arguments)
     if args.int8 and args.format != "onnx":
