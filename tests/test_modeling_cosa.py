@@ -573,8 +573,12 @@ def test_layer_before_the_first_is_refused(name, aux_layer):
     ],
 )
 def test_a_backbone_for_images_of_one_size_is_refused(name, size):
-    with pytest.raises(ValueError, match=f"'{name}' takes images of {size}, not of any size"), torch.device("meta"):
+    """And the choice of another, which the error advises, works."""
+    said = f"'{name}' takes images of {size}, not of any size: choose another"
+    with pytest.raises(ValueError, match=said), torch.device("meta"):
         CoSABackbone(tiny_config(name, -2))
+    with torch.device("meta"):
+        CoSABackbone(tiny_config("test_vit", -2))
 
 
 def test_a_backbone_whose_unused_norms_are_a_list_works():

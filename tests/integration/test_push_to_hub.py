@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,6 +236,29 @@ def test_a_reason_is_given_once(model_dir, monkeypatch, complaint):
     monkeypatch.setattr(cosa_hf.commands.push, "publish", out_of_reach)
     said = complaint("push", model_dir, "--repo_id", REPO)
     assert said == f"error: the Hub is out of reach\nno commit was made; {REPO} is as it was\n"
+
+
+def test_what_push_refuses_is_staged_once_evaluate_has_written_it_as_the_errors_advise(
+    run_dir, tmp_path, monkeypatch, cosa_hf, complaint
+):
+    monkeypatch.chdir(tmp_path)
+    words = ("push", run_dir / "assignment", "--repo_id", REPO, "--dry_run", "staged")
+    Path("others.json").write_text(json.dumps({"weights_sha256": "0" * 64}))
+    said = complaint(*words, "--report", "others.json")
+    assert "others.json was measured on those with SHA-256" in said
+    assert "score it with `cosa-hf evaluate`, or publish" in said
+    said = complaint(*words, "--panels", "panels")
+    assert said == "error: no PNG files in panels: `cosa-hf evaluate --panels` writes them\n"
+    assert not Path("staged").exists()
+
+    shown = ("--report", "report.json", "--panels", "panels")
+    drawn = ("--dataset", "shapes", "--num_images", 1, "--scales", 1, "--no_flip")
+    cosa_hf("evaluate", run_dir / "assignment", *drawn, *shown)
+    cosa_hf(*words, *shown)
+    miou = json.loads(Path("report.json").read_text())["seg"]["miou"]
+    (entry,) = yaml.safe_load(Path("staged/.eval_results/seg.yaml").read_text())
+    assert entry["value"] == round(miou, 2)
+    assert [path.name for path in Path("staged/panels").iterdir()] == ["val-00000.png"]
 
 
 def test_dry_run_sends_nothing(run_dir, online, tmp_path, cosa_hf):

@@ -72,11 +72,14 @@ def test_a_cam_is_trusted_away_from_its_threshold_on_both_sides():
     torch.testing.assert_close(weights[1], weights[2])
 
 
-CONFIDENCE = r"confidence_weighting: .* does not carry confidence .* --format parquet, and keep its export\.json"
+CONFIDENCE = (
+    r"confidence_weighting: {} is not read with confidence .* --format parquet, and name that directory with its "
+    r"export\.json, not a dataset on the Hub"
+)
 
 
 def test_confidence_needs_a_format_that_carries_it(tiny, export):
-    with pytest.raises(ValueError, match=CONFIDENCE):
+    with pytest.raises(ValueError, match=CONFIDENCE.format(export("png"))):
         labels_to_learn(tiny(pseudo_labels=str(export("png")), confidence_weighting=True), torch.device("cpu"))
     advised = tiny(pseudo_labels=str(export("parquet")), confidence_weighting=True)
     assert "confidence" in labels_to_learn(advised, torch.device("cpu")).dataset.column_names
@@ -91,19 +94,20 @@ def test_labels_on_the_hub_are_learned_once_their_split_is_named(tiny, export, t
     for module, changed in settings.items():
         for name, value in (changed | {"HF_HUB_OFFLINE": False}).items():
             monkeypatch.setattr(module, name, value)
-    files = {f"data/{path.name}": path.read_bytes() for path in export("parquet").rglob("*.parquet")}
+    files = {"export.json": (export("parquet") / "export.json").read_bytes()}  # in vain: it is not looked for
+    files |= {f"data/{path.name}": path.read_bytes() for path in export("parquet").rglob("*.parquet")}
     hub.repos["org/labels"] = {"private": False, "commits": [("0" * 40, files)]}
     monkeypatch.chdir(tmp_path)
     try:
         with pytest.raises(FileNotFoundError, match="no directory org/labels; of a dataset on the Hub, name the split"):
             labels_to_learn(tiny(pseudo_labels="org/labels"), cpu)
         pushed = labels_to_learn(tiny(pseudo_labels="org/labels", train_split="train"), cpu).dataset
-        with pytest.raises(ValueError, match=CONFIDENCE):
+        with pytest.raises(ValueError, match=CONFIDENCE.format("org/labels")):
             labels_to_learn(tiny(pseudo_labels="org/labels", train_split="train", confidence_weighting=True), cpu)
     finally:
         hub.shutdown()
         hub.server_close()
-    written = labels_to_learn(tiny(confidence_weighting=True), cpu).dataset  # with its record
+    written = labels_to_learn(tiny(pseudo_labels=str(export("parquet")), confidence_weighting=True), cpu).dataset
     assert pushed.features == written.features
     assert pushed["image_id"][:] == written["image_id"][:]
     assert [mask.tobytes() for mask in pushed["mask"]] == [mask.tobytes() for mask in written["mask"]]

@@ -131,9 +131,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_wants_the_same_encoder(froze
     train(expected)
     train(replace(run, checkpoint_every=4))
     sorted((tmp_path / "run/checkpoints").iterdir())[-1].unlink()
+    said = (
+        "the frozen part of the encoder is not that of the checkpoint's run: keep frozen_blocks, .* as they were, or "
+        "start anew in another output_dir"
+    )
     for changed in ({"seed": 1}, {"frozen_blocks": "5"}):  # random weights of another seed; another frozen part
-        with pytest.raises(ValueError, match="the frozen part of the encoder is not that of the checkpoint's run"):
+        with pytest.raises(ValueError, match=said):
             train(replace(run, resume=True, **changed))
+        train(replace(run, max_steps=2, warmup_steps=1, output_dir=str(tmp_path / "-".join(changed)), **changed))
     train(replace(run, resume=True, checkpoint_every=4))
     assert_equal(left(expected)["weights"], left(run)["weights"])
 

@@ -239,22 +239,31 @@ def test_what_would_not_be_the_same_run_is_refused(tiny, fields, refusal, tmp_pa
         train(tiny(output_dir=str(tmp_path / "anew"), **fields))
 
 
-def test_other_classes_are_never_gone_on_with_and_other_images_only_where_they_are_meant(tiny, monkeypatch, capsys):
+def test_other_classes_are_never_gone_on_with_and_other_images_only_where_they_are_meant(
+    tiny, tmp_path, monkeypatch, capsys
+):
     config = tiny(checkpoint_every=3)
     train(config)
     before = left(config)
     fewer = load_shapes("train", num_images=5, image_size=48)
     monkeypatch.setattr(setup, "load_dataset_by_name", lambda *_, **__: fewer)
     resumed = {"checkpoint_every": 3, "max_steps": 8, "resume": True}
-    with pytest.raises(ValueError, match=r"images or tags are not .* \(images 6 -> 5.*--allow_changed_data true if"):
+    advice = r"images or tags are not .* \(images 6 -> 5.*--allow_changed_data true if .*, or start anew in another"
+    with pytest.raises(ValueError, match=advice):
         train(tiny(**resumed))
+    train(tiny(max_steps=2, warmup_steps=2, output_dir=str(tmp_path / "fewer")))
     features = fewer.features.copy()
     names = ["zebra", *features["labels"].feature.names[1:]]
     features["labels"] = Sequence(ClassLabel(names=names))
     monkeypatch.setattr(setup, "load_dataset_by_name", lambda *_, **__: fewer.cast(features))
+    said = (
+        "has the classes disc, square, .*; this one has zebra, square, .*: give the data its former classes, or start "
+        "anew in another output_dir"
+    )
     for allowed in (False, True):
-        with pytest.raises(ValueError, match=r"has the classes disc, square, .*; this one has zebra, square, "):
+        with pytest.raises(ValueError, match=said):
             train(tiny(**resumed, allow_changed_data=allowed))
+    train(tiny(max_steps=2, warmup_steps=2, output_dir=str(tmp_path / "zebras")))
     assert_equal(before, left(config))
 
     monkeypatch.setattr(setup, "load_dataset_by_name", lambda *_, **__: fewer)

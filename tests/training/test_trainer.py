@@ -289,12 +289,17 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tiny, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_a_network_split_among_processes_is_refused(tiny, monkeypatch, kind):
-    monkeypatch.setattr(setup.Accelerator, "distributed_type", kind)
-    config = tiny()
-    with pytest.raises(ValueError, match=f"{kind.value} splits the network .* use plain processes"):
-        train(config)
+def test_a_network_split_among_processes_is_refused(tiny, monkeypatch, any_precision, kind):
+    """And it trains in plain processes, in the way that the error names."""
+    config = tiny(max_steps=2, warmup_steps=1)
+    advice = "use plain processes, with gradient_checkpointing and bf16 to save memory"
+    with monkeypatch.context() as patch:
+        patch.setattr(setup.Accelerator, "distributed_type", kind)
+        with pytest.raises(ValueError, match=f"{kind.value} splits the network .* {advice}"):
+            train(config)
     assert not Path(config.output_dir).exists()
+    AcceleratorState._reset_state(True)
+    train(dataclasses.replace(config, gradient_checkpointing=True, mixed_precision="bf16"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for accelerators, and here is one")

@@ -21,7 +21,7 @@ class PseudoLabelsConfig(Settings):
     )
     train_split: str | None = setting(None, "split of it; default: the export's own")
     confidence_weighting: bool = setting(
-        False, "weigh pixels by the export's confidence (parquet only); false, as in the paper: all alike"
+        False, "weigh pixels by the export's confidence (directory of parquet only); false, as in the paper: all alike"
     )
     self_training: str | None = setting(
         None, "a trained network (directory): train on its labels of those images, within their tags"

@@ -13,7 +13,7 @@ from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.objective.precision import at_least_float32
 from cosa_hf.objective.reliability import perplexity
 from cosa_hf.objective.upsampled import upsampled_cross_entropy
-from cosa_hf.pseudo_labels.export import export_pseudo_labels
+from cosa_hf.pseudo_labels.export import RECORD, export_pseudo_labels
 from cosa_hf.pseudo_labels.load import Exported, check_masks, load_pseudo_labels
 
 
@@ -34,8 +34,8 @@ def labels_to_learn(config: MultistageConfig, device: torch.device, rank: int = 
         exported = _relabelled(config, config.self_training, exported.dataset, device)
     if config.confidence_weighting and ("confidence" not in exported.dataset.column_names or not exported.record):
         raise ValueError(
-            f"confidence_weighting: {config.pseudo_labels} does not carry confidence and what it means: export "
-            "with --format parquet, and keep its export.json"
+            f"confidence_weighting: {config.pseudo_labels} is not read with confidence and what it means: export "
+            f"with --format parquet, and name that directory with its {RECORD}, not a dataset on the Hub"
         )
     if not config.resume:
         check_masks(exported.dataset, rank, processes)
