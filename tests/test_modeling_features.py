@@ -374,6 +374,7 @@ def test_feature_statistics_are_those_of_all_tokens():
 def test_centered_heads_see_what_stands_out_and_count_it_by_its_distance():
     settings = {"center_features": True, "pooling": "lse", "pooling_weights": "distance", "aux_layer": -2}
     model = build(**settings, standardize_features=True, pooling_sharpness=2.0).double().eval()
+    nn.init.normal_(model.classifier.weight)
     features, aux_features = photos(3, 64, 2, 3).double() * 5 + 3, photos(3, 64, 2, 3).double()
     model.set_feature_statistics([(features, aux_features)])
     outputs = model.forward_heads(features, aux_features, output_hidden_states=True)
@@ -388,6 +389,28 @@ def test_centered_heads_see_what_stands_out_and_count_it_by_its_distance():
     # A look that fills the image is no evidence.
     shifted = model.forward_heads(features + photos(3, 64, 1, 1).double(), aux_features)
     torch.testing.assert_close(shifted.cls_logits, outputs.cls_logits)
+
+
+def test_centered_classifiers_start_at_zero_and_first_move_to_what_stands_out(tmp_path):
+    settings = {"center_features": True, "pooling": "lse", "pooling_weights": "distance", "classifier_bias": True}
+    model = build(**settings)
+    assert not model.classifier.weight.any()
+    assert not model.aux_classifier.weight.any()
+    assert build(pooling="lse", classifier_bias=True).classifier.weight.any()
+    # One token in twelve is far from the others, which are all alike.
+    features = torch.zeros(1, 64, 3, 4)
+    features[0, :, 1, 2] = photos(64)
+    model.forward_heads(features, features, labels=torch.tensor([[1.0, 0.0, 0.0]])).loss.backward()
+    step = -model.classifier.weight.grad[:, :, 0, 0]
+    evidence = step @ (features - features.mean(dim=(2, 3), keepdim=True))[0].flatten(1)  # (classes, tokens)
+    assert evidence[0].argmax() == 6
+    assert (evidence[0] > 0).sum() == 1
+    assert (evidence[1:, 6] < 0).all()
+    # What has learned keeps its weights.
+    nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(tmp_path)
+    loaded = CoSAForWeaklySupervisedSegmentation.from_pretrained(tmp_path)
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

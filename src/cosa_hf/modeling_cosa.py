@@ -619,6 +619,11 @@ class CoSAForWeaklySupervisedSegmentation(CoSAPreTrainedModel):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         super().initialize_weights()
+        if self.config.pooling_weights == "distance":
+            # From zero the first step goes where tokens are farthest from their image's mean. From random weights a
+            # class is learned by its object or by the surface around it, whichever happens to be nearer.
+            for classifier in (self.classifier, self.aux_classifier):
+                init.zeros_(classifier.weight)
         if self.config.classifier_bias:
             for bias in (self.classifier.bias, self.aux_classifier.bias):
                 assert bias is not None

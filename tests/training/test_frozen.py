@@ -366,6 +366,30 @@ def test_what_blocks_that_train_hold_makes_no_other_cache(tmp_path):
     assert len({kept, *others}) == 4
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_statistics_are_of_images_from_all_over_the_dataset(cached, encoder, tmp_path, monkeypatch):
+    """A table sorted by class begins with one class."""
+    from cosa_hf import CoSAImageProcessor
+
+    monkeypatch.setattr(setup, "STANDARDIZED_OVER", 2)
+    dataset = images_in(tmp_path / "photos")
+    encoded = encoder(dataset)
+    encoded.fill(2, 0)
+    models = [build(standardize_features=True) for _ in range(2)]
+    for model in models:
+        model.load_state_dict(encoded.model.state_dict(), strict=False)
+        model.backbone.freeze()
+    processor = CoSAImageProcessor(size={"height": 48, "width": 48})
+    setup.standardize(models[0], processor, dataset, encoded if cached else None)
+    seen = [processor(read_image(undecoded(dataset)[index]), return_tensors="pt")["pixel_values"] for index in (0, 2)]
+    if cached:
+        seen += [image.flip(-1) for image in seen]
+    models[1].eval().set_feature_statistics(models[1].backbone(image) for image in seen)
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if cached else {}  # the cache is in float16
+    torch.testing.assert_close(models[0].aux_feature_std, models[1].aux_feature_std, **tolerance)
+    torch.testing.assert_close(models[0].feature_mean, models[1].feature_mean, **tolerance)
+
+
 def test_a_changed_photo_is_encoded_anew_and_a_broken_one_named(encoder, tmp_path):
     dataset = images_in(tmp_path / "photos")
     encoded = encoder(dataset)
@@ -377,7 +401,7 @@ def test_a_changed_photo_is_encoded_anew_and_a_broken_one_named(encoder, tmp_pat
     assert [a == b for a, b in zip(encoded.keys, changed.keys, strict=True)] == [True, False, False, True]
     changed.fill(2, 0)
     assert not torch.equal(changed.read(changed.keys[1])["features"], before)
-    assert len(list(changed.first(4))) == 3
+    assert len(list(changed.sample(4))) == 3
     items = EncodedDataset(dataset, changed.read, changed.keys, 48, length=8, seed=0)
     problems = [item["unreadable"] for item in (items[position] for position in range(8))]
     assert sum("2.png" in problem for problem in problems) == 2

@@ -52,14 +52,14 @@ def described(value_range: ValueRange) -> str:
     return " ".join(["--value_range", *words])
 
 
-def spread(count: int) -> list[int]:
-    """Which of `count` images a range is found over.
+def spread(count: int, most: int = LOOKED_AT) -> list[int]:
+    """Which of `count` images to look at, `most` of them, from beginning to end: tables are often sorted by class.
 
     Example:
-        >>> spread(3), len(spread(1_000_000))
-        ([0, 1, 2], 2000)
+        >>> spread(3), len(spread(1_000_000)), spread(10, most=4)
+        ([0, 1, 2], 2000, [0, 2, 5, 7])
     """
-    return list(range(count)) if count <= LOOKED_AT else [place * count // LOOKED_AT for place in range(LOOKED_AT)]
+    return list(range(count)) if count <= most else [place * count // most for place in range(most)]
 
 
 def settled_reading(

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from cosa_hf._version import __version__
 from cosa_hf.data.encoded import VIEWS, image_keys
 from cosa_hf.data.images import Reading, UnreadableImageError, read_image, undecoded
+from cosa_hf.data.value_range import spread
 from cosa_hf.digest import weights_sha256
 from cosa_hf.files import whole_file
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
@@ -290,11 +291,11 @@ class EncodedImages:
         except KeyError:
             raise UnreadableImageError(self.unreadable.get(key, f"image with key {key} was not encoded")) from None
 
-    def first(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """The maps of the first `count` images, without those that cannot be read."""
-        for key in self.keys[:count]:
+    def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """The maps of `count` images from all over the dataset, without those that cannot be read."""
+        for place in spread(len(self.keys), count):
             with suppress(UnreadableImageError):
-                yield self.read(key)
+                yield self.read(self.keys[place])
 
     def _collate(self, rows: list[dict[str, Any]]) -> tuple[Tensor | None, list[str]]:
         """Pixel values of the readable images, and for each row what is wrong with it."""
