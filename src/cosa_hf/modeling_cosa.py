@@ -860,7 +860,7 @@ def smooth_maximum(logits: torch.Tensor, sharpness: float, weights: torch.Tensor
     >>> [round(smooth_maximum(torch.tensor([0.0, 1.0]), r).item(), 3) for r in (0.01, 4, 100)]
     [0.501, 0.831, 0.993]
     >>> round(smooth_maximum(torch.tensor([0.0, 1.0]), 4, torch.tensor([3.0, 1.0])).item(), 3)
-    0.668
+    0.667
 
     ```
     """
