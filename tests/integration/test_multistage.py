@@ -64,7 +64,7 @@ def test_tags_to_cosa_to_pseudo_labels_to_network_to_mask(tmp_path, cosa_hf):
             ("--pseudo_labels", "nowhere"),
             "no directory nowhere; of a dataset on the Hub, name the split with train_split",
         ),
-        (("--recipe", "nothing"), "known by name: deeplabv3plus-r101, largefov-wr38, upernet-swin-b"),
+        (("--recipe", "nothing"), "known by name: deeplabv3plus-r101, largefov-wr38, student-lite0, upernet-swin-b"),
     ],
 )
 def test_what_cannot_be_trained_is_named(arguments, message, tmp_path, complaint):
