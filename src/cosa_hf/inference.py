@@ -93,6 +93,17 @@ def require_cams(model: Any) -> None:
         raise ValueError(f"a {type(model).__name__} only segments and has no CAMs; give a model that CoSA trained")
 
 
+def stride_of(model: Any) -> int:
+    """What the sides of a network's images are multiples of, in pixels.
+
+    Example:
+        >>> from cosa_hf import CoSAConfig
+        >>> stride_of(CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit")))
+        16
+    """
+    return model.backbone.stride if has_cams(model) else 32  # every common encoder takes multiples of 32
+
+
 def auto_class(config: Any) -> Any:
     """Of transformers, what loads the segmentation network of a config.
 
@@ -161,7 +172,7 @@ def forward_multiscale(
     cams_too = has_cams(model)
     if not (cams_too or flip) and tuple(scales) == (1.0,):
         return MultiScaleOutput(at_least_float32(segmentation_logits(model(pixel_values))))  # at the network's own size
-    stride = model.backbone.stride if cams_too else 32  # every common encoder takes multiples of 32
+    stride = stride_of(model)
     batch, _, *size = pixel_values.shape
 
     def tokens(side: float) -> int:

@@ -17,11 +17,11 @@ import torch
 from cosa_hf.commands.arguments import command_parser
 from cosa_hf.commands.inputs import add_model
 from cosa_hf.files import check_output, whole_file, whole_model
-from cosa_hf.inference import load_model, require_cams
+from cosa_hf.inference import load_model, require_cams, stride_of
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.publishing.half import save_half
 from cosa_hf.publishing.official import to_official
-from cosa_hf.publishing.onnx import export_onnx, onnx_outputs, onnx_stride
+from cosa_hf.publishing.onnx import export_onnx, onnx_outputs
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,22 +31,10 @@ def main(arguments: Sequence[str]) -> None:
     model, processor = load_model(args.model, "cpu")
     if args.format == "onnx":
         write_onnx(model, args.target, args.int8)
-        return
-    if args.format == "half":
-        with whole_model(args.target) as unfinished:
-            save_half(model, unfinished)
-            processor.save_pretrained(unfinished)
-        size = sum(file.stat().st_size for file in args.target.glob("*.safetensors"))
-        print(f"{args.target}: {size / 1e6:.1f} MB of float16 weights, which are computed with as float32")
-        return
-    require_cams(model)
-    checkpoint = to_official(cast(CoSAForWeaklySupervisedSegmentation, model))
-    args.target.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()  # torch itself does not say that a disk is full
-    torch.save(checkpoint, content)
-    with whole_file(args.target) as unfinished:
-        unfinished.write_bytes(content.getbuffer())
-    print(f"{args.target}: a checkpoint for the authors' code; its encoder.head, unused, is zero")
+    elif args.format == "half":
+        write_half(model, processor, args.target)
+    else:
+        write_official(model, args.target)
 
 
 def write_onnx(model: Any, target: Path, int8: bool) -> None:
@@ -56,9 +44,28 @@ def write_onnx(model: Any, target: Path, int8: bool) -> None:
         raise ValueError(f"{target} cannot be written: {error}") from error
     print(
         f"{target}: {target.stat().st_size / 1e6:.1f} MB; pixel_values (B, 3, H, W), H and W multiples of "
-        f"{onnx_stride(model)} -> {', '.join(onnx_outputs(model))}; at most {difference:.1e} of the largest output "
+        f"{stride_of(model)} -> {', '.join(onnx_outputs(model))}; at most {difference:.1e} of the largest output "
         "from torch"
     )
+
+
+def write_half(model: Any, processor: Any, target: Path) -> None:
+    with whole_model(target) as unfinished:
+        save_half(model, unfinished)
+        processor.save_pretrained(unfinished)
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    print(f"{target}: {size / 1e6:.1f} MB of float16 weights, which are computed with as float32")
+
+
+def write_official(model: Any, target: Path) -> None:
+    require_cams(model)
+    checkpoint = to_official(cast(CoSAForWeaklySupervisedSegmentation, model))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()  # torch itself does not say that a disk is full
+    torch.save(checkpoint, content)
+    with whole_file(target) as unfinished:
+        unfinished.write_bytes(content.getbuffer())
+    print(f"{target}: a checkpoint for the authors' code; its encoder.head, unused, is zero")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

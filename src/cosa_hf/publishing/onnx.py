@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.configuration_cosa_ms import CoSAMSConfig
 from cosa_hf.files import whole_file
-from cosa_hf.inference import has_cams, segmentation_logits
-from cosa_hf.modeling_cosa_ms import STRIDE
+from cosa_hf.inference import has_cams, stride_of
 
 TOLERANCE = 1e-4
 
@@ -28,22 +27,11 @@ def onnx_outputs(model: Any) -> list[str]:
     return ["logits", "cam_logits"] if has_cams(model) else ["logits"]
 
 
-def onnx_stride(model: Any) -> int:
-    """What the sides of its images have to be multiples of, in pixels.
-
-    Example:
-        >>> from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation
-        >>> onnx_stride(CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit")))
-        16
-    """
-    return model.backbone.stride if has_cams(model) else STRIDE
-
-
 def export_onnx(model: Any, path: str | Path, int8: bool = False) -> float:
     """Write `model` as ONNX with dynamic batch and image size, and compare it with torch at another of both.
 
     Input `pixel_values` (B, 3, H, W), float32, prepared as the model's processor does; H and W are multiples of
-    `onnx_stride`. Outputs: `logits` (B, K, h, w), segmentation, background first, and of CoSA `cam_logits`
+    the network's stride. Outputs: `logits` (B, K, h, w), segmentation, background first, and of CoSA `cam_logits`
     (B, C, h, w), CAMs before any activation; both at the network's own resolution, to be resized to the image before
     the argmax.
 
@@ -71,7 +59,7 @@ def export_onnx(model: Any, path: str | Path, int8: bool = False) -> float:
     path.parent.mkdir(parents=True, exist_ok=True)
     network = _Outputs(type(model)(model.config)).eval()
     network.model.load_state_dict(model.state_dict())
-    stride, outputs = onnx_stride(model), onnx_outputs(model)
+    stride, outputs = stride_of(model), onnx_outputs(model)
     images = torch.rand(3, 3, 5 * stride, 9 * stride)
     with torch.inference_mode():
         expected = network(images)
@@ -110,8 +98,7 @@ class _Outputs(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(pixel_values)
-        cams = (outputs.cam_logits,) if has_cams(self.model) else ()
-        return segmentation_logits(outputs), *cams
+        return tuple(outputs[name] for name in onnx_outputs(self.model))
 
 
 def _fix_padding(network: nn.Module) -> None:

@@ -202,16 +202,16 @@ def encoded_images(
     if chosen == "never" or (chosen == "auto" and accelerator.device.type != "cpu"):
         return None
     needs = {
-        "streaming false": not config.streaming,
-        "label_scales 1": config.label_scales == [1.0],
-        "dense_energy_weight 0": not config.dense_energy_weight,
+        "streaming": ("false", not config.streaming),
+        "label_scales": ("1", config.label_scales == [1.0]),
+        "dense_energy_weight": ("0", not config.dense_energy_weight),
     }
-    if unfit := [needed for needed, fits in needs.items() if not fits]:
-        name = unfit[0].split()[0]
-        raise ValueError(
-            f"{name} {getattr(config, name)} needs the images in every step, which cached features do not give: pass "
-            f"--{unfit[0]}, or --cache_features never"
-        )
+    for name, (needed, fits) in needs.items():
+        if not fits:
+            raise ValueError(
+                f"{name} {getattr(config, name)} needs the images in every step, which cached features do not give: "
+                f"pass --{name} {needed}, or --cache_features never"
+            )
     if model.backbone.frozen_layer is None:
         raise ValueError(
             f"frozen_blocks {config.frozen_blocks} of {config.backbone} cannot be cached: only a plain ViT goes on "
