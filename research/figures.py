@@ -41,7 +41,7 @@ from records import RECORDS
 from cosa_hf.commands.arguments import positive
 from cosa_hf.commands.inputs import add_inference, dataset_of, parse_dataset_args
 from cosa_hf.data import DatasetOptions
-from cosa_hf.files import check_output
+from cosa_hf.files import CONFIG, check_output
 from cosa_hf.inference import require_cams
 from cosa_hf.progress import progress
 from cosa_hf.training.config import TrainingConfig
@@ -94,7 +94,7 @@ def measure(runs: dict[str, Path], args: argparse.Namespace, options: DatasetOpt
 def networks_of(name: str, path: Path, figure: str) -> Iterator[Subject]:
     """A model itself; of a run, the network that gave it its labels at each moment, for Fig. 6 both networks."""
     # A published model has its recipe beside it, as a run has.
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         yield Subject(name, 0, "model", path, {})
         return
     if not (path / "run.json").is_file():

@@ -36,7 +36,7 @@ def known_before():
     gives, which is nearly all that building a tiny model takes.
     """
     from cosa_hf import data
-    from cosa_hf.modeling_cosa import CoSABackbone
+    from cosa_hf.backbone_cosa import CoSABackbone
 
     probe, probed = CoSABackbone._probe, {}
 

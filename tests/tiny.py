@@ -1,6 +1,8 @@
 """Untrained networks of a test's size, the same in every test."""
 
+import numpy as np
 import torch
+from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
@@ -16,6 +18,32 @@ def tiny_cosa(names=SHAPES_CLASSES, seed=0, **fields):
 def tiny_segformer(**fields):
     small = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8}
     return SegformerForSemanticSegmentation(SegformerConfig(**small | fields))
+
+
+def tiny_config(backbone="test_vit", aux_layer=-3, **settings) -> CoSAConfig:
+    settings = {"num_labels": 4, "decoder_channels": 16, "decoder_dilation": 2} | settings
+    return CoSAConfig(backbone=backbone, aux_layer=aux_layer, **settings)
+
+
+def tiny_model(backbone="test_vit", aux_layer=-3, **settings) -> CoSAForWeaklySupervisedSegmentation:
+    torch.manual_seed(0)
+    return CoSAForWeaklySupervisedSegmentation(tiny_config(backbone, aux_layer, **settings))
+
+
+def photos(*shape) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """As the references take it, in float64."""
+    return tensor.detach().double().numpy()
+
+
+def scramble_batch_norm(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(1, 2)
 
 
 def square(side):

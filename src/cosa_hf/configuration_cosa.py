@@ -206,7 +206,13 @@ class CoSAConfig(SegmentationConfig):
 
     model_type = "cosa"
     model_code = "modeling_cosa.CoSAForWeaklySupervisedSegmentation"
-    code_files = ("configuration_cosa.py", "image_processing_cosa.py", "modeling_cosa.py")
+    code_files = (
+        "backbone_cosa.py",
+        "configuration_cosa.py",
+        "image_processing_cosa.py",
+        "modeling_cosa.py",
+        "timm_models.py",
+    )
 
     backbone: str = "vit_base_patch16_224.orig_in21k_ft_in1k"
     feature_layer: int = -1

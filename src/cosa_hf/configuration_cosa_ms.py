@@ -36,11 +36,13 @@ class CoSAMSConfig(SegmentationConfig):
     model_type = "cosa-ms"
     model_code = "modeling_cosa_ms.CoSAMSForSemanticSegmentation"
     code_files = (
+        "backbone_cosa.py",
         "configuration_cosa.py",
         "configuration_cosa_ms.py",
         "image_processing_cosa.py",
         "modeling_cosa.py",
         "modeling_cosa_ms.py",
+        "timm_models.py",
         "wide_resnet38.py",
     )
 

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .configuration_cosa_ms import CoSAMSConfig
-from .modeling_cosa import CoSALargeFOV, read_timm_weights
+from .modeling_cosa import CoSALargeFOV
+from .timm_models import read_timm_weights
 
 #: Fields of the config that not every architecture follows, as segmentation_models_pytorch calls them.
 OPTIONS = {"output_stride": "encoder_output_stride", "decoder_channels": "decoder_channels"}

@@ -29,7 +29,7 @@ from cosa_hf.training.config import TrainingConfig
 REPO = "org/cosa-tiny"
 MODEL_FILES = {
     *("README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml"),
-    *("configuration_cosa.py", "image_processing_cosa.py", "modeling_cosa.py"),
+    *("backbone_cosa.py", "configuration_cosa.py", "image_processing_cosa.py", "modeling_cosa.py", "timm_models.py"),
 }
 TAUGHT_FILES = MODEL_FILES | {"configuration_cosa_ms.py", "modeling_cosa_ms.py", "wide_resnet38.py"}
 

@@ -285,7 +285,7 @@ def test_half_a_model_is_refused(model, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_bytes((model / "config.json").read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"lacks model.safetensors, preprocessor_config.json, config"):
+    with pytest.raises(FileNotFoundError, match=r"lacks model.safetensors, preprocessor_config.json, backbone"):
         stage(broken, tmp_path / "staged", "org/cats")
 
 

@@ -1,8 +1,6 @@
 """The assignment network (AN): the online network's moving average, and the pseudo-labels it gives to a batch."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cosa_hf.assignment.threshold import DynamicThreshold, ThresholdConfig
-from cosa_hf.inference import MultiScaleOutput, forward_multiscale
+from cosa_hf.inference import MultiScaleOutput, eval_mode, forward_multiscale
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.affinity import foreground, spread_cams
 from cosa_hf.objective.guidance import seg2cam_target
@@ -146,18 +144,9 @@ class AssignmentNetwork(nn.Module):
         spl = seg2cam_target(self.config.guidance, seg_logits, labels, self.config.spl_temperature, masks)
         return PseudoLabels(cams, aux_cams, spl, xi, aux_xi)
 
-    @contextmanager
-    def _labelling_network(self) -> Iterator[CoSAForWeaklySupervisedSegmentation]:
-        """The network that labels, in eval mode and left as it was found."""
-        (network,) = self._labels
-        was_training = network.training
-        network.eval()
-        yield network
-        network.train(was_training)
-
     def _forward(self, weak: Tensor | None, encoded: dict[str, Tensor] | None, batch_size: int) -> MultiScaleOutput:
         """All maps of the network that labels: over scales and flips, or of the one view that is encoded."""
-        with self._labelling_network() as network:
+        with eval_mode(*self._labels) as network:
             if encoded is None:
                 assert weak is not None
                 fused = [

@@ -15,7 +15,8 @@ from pathlib import Path
 from cosa_hf.commands.arguments import HelpFormatter, command_parser
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data.coco import write_masks
-from cosa_hf.files import check_output, whole_model
+from cosa_hf.files import check_output
+from cosa_hf.inference import save_model
 from cosa_hf.publishing.official import DATASETS, from_official
 
 
@@ -27,9 +28,7 @@ def main(arguments: Sequence[str]) -> None:
 def convert_checkpoint(args: argparse.Namespace) -> None:
     check_output(args.target, directory=True)
     model, processor = from_official(args.source, args.dataset, args.backbone, args.aux_layer)
-    with whole_model(args.target) as unfinished:
-        model.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
+    save_model(model, processor, args.target)
     print(
         f"{args.target}: {model.num_parameters() / 1e6:.1f} M parameters, {model.config.num_classes} classes, "
         f"auxiliary layer {args.aux_layer}\n"

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from cosa_hf.data.formats import Look, ValueRange
 from cosa_hf.data.ground_truth import nothing_to_score
-from cosa_hf.data.images import UnreadableImageError, ignored_id, look_at, read_mask, undecoded
+from cosa_hf.data.images import UnreadableImageError, from_all_over, ignored_id, look_at, read_mask, undecoded
 from cosa_hf.data.negatives import NEGATIVE
 from cosa_hf.data.options import PictureConfig
 from cosa_hf.data.tag_text import combined_names
 from cosa_hf.data.tags import class_names
-from cosa_hf.data.value_range import described, range_of, spread
+from cosa_hf.data.value_range import LOOKED_AT, described, range_of
 from cosa_hf.progress import progress as progress_bar
 
 FEW_IMAGES = 20
@@ -141,7 +141,9 @@ def check_splits(
         if in_masks and (reasons := nothing_to_score(in_masks, tagged, names)):
             found.errors["nothing to score"] += [f"{split}: {reason}" for reason in reasons]
         if value_range == "auto":
-            value_range = range_of(look for index in spread(len(looks)) if (look := looks[index]) is not None)
+            value_range = range_of(
+                look for index in from_all_over(len(looks), LOOKED_AT) if (look := looks[index]) is not None
+            )
         if value_range is not None and any(look and look.deep for look in looks):
             found.value_range = described(value_range)
         _judge_looks(found, [f"{split}: {image_id}" for image_id in dataset["image_id"][:]], looks, value_range)

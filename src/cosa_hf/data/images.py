@@ -49,6 +49,16 @@ def undecoded(dataset: T) -> T:
     return dataset
 
 
+def from_all_over(count: int, most: int) -> list[int]:
+    """Which of `count` images to look at, at most `most`, from beginning to end: tables are often sorted by class.
+
+    Example:
+        >>> from_all_over(3, most=4), from_all_over(10, most=4)
+        ([0, 1, 2], [0, 2, 5, 7])
+    """
+    return list(range(count)) if count <= most else [place * count // most for place in range(most)]
+
+
 def read_image(example: dict[str, Any], reading: Reading = PHOTOS) -> Image.Image:
     """The image of an example, as RGB, upright.
 

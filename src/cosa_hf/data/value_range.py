@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from cosa_hf.data.formats import Look, Reading, ValueRange
-from cosa_hf.data.images import UnreadableImageError, opened, undecoded
+from cosa_hf.data.images import UnreadableImageError, from_all_over, opened, undecoded
 from cosa_hf.data.options import PictureConfig
 from cosa_hf.data.tags import list_some
 
@@ -52,16 +52,6 @@ def described(value_range: ValueRange) -> str:
     return " ".join(["--value_range", *words])
 
 
-def spread(count: int, most: int = LOOKED_AT) -> list[int]:
-    """Which of `count` images to look at, `most` of them, from beginning to end: tables are often sorted by class.
-
-    Example:
-        >>> spread(3), len(spread(1_000_000)), spread(10, most=4)
-        ([0, 1, 2], 2000, [0, 2, 5, 7])
-    """
-    return list(range(count)) if count <= most else [place * count // most for place in range(most)]
-
-
 def settled_reading(
     config: PictureConfig, dataset: Dataset | IterableDataset, num_workers: int, say: Callable[[str], Any]
 ) -> Reading:
@@ -99,7 +89,9 @@ def _looks(
 ) -> Iterator[tuple[str, Look]]:
     """What images of more than 8 bits or several pages are like; of broken ones training tells where it meets them."""
     if isinstance(dataset, Dataset):
-        chosen: Any = _Looking(dataset.select_columns(["image", "image_id"]).select(spread(len(dataset))), bands)
+        chosen: Any = _Looking(
+            dataset.select_columns(["image", "image_id"]).select(from_all_over(len(dataset), LOOKED_AT)), bands
+        )
         # A generator of its own: the loader would draw from the one that weights and order come from.
         loader = DataLoader(
             chosen, batch_size=16, collate_fn=list, num_workers=num_workers, generator=torch.Generator()
@@ -132,4 +124,4 @@ class _Looking(torch.utils.data.Dataset):
         return _look(self.dataset[index], self.bands)
 
 
-__all__ = ["described", "range_of", "settled_reading", "spread"]
+__all__ = ["described", "range_of", "settled_reading"]

@@ -25,8 +25,8 @@ from cosa_hf.data.value_range import settled_reading
 from cosa_hf.data.views import Views
 from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.evaluation.figures import save_visualizations
-from cosa_hf.files import whole_file, whole_model
-from cosa_hf.inference import Segmenter
+from cosa_hf.files import whole_file
+from cosa_hf.inference import Segmenter, save_model
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.labels import collate, labels_to_learn, weighted_loss
 from cosa_hf.multistage.networks import build_network, encoder_of
@@ -173,9 +173,7 @@ class MultistageTrainer(Trainer):
         unreadable = sorted(set(gather_object(sorted(self.unreadable))))
         self.save_state()
         if self.args.should_save:
-            with whole_model(self.output_dir / MODEL) as unfinished:
-                self.network.save_pretrained(unfinished)
-                self.processor.save_pretrained(unfinished)
+            save_model(self.network, self.processor, self.output_dir / MODEL)
             run = {
                 "recommended": MODEL,
                 "reason": "the weights after the last step",

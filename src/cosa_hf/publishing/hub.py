@@ -16,14 +16,14 @@ from huggingface_hub import (
 from transformers import AutoConfig
 
 from cosa_hf.digest import weights_sha256
-from cosa_hf.files import check_output, whole_model
+from cosa_hf.files import CONFIG, check_output, whole_model
 from cosa_hf.inference import load_model
 from cosa_hf.publishing.card import HEADLINES, model_card
 from cosa_hf.publishing.kinds import check_network, read_recipe
 from cosa_hf.training.config import RunConfig, place_name
 
 #: What `save_pretrained` of model and processor leaves of any model. Those with code have `code_files` beside it.
-MODEL_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
+MODEL_FILES = ("model.safetensors", CONFIG, "preprocessor_config.json")
 
 
 def stage(
@@ -68,7 +68,7 @@ def stage(
             Hub knows, or transformers does not know the model.
     """
     model, folder = Path(model), Path(folder)
-    config = AutoConfig.from_pretrained(model) if (model / "config.json").is_file() else None
+    config = AutoConfig.from_pretrained(model) if (model / CONFIG).is_file() else None
     model_files = (*MODEL_FILES, *getattr(config, "code_files", ()))
     missing = [name for name in model_files if not (model / name).is_file()]
     if missing:

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader
 
 from cosa_hf._version import __version__
 from cosa_hf.data.encoded import VIEWS, image_keys
-from cosa_hf.data.images import Reading, UnreadableImageError, read_image, undecoded
-from cosa_hf.data.value_range import spread
+from cosa_hf.data.images import Reading, UnreadableImageError, from_all_over, read_image, undecoded
 from cosa_hf.digest import weights_sha256
 from cosa_hf.files import whole_file
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
+from cosa_hf.inference import eval_mode
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.progress import progress
 
@@ -293,7 +293,7 @@ class EncodedImages:
 
     def sample(self, count: int) -> Iterator[dict[str, Tensor]]:
         """The maps of `count` images from all over the dataset, without those that cannot be read."""
-        for place in spread(len(self.keys), count):
+        for place in from_all_over(len(self.keys), count):
             with suppress(UnreadableImageError):
                 yield self.read(self.keys[place])
 
@@ -311,11 +311,9 @@ class EncodedImages:
     @torch.no_grad()
     def _views(self, images: Tensor) -> dict[str, Tensor]:
         """Maps of the images and of their mirror images, (B, VIEWS, ...)."""
-        training, spreads = self.model.training, self.model.config.affinity != "none"
-        self.model.eval()
-        with self.accelerator.autocast():
+        spreads = self.model.config.affinity != "none"
+        with eval_mode(self.model), self.accelerator.autocast():
             views = [self.model.backbone.encode(view, spreads) for view in (images, images.flip(-1))]
-        self.model.train(training)
         assert len(views) == VIEWS
         return {name: torch.stack([view[name] for view in views], dim=1) for name in views[0]}
 

@@ -27,11 +27,11 @@ from cosa_hf.data.appearance import AppearanceConfig
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.encoded import EncodedDataset
 from cosa_hf.data.ground_truth import require_ground_truth
-from cosa_hf.data.images import PHOTOS, Reading, UnreadableImageError, read_image, undecoded
+from cosa_hf.data.images import PHOTOS, Reading, UnreadableImageError, from_all_over, read_image, undecoded
 from cosa_hf.data.streaming import streaming_loader
-from cosa_hf.data.value_range import spread
 from cosa_hf.data.views import Views
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
+from cosa_hf.inference import eval_mode
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.affinity import AffinityConfig
 from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
@@ -233,20 +233,18 @@ def standardize(
     """Mean and deviation of the features over some of the images, where the model's config asks for them."""
     if not model.config.standardize_features:
         return
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     maps: Iterable[Any]  # generators: they run below, in eval mode and without gradient
     if encoded is not None:
         found = encoded.sample(STANDARDIZED_OVER)
         maps = (model.backbone.complete({name: each.to(device).float() for name, each in one.items()}) for one in found)
     else:
         if isinstance(dataset, Dataset):
-            dataset = dataset.select(spread(len(dataset), STANDARDIZED_OVER))
+            dataset = dataset.select(from_all_over(len(dataset), STANDARDIZED_OVER))
         images = _readable(itertools.islice(undecoded(dataset), STANDARDIZED_OVER), Reading.of(processor))
         maps = (model.backbone(processor(one, return_tensors="pt")["pixel_values"].to(device)) for one in images)
-    model.eval()
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         model.set_feature_statistics(maps)
-    model.train(training)
 
 
 def _readable(rows: Iterable[dict[str, Any]], reading: Reading) -> Iterator[Image.Image]:

@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosa_hf.files import CONFIG, whole_model
+from cosa_hf.files import CONFIG
 from cosa_hf.image_processing_cosa import CoSAImageProcessor
+from cosa_hf.inference import save_model
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.training.config import TrainingConfig
 
@@ -37,9 +38,7 @@ def save_networks(
 ) -> None:
     """Write `directory/online` and `directory/assignment`, each a model that loads by itself."""
     for name, network in (("online", online), ("assignment", assignment)):
-        with whole_model(directory / name) as unfinished:
-            network.save_pretrained(unfinished)
-            processor.save_pretrained(unfinished)
+        save_model(network, processor, directory / name)
 
 
 def snapshot_directory(output_dir: Path, step: int) -> Path:

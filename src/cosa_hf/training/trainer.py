@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from cosa_hf.assignment.network import AssignmentNetwork
+from cosa_hf.backbone_cosa import ENCODED
 from cosa_hf.data import class_names
 from cosa_hf.data.tags import list_some
 from cosa_hf.data.value_range import settled_reading
@@ -19,7 +20,6 @@ from cosa_hf.evaluation.evaluate import evaluate
 from cosa_hf.evaluation.figures import save_visualizations
 from cosa_hf.files import whole_file
 from cosa_hf.inference import Segmenter
-from cosa_hf.modeling_cosa import ENCODED
 from cosa_hf.objective.overall import CoSAObjective, mask_targets
 from cosa_hf.objective.pseudo_labels import PseudoLabels
 from cosa_hf.objective.targets import Targets
