@@ -19,7 +19,7 @@ from cosa_hf.commands.arguments import positive
 from cosa_hf.commands.inputs import add_model, dataset_of, parse_dataset_args
 from cosa_hf.configuration_cosa import CoSAConfig
 from cosa_hf.data import DatasetOptions, read_image, undecoded
-from cosa_hf.files import check_output, whole_model
+from cosa_hf.files import check_output
 from cosa_hf.inference import Segmenter
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.publishing.half import save_half
@@ -41,9 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             yield processor(read_image(row), return_tensors="pt").pixel_values
 
     small = narrow_decoder(segmenter.model, images(), args.decoder_channels)
-    with whole_model(args.target) as unfinished:
-        save_half(small, unfinished)
-        processor.save_pretrained(unfinished)
+    save_half(small, processor, args.target)
     size = (args.target / "model.safetensors").stat().st_size
     print(f"{args.target}: {size / 1e6:.1f} MB, {small.num_parameters() / 1e6:.2f} M parameters")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_cosa
+from tiny import square, tiny_cosa
 
 from cosa_hf import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.files import CONFIG
@@ -13,10 +13,10 @@ from cosa_hf.publishing.half import save_half
 
 def test_stored_in_half_and_computed_with_in_single_precision(tmp_path):
     model = tiny_cosa()
-    save_half(model, tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
+    save_half(model, square(64), tmp_path / "half")
+    stored = load_file(tmp_path / "half/model.safetensors")
     assert stored["classifier.weight"].dtype == torch.float16
-    loaded = CoSAForWeaklySupervisedSegmentation.from_pretrained(tmp_path)
+    loaded = CoSAForWeaklySupervisedSegmentation.from_pretrained(tmp_path / "half")
     assert loaded.dtype == torch.float32
     assert torch.equal(loaded.classifier.weight, model.classifier.weight.half().float())
 
@@ -26,7 +26,7 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path):
     with torch.no_grad():
         model.classifier.weight[0] = 1e6
     with pytest.raises(ValueError, match=r"^classifier.weight: values that float16 cannot hold"):
-        save_half(model, tmp_path / "half")
+        save_half(model, square(64), tmp_path / "half")
     assert not (tmp_path / "half").exists()
 
 

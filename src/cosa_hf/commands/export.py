@@ -16,7 +16,7 @@ import torch
 
 from cosa_hf.commands.arguments import command_parser
 from cosa_hf.commands.inputs import add_model
-from cosa_hf.files import check_output, whole_file, whole_model
+from cosa_hf.files import check_output, whole_file
 from cosa_hf.inference import load_model, require_cams, stride_of
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.publishing.half import save_half
@@ -50,9 +50,7 @@ def write_onnx(model: Any, target: Path, int8: bool) -> None:
 
 
 def write_half(model: Any, processor: Any, target: Path) -> None:
-    with whole_model(target) as unfinished:
-        save_half(model, unfinished)
-        processor.save_pretrained(unfinished)
+    save_half(model, processor, target)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     print(f"{target}: {size / 1e6:.1f} MB of float16 weights, which are computed with as float32")
 
