@@ -6,23 +6,11 @@ import numpy as np
 import pytest
 import reference
 import torch
-from tiny import array, photos, scramble_batch_norm, tiny_config, tiny_model
+from tiny import BACKBONES, FAMILIES, array, photos, scramble_batch_norm, tiny_config, tiny_model
 from torch import nn
 
 from cosa_hf import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.backbone_cosa import CoSABackbone
-
-# name, aux_layer, token stride, channels of F and of F†
-BACKBONES = [
-    ("test_vit", -3, 16, 64, 64),
-    ("test_efficientnet", -2, 16, 64, 48),
-    ("test_convnext", -2, 16, 64, 48),
-    ("test_resnet", -2, 16, 96, 192),
-    ("test_mambaout", -2, 32, 64, 48),  # channels last, and stages on different grids
-]
-
-
-FAMILIES = [backbone[:2] for backbone in BACKBONES]
 
 
 @pytest.mark.parametrize(("name", "aux_layer", "stride", "channels", "aux_channels"), BACKBONES)

@@ -12,23 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import photos, scramble_batch_norm, tiny_config, tiny_model
+from tiny import FAMILIES, photos, scramble_batch_norm, tiny_config, tiny_model
 from torch import nn
 
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAOutput
 from cosa_hf.modeling_cosa import CoSALargeFOV
-
-# name, aux_layer, token stride, channels of F and of F†
-BACKBONES = [
-    ("test_vit", -3, 16, 64, 64),
-    ("test_efficientnet", -2, 16, 64, 48),
-    ("test_convnext", -2, 16, 64, 48),
-    ("test_resnet", -2, 16, 96, 192),
-    ("test_mambaout", -2, 32, 64, 48),  # channels last, and stages on different grids
-]
-
-
-FAMILIES = [backbone[:2] for backbone in BACKBONES]
 
 
 def all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

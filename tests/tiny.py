@@ -8,6 +8,16 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, Segf
 from cosa_hf import CoSAConfig, CoSAForWeaklySupervisedSegmentation, CoSAImageProcessor
 from cosa_hf.data import SHAPES_CLASSES
 
+# name, aux_layer, token stride, channels of F and of F†
+BACKBONES = [
+    ("test_vit", -3, 16, 64, 64),
+    ("test_efficientnet", -2, 16, 64, 48),
+    ("test_convnext", -2, 16, 64, 48),
+    ("test_resnet", -2, 16, 96, 192),
+    ("test_mambaout", -2, 32, 64, 48),  # channels last, and stages on different grids
+]
+FAMILIES = [backbone[:2] for backbone in BACKBONES]
+
 
 def tiny_cosa(names=SHAPES_CLASSES, seed=0, **fields):
     torch.manual_seed(seed)
