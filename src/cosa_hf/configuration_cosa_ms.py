@@ -2,7 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_cosa import SegmentationConfig
+from .configuration_cosa import CoSAConfig, SegmentationConfig
 
 
 @strict
@@ -35,16 +35,7 @@ class CoSAMSConfig(SegmentationConfig):
 
     model_type = "cosa-ms"
     model_code = "modeling_cosa_ms.CoSAMSForSemanticSegmentation"
-    code_files = (
-        "backbone_cosa.py",
-        "configuration_cosa.py",
-        "configuration_cosa_ms.py",
-        "image_processing_cosa.py",
-        "modeling_cosa.py",
-        "modeling_cosa_ms.py",
-        "timm_models.py",
-        "wide_resnet38.py",
-    )
+    code_files = (*CoSAConfig.code_files, "configuration_cosa_ms.py", "modeling_cosa_ms.py", "wide_resnet38.py")
 
     architecture: str = "deeplabv3plus"
     encoder: str = "resnet101.tv_in1k"

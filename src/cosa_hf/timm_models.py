@@ -56,7 +56,24 @@ def read_timm_weights(model: nn.Module, name: str, weights: str | os.PathLike) -
 
 
 def create_timm_model(config: CoSAConfig, pretrained: bool = False) -> nn.Module:
-    """The timm model of a config: no classifier, any input size and the asked stride where timm can."""
+    """
+    The timm model of a config: no classifier, any input size and the asked stride where timm can.
+
+    Raises:
+        ValueError: if timm has no such model, or none that returns the maps of its layers.
+
+    Example:
+
+    ```python
+    >>> from cosa_hf import CoSAConfig
+    >>> from cosa_hf.timm_models import create_timm_model
+
+    >>> model = create_timm_model(CoSAConfig(backbone="test_vit"))
+    >>> type(model.head).__name__, model.num_features
+    ('Identity', 64)
+
+    ```
+    """
     # Here, not above: of the time that `import cosa_hf` takes beside transformers, timm would be nearly all.
     import timm
 
@@ -84,7 +101,20 @@ def create_timm_model(config: CoSAConfig, pretrained: bool = False) -> nn.Module
 
 
 def has_plain_blocks(model: nn.Module) -> bool:
-    """Whether a model is a stack of timm's own ViT blocks, or of what was left out of them."""
+    """
+    Whether a model is a stack of timm's own ViT blocks, or of what was left out of them.
+
+    Example:
+
+    ```python
+    >>> import timm
+    >>> from cosa_hf.timm_models import has_plain_blocks
+
+    >>> [has_plain_blocks(timm.create_model(name)) for name in ("test_vit", "test_resnet")]
+    [True, False]
+
+    ```
+    """
     from timm.models.vision_transformer import Attention, Block
 
     blocks: Any = [block for block in getattr(model, "blocks", ()) if not isinstance(block, nn.Identity)]

@@ -1,10 +1,6 @@
 """From images to logits, CAMs and masks."""
 
-from cosa_hf.inference.multiscale import (
-    SCALES,
-    MultiScaleOutput,
-    forward_multiscale,
-)
+from cosa_hf.inference.multiscale import SCALES, MultiScaleOutput, forward_multiscale
 from cosa_hf.inference.networks import (
     MASK_SETS,
     auto_class,
@@ -19,14 +15,8 @@ from cosa_hf.inference.networks import (
     segmentation_logits,
     stride_of,
 )
-from cosa_hf.inference.segmentation import (
-    CRF,
-    Segmentation,
-    crf_size,
-)
-from cosa_hf.inference.segmenter import (
-    Segmenter,
-)
+from cosa_hf.inference.segmentation import CRF, Segmentation, crf_size
+from cosa_hf.inference.segmenter import Segmenter
 
 __all__ = [
     "CRF",

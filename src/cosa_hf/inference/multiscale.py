@@ -131,6 +131,14 @@ def forward_multiscale(
 
 
 def check_scales(scales: Sequence[float]) -> None:
+    """Refuse scales that no image can be brought to.
+
+    Raises:
+        ValueError: no scale, or one that is not positive.
+
+    Example:
+        >>> check_scales([1.0, 0.5])
+    """
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be positive numbers, at least one, got {list(scales)}")
 
