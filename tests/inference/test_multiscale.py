@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import save_segformer
+from tiny import save_segformer, tiny_model
 from torch.nn import functional as F
 
 from cosa_hf.inference import forward_multiscale, has_cams, load_model
@@ -122,6 +122,24 @@ def test_images_of_a_batch_do_not_see_each_other(model):
         alone = forward_multiscale(model, pixel_values[1:2])
     for name in ("cls_logits", *MAPS):
         torch.testing.assert_close(getattr(together, name)[1:2], getattr(alone, name), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [None, 4])
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5)])
+def test_what_the_encoder_made_of_scale_one_takes_the_place_of_that_pass(scales, flip, frozen):
+    model, pixel_values = tiny_model(affinity="features").eval(), images(64, 48)
+    model.backbone.freeze(frozen)
+    with torch.no_grad():
+        views = [model.backbone.encode(view, affinity=True) for view in (pixel_values, pixel_values.flip(-1))]
+        encoded = {name: torch.stack([view[name] for view in views], dim=1) for name in views[0]}
+        expected = forward_multiscale(model, pixel_values, scales, flip)
+        fused = forward_multiscale(model, pixel_values, scales, flip, encoded=encoded)
+        others = {name: maps.flip(0) for name, maps in encoded.items()}
+        changed = forward_multiscale(model, pixel_values, scales, flip, encoded=others)
+    for name in ("cls_logits", "affinity", *MAPS):
+        torch.testing.assert_close(getattr(fused, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(changed.seg_logits, expected.seg_logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("scales", [(), (0.0,), (1.0, -0.5)])

@@ -74,7 +74,7 @@ class Caching:
         return EncodedImages(model, processor, images, self.root / "cache", Accelerator(cpu=True))
 
     def run(self) -> None:
-        self.encoded().fill(2, 0)
+        self.encoded().fill(0)
 
     def left(self) -> dict[str, Any]:
         encoded = self.encoded()

@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from drawn import write_voc
 from in_process import run_command
 from runs_of import train_on
+from tiny import save_cosa
 
+from cosa_hf.backbone_cosa import CoSABackbone
 from cosa_hf.data import SHAPES_CLASSES, load_voc
 
 SETTINGS = shlex.split("--dataset shapes --split val --source cam_mean --scales 1 --shard_size 20 --batch_size 4")
@@ -129,6 +132,29 @@ def test_untagged_images_need_tags_that_are_predicted(model_dir, voc_dir, tmp_pa
     cosa_hf(*words(model_dir, tmp_path / "out", *settings, *predicted))
     found = json.loads((tmp_path / "out" / "image_labels.json").read_text())
     assert found == tags | {"val-00002": list(SHAPES_CLASSES)}
+
+
+def test_cached_features_spare_the_encoder(tmp_path, voc_dir, cosa_hf, complaint, monkeypatch):
+    """The first export encodes and keeps, the second does neither; both write what one without a cache writes."""
+    model_dir = save_cosa(tmp_path / "model", 96, affinity="features")
+    cached = ("--cache_features", tmp_path / "cache")
+    settings = ("--dataset", "voc", "--data_dir", voc_dir, "--format", "png", "--source", "cam_spread")
+    said = cosa_hf(*words(model_dir, tmp_path / "first", *settings, *cached))
+    assert "encoding 6 images once" in said
+    monkeypatch.setattr(CoSABackbone, "forward", None)
+    assert "encoding" not in cosa_hf(*words(model_dir, tmp_path / "second", *settings, *cached))
+    monkeypatch.undo()
+    cosa_hf(*words(model_dir, tmp_path / "without", *settings))
+    first, second, without = (load_voc(tmp_path / name, "val", masks=True) for name in ("first", "second", "without"))
+    for row in range(6):
+        masks = [np.asarray(each[row]["mask"]) for each in (first, second, without)]
+        assert np.array_equal(masks[0], masks[1])
+        assert (masks[0] != masks[2]).mean() < 0.01  # the cache is in float16
+        assert len(np.unique(masks[2])) > 1
+    recorded = [json.loads((tmp_path / name / "export.json").read_text()) for name in ("first", "without")]
+    assert [each["settings"].get("cached_features") for each in recorded] == [True, None]
+    said = complaint(*words(model_dir, tmp_path / "half", *settings, *cached, "--scales", "0.5", "1.5"))
+    assert "--cache_features has the images at scale 1, and --scales 0.5 1.5 asks for others: add 1" in said
 
 
 def test_missing_model_is_one_clear_line(tmp_path, complaint):

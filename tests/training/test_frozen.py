@@ -374,7 +374,7 @@ def test_statistics_are_of_images_from_all_over_the_dataset(cached, encoder, tmp
     monkeypatch.setattr(setup, "STANDARDIZED_OVER", 2)
     dataset = images_in(tmp_path / "photos")
     encoded = encoder(dataset)
-    encoded.fill(2, 0)
+    encoded.fill(0)
     models = [build(standardize_features=True) for _ in range(2)]
     for model in models:
         model.load_state_dict(encoded.model.state_dict(), strict=False)
@@ -393,13 +393,13 @@ def test_statistics_are_of_images_from_all_over_the_dataset(cached, encoder, tmp
 def test_a_changed_photo_is_encoded_anew_and_a_broken_one_named(encoder, tmp_path):
     dataset = images_in(tmp_path / "photos")
     encoded = encoder(dataset)
-    encoded.fill(2, 0)
+    encoded.fill(0)
     before = encoded.read(encoded.keys[1])["features"]
     read_image(undecoded(dataset)[0]).rotate(90).save(tmp_path / "photos/1.png")
     (tmp_path / "photos/2.png").write_bytes(b"not an image")
     changed = encoder(dataset)
     assert [a == b for a, b in zip(encoded.keys, changed.keys, strict=True)] == [True, False, False, True]
-    changed.fill(2, 0)
+    changed.fill(0)
     assert not torch.equal(changed.read(changed.keys[1])["features"], before)
     assert len(list(changed.sample(4))) == 3
     items = EncodedDataset(dataset, changed.read, changed.keys, 48, length=8, seed=0)
@@ -410,7 +410,7 @@ def test_a_changed_photo_is_encoded_anew_and_a_broken_one_named(encoder, tmp_pat
 def test_items_are_the_encoders_maps_of_the_image_or_its_mirror_image(encoder, tmp_path):
     dataset = images_in(tmp_path / "photos")
     encoded = encoder(dataset)
-    encoded.fill(3, 0)
+    encoded.fill(0)
     model, processor = encoded.model, encoded.processor
     items, seen = EncodedDataset(dataset, encoded.read, encoded.keys, 48, length=16, seed=0), set()
     for position in range(16):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
 from cosa_hf.commands.arguments import positive
@@ -28,8 +28,11 @@ from cosa_hf.commands.inputs import (
     segmenter_of,
 )
 from cosa_hf.data import DatasetOptions
+from cosa_hf.inference import Segmenter, require_cams
 from cosa_hf.pseudo_labels.export import SOURCES, export_pseudo_labels
 from cosa_hf.pseudo_labels.formats import FORMATS
+from cosa_hf.training.features import EncodedImages, default_directory
+from cosa_hf.training.precision import computes_bf16
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         class_threshold=args.class_threshold if args.tags == "predicted" else None,
         shard_size=args.shard_size,
         data_dir=args.data_dir,
+        encoded=None if args.cache_features is None else features_of(args, segmenter, dataset).read,
     )
     seconds = time.perf_counter() - start
     if labelled < len(dataset):
@@ -61,6 +65,27 @@ def main(arguments: Sequence[str]) -> None:
         state.print(f"{labelled} images labelled, {labelled / seconds:.2f} images/s")
     state.print(f"export: {args.output_dir}")
     state.destroy_process_group()
+
+
+def features_of(args: argparse.Namespace, segmenter: Segmenter, dataset: datasets.Dataset) -> EncodedImages:
+    """What the model's encoder made of the images, from the cache of its run; what is missing there is made first.
+
+    Raises:
+        ValueError: a model without CAMs, or scales that no cache has.
+        OSError: no room on the disk for what is missing.
+    """
+    require_cams(segmenter.model)
+    if 1 not in args.scales:
+        raise ValueError(
+            f"--cache_features has the images at scale 1, and --scales {' '.join(map(str, args.scales))} asks for "
+            "others: add 1, or leave --cache_features out"
+        )
+    segmenter.model.backbone.freeze()
+    accelerator = Accelerator(mixed_precision="bf16" if computes_bf16() else "no")
+    root = default_directory() if args.cache_features == "auto" else Path(args.cache_features)
+    encoded = EncodedImages(segmenter.model, segmenter.processor, dataset, root, accelerator)
+    encoded.fill(num_workers=0)
+    return encoded
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]:
@@ -91,6 +116,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]
         help="probability from which on a class is recognised, with --tags predicted",
     )
     add_inference(parser)
+    parser.add_argument(
+        "--cache_features",
+        metavar="DIR",
+        help="take scale 1 from what the model's run keeps of these images, if all of the encoder was frozen; what is "
+        "missing is encoded and kept first (auto: below the Hub's cache, as in training)",
+    )
     parser.add_argument(
         "--shard_size",
         type=positive,

@@ -1,8 +1,9 @@
 """One network on scaled and mirrored copies of images, and how their maps become one (Sec. 3.3)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,7 @@ def forward_multiscale(
     scales: Sequence[float] = (1.0, 0.5, 1.5),
     flip: bool = True,
     cam_fusion: Literal["max", "sum"] = "max",
+    encoded: Mapping[str, Tensor] | None = None,
 ) -> MultiScaleOutput:
     """Run the model on scaled and mirrored copies; CAMs by maximum, logits by mean (Sec. 3.3, Alg. 1 lines 7-8).
 
@@ -54,6 +56,8 @@ def forward_multiscale(
         scales: factors on H and W, each rounded to the model's stride, or to 32 pixels where it has none.
         flip: add the mirror image of each scale.
         cam_fusion: `max`, the paper's; `sum`, the released code's: of what is positive in the maximum over flips.
+        encoded: what `backbone.encode` made of the images and of their mirror images at scale 1, if that is known:
+            maps (B, 2, ...), in the place of a pass through the frozen part.
 
     Raises:
         ValueError: no scale, or one that is not positive.
@@ -91,12 +95,15 @@ def forward_multiscale(
         images = pixel_values
         if scaled_size != size:
             images = F.interpolate(pixel_values, size=scaled_size, mode="bilinear", align_corners=False)
-        inputs = torch.cat([images, images.flip(-1)]) if flip else images
+        if scale == 1 and encoded is not None:
+            run = partial(model, encoded={name: _in_one_batch(views, flip) for name, views in encoded.items()})
+        else:
+            run = partial(model, torch.cat([images, images.flip(-1)]) if flip else images)
         if spreads and scale == 1:
-            outputs = model(inputs, output_affinity=True)
+            outputs = run(output_affinity=True)
             affinity = outputs.affinity[:batch]
         else:
-            outputs = model(inputs)
+            outputs = run()
         fused = [(segmentation_logits(outputs), seg_logits)]
         if cams_too:
             cls_logits.append(outputs.cls_logits.unflatten(0, (-1, batch)))
@@ -128,6 +135,11 @@ def forward_multiscale(
         affinity = model(pixel_values, output_affinity=True).affinity
     scores = at_least_float32(torch.cat(cls_logits)).mean(dim=0)
     return MultiScaleOutput(segmentation, scores, fused_cams(cams), fused_cams(aux_cams), affinity)
+
+
+def _in_one_batch(views: Tensor, flip: bool) -> Tensor:
+    """From (B, 2, ...) to all plain ones and then, with `flip`, all mirrored ones."""
+    return views.transpose(0, 1).flatten(0, 1) if flip else views[:, 0]
 
 
 def check_scales(scales: Sequence[float]) -> None:

@@ -1,7 +1,7 @@
 """From images to logits, CAMs and masks: the one path of prediction, evaluation, label export and the app."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -12,6 +12,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
+from cosa_hf.data.encoded import image_keys
 from cosa_hf.data.images import Reading, open_image, read_image, read_mask, undecoded
 from cosa_hf.data.tags import multi_hot, parse_tags, tag_ids
 from cosa_hf.inference.multiscale import check_scales, forward_multiscale
@@ -26,6 +27,7 @@ class _Input(NamedTuple):
     image: Image.Image
     labels: Tensor
     ground_truth: Tensor | None = None
+    encoded: Mapping[str, Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -167,13 +169,20 @@ class Segmenter:
 
         return list(self._run(len(images), read))
 
-    def predict(self, dataset: Dataset, class_threshold: float | None = None) -> Iterator[Segmentation]:
+    def predict(
+        self,
+        dataset: Dataset,
+        class_threshold: float | None = None,
+        encoded: Callable[[str], Mapping[str, Tensor]] | None = None,
+    ) -> Iterator[Segmentation]:
         """Segment every image of a dataset, in order.
 
         Args:
             dataset: with the columns image, labels and image_id; a column mask is read where there is one.
             class_threshold: give an image without a tag the classes whose probability, sigmoid(Z), reaches this;
                 None leaves it without.
+            encoded: from an image's key (`data.encoded.image_keys`) to what the encoder's frozen part made of it and of
+                its mirror image at scale 1, as `training.features.EncodedImages.read` has it: these passes are spared.
 
         Raises:
             ValueError: the dataset's classes are not the model's, or an image or mask cannot be read or they do not
@@ -184,6 +193,7 @@ class Segmenter:
         if class_threshold is not None:
             require_cams(self.model)
         rows, num_classes = undecoded(dataset), config.num_labels - 1
+        keys = None if encoded is None else image_keys(dataset)
 
         def read(index: int) -> _Input:
             row = rows[index]
@@ -191,7 +201,8 @@ class Segmenter:
             if "mask" in row:
                 mask = read_mask(row, image.size, num_classes, ignore_index(config))
                 ground_truth = torch.from_numpy(np.array(mask)).long()
-            return _Input(row["image_id"], image, multi_hot(row["labels"], num_classes), ground_truth)
+            known = encoded(keys[index]) if encoded is not None and keys is not None else None
+            return _Input(row["image_id"], image, multi_hot(row["labels"], num_classes), ground_truth, known)
 
         yield from self._run(len(rows), read, class_threshold)
 
@@ -212,7 +223,9 @@ class Segmenter:
         self, inputs: Sequence[_Input], pixel_values: Tensor, class_threshold: float | None
     ) -> list[Segmentation]:
         weight = next(self.model.parameters())
-        fused = forward_multiscale(self.model, pixel_values.to(weight), self.scales, self.flip)
+        known = [each.encoded for each in inputs if each.encoded is not None]
+        encoded = {name: torch.stack([maps[name] for maps in known]).to(weight) for name in known[0]} if known else None
+        fused = forward_multiscale(self.model, pixel_values.to(weight), self.scales, self.flip, encoded=encoded)
         labels = torch.stack([each.labels for each in inputs]).to(weight.device)
         if class_threshold is not None:
             predicted = (fused.cls_logits.sigmoid() >= class_threshold).to(labels.dtype)

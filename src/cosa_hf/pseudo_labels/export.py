@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import Tensor
 
 from cosa_hf._version import __version__
 from cosa_hf.data.images import Reading, UnreadableImageError, read_image, undecoded
@@ -48,6 +49,7 @@ def export_pseudo_labels(
     class_threshold: float | None = None,
     shard_size: int = 256,
     data_dir: str | Path | None = None,
+    encoded: Callable[[str], Mapping[str, Tensor]] | None = None,
     progress: bool = True,
 ) -> int:
     """Label every image of a dataset and write image, tags and mask in a format for other programs.
@@ -71,6 +73,7 @@ def export_pseudo_labels(
         shard_size: images that are written, and lost when the process is killed, together.
         data_dir: what the file names in COCO json are relative to; images outside of it are relative to the directory
             that they all lie in.
+        encoded: what is known of the images already, as in `Segmenter.predict`.
         progress: show a bar on stderr, for the share of the main process.
 
     Returns:
@@ -113,6 +116,7 @@ def export_pseudo_labels(
         "threshold": None if source == "seg" else model.config.cam_threshold if threshold is None else threshold,
         "class_threshold": class_threshold,
         **segmenter.settings,
+        **({} if encoded is None else {"cached_features": True}),  # in float16: masks differ by rounding
         "classes": classes,
         "split": split,
         "images": len(dataset),
@@ -153,7 +157,7 @@ def export_pseudo_labels(
                 for shard in mine:
                     images = dataset.select(rows[shard], keep_in_memory=True)
                     try:
-                        _write_shard(files, shard, _pseudo_labels(segmenter, images, settings), bar)
+                        _write_shard(files, shard, _pseudo_labels(segmenter, images, settings, encoded), bar)
                     except ValueError as error:
                         unreadable += _unreadable(images, segmenter.reading) or [str(error)]
         unreadable = gather_object(unreadable)
@@ -171,9 +175,11 @@ def export_pseudo_labels(
     return sum(len(rows[shard]) for shard in missing)
 
 
-def _pseudo_labels(segmenter: Segmenter, images: Dataset, settings: dict[str, Any]) -> Iterator[PseudoLabel]:
+def _pseudo_labels(
+    segmenter: Segmenter, images: Dataset, settings: dict[str, Any], encoded: Any
+) -> Iterator[PseudoLabel]:
     protocol, threshold = SOURCES[settings["source"]], settings["threshold"]
-    for one, row in zip(segmenter.predict(images, settings["class_threshold"]), images, strict=True):
+    for one, row in zip(segmenter.predict(images, settings["class_threshold"], encoded), images, strict=True):
         mask, confidence = one.label(protocol, threshold)
         yield PseudoLabel(
             one.image_id,

@@ -36,6 +36,7 @@ from cosa_hf.progress import progress
 FORMAT = 1
 ABOUT = "about.json"
 DISK_RESERVE = 0.05  # of a disk, which a cache leaves free
+ENCODED_AT_ONCE = 4  # images, twice: plain and mirrored
 
 
 MADE_BY = (
@@ -243,7 +244,7 @@ class EncodedImages:
         } | self.reading.settings
         self.store = FeatureStore(root, made_by, {name: tuple(maps.shape[1:]) for name, maps in one.items()})
 
-    def fill(self, batch_size: int, num_workers: int) -> None:
+    def fill(self, num_workers: int) -> None:
         """Encode what is not there yet; a run that was killed goes on here."""
         # The main process decides: another would already miss what the first has written, and share out other rows.
         (missing,) = broadcast_object_list([self.store.missing(self.keys)])
@@ -258,7 +259,7 @@ class EncodedImages:
         )
         share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         loader = DataLoader(
-            self.dataset.select(share), batch_size=batch_size, num_workers=num_workers, collate_fn=self._collate
+            self.dataset.select(share), batch_size=ENCODED_AT_ONCE, num_workers=num_workers, collate_fn=self._collate
         )
         bar = progress(
             description="encode", total=len(share), unit="image", disable=not self.accelerator.is_main_process

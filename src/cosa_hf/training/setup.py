@@ -38,7 +38,6 @@ from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
 from cosa_hf.training.features import EncodedImages, default_directory
 from cosa_hf.training.telemetry import check_tracker
 
-ENCODED_AT_ONCE = 4  # images, twice: plain and mirrored
 STANDARDIZED_OVER = 256  # images
 
 
@@ -220,7 +219,7 @@ def encoded_images(
     assert isinstance(dataset, Dataset)
     root = default_directory() if chosen == "auto" else Path(chosen)
     encoded = EncodedImages(model, processor, dataset, root, accelerator)
-    encoded.fill(batch_size=ENCODED_AT_ONCE, num_workers=config.num_workers)
+    encoded.fill(config.num_workers)
     return encoded
 
 
