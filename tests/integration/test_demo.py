@@ -89,10 +89,19 @@ def test_a_directory_with_something_in_it_is_left_alone(tmp_path, complaint):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_command_that_fails_is_named(monkeypatch):
-    monkeypatch.setattr(demo, "COMMAND", ("-c", "raise SystemExit(1)"))
-    with pytest.raises(ChildProcessError, match="cosa-hf evaluate failed; the message above says why"):
-        demo.command("evaluate", "nowhere")
+def test_a_command_that_fails_ends_it(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        demo.command("predict", tmp_path / "nowhere", "cat.jpg", "--output_dir", tmp_path / "masks")
+    printed = capsys.readouterr()
+    assert f"\n$ cosa-hf predict {tmp_path}/nowhere cat.jpg" in printed.out
+    assert printed.err.startswith("error: no model at ")
+
+
+def test_a_training_that_fails_is_named(tmp_path):
+    said = pytest.raises(ChildProcessError, match=r"training failed; .*/log says why")
+    with demo.training("--max_steps", "none", log=tmp_path / "log") as process, said:
+        demo.finish(process, tmp_path / "log")
+    assert "max_steps" in (tmp_path / "log").read_text()
 
 
 def is_running(pid: int) -> bool:

@@ -1,11 +1,10 @@
 """`cosa-hf label` as a user runs, kills and repeats it."""
 
 import json
+import multiprocessing
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -35,6 +34,10 @@ def words(model_dir, output_dir, *arguments):
     return ("label", model_dir, *SETTINGS, *arguments, "--output_dir", output_dir)
 
 
+def label(arguments):
+    assert run_command(*arguments) == 0
+
+
 def files(directory):
     return {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
 
@@ -56,13 +59,15 @@ KILLED_AT = {
 def test_killed_in_the_middle_and_run_again(format, model_dir, tmp_path, cosa_hf):
     output_dir = tmp_path / "killed"
     pattern, number = KILLED_AT[format]
-    command = [sys.executable, "-m", "cosa_hf.cli", *words(model_dir, output_dir, "--format", format)]
-    with subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL) as process:
-        while len(list(output_dir.glob(pattern))) < number:
-            assert process.poll() is None, "the export ended before it could be killed"
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    command = words(model_dir, output_dir, "--format", format)
+    process = multiprocessing.get_context("fork").Process(target=label, args=(command,))  # spares it the start
+    process.start()
+    while len(list(output_dir.glob(pattern))) < number:
+        assert process.is_alive(), "the export ended before it could be killed"
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert json.loads((output_dir / "export.json").read_text())["complete"] is False
     # All but the parts that are gone when the export is complete, and the file that was being written.
     kept = {name for name in files(output_dir) if not name.startswith(".") and not Path(name).name.startswith(".")}
@@ -82,10 +87,6 @@ def test_killed_in_the_middle_and_run_again(format, model_dir, tmp_path, cosa_hf
         assert (after.st_mtime_ns, after.st_ino) == (before[name].st_mtime_ns, before[name].st_ino), (
             f"{name} was written twice"
         )
-
-
-def label(arguments):
-    assert run_command(*arguments) == 0
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """research/benchmark.py as a user runs it, and the naive baseline that it compares the package with."""
 
 import json
+import multiprocessing
 
 import benchmark
 import pytest
@@ -18,8 +19,11 @@ from cosa_hf.training.setup import build_student
 TINY = {"backbone": "test_vit", "aux_layer": -2, "crop_size": 64, "input_size": 64, "batch_size": 2}
 
 
-@pytest.mark.slow  # four processes, each of which has to import everything first
-def test_tables_and_json(tmp_path, capsys):
+@pytest.mark.slow
+def test_tables_and_json(tmp_path, capsys, monkeypatch):
+    # Four processes, each of which would have to import everything first.
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: fork)
     fields = [f"{name}={value}" for name, value in TINY.items()]
     variants = ["--variants", "fp32", "naive", "--steps", "1", "--classes", "4"]
     benchmark.main(["--set", *fields, *variants, "--evaluation", "--output_dir", str(tmp_path)])

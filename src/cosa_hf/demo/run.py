@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 from transformers import pipeline
 
+from cosa_hf.cli import main
 from cosa_hf.data.shapes import load_shapes
 from cosa_hf.files import check_output, whole_model
 from cosa_hf.training.config import TrainingConfig
@@ -32,7 +33,8 @@ def run(output_dir: Path, recipe: str) -> None:
 
     Raises:
         FileExistsError: the directory holds something already.
-        ChildProcessError: one of the commands failed; its own message is above.
+        ChildProcessError: a training failed; its own message is above.
+        SystemExit: one of the other commands failed, with its status and message.
     """
     # The trainings have sessions of their own, which no signal to this one reaches: leave through the `with` block.
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -85,17 +87,16 @@ def train_both(output_dir: Path, recipe: str, steps: int) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def training(*arguments: str | Path, log: Path | None = None) -> Iterator[subprocess.Popen]:
-    """A training, through Accelerate, running until the end of the `with` block at the latest.
+    """A training, running until the end of the `with` block at the latest.
 
     What it prints goes to the terminal, or to a file.
     """
     print(f"\n$ cosa-hf train {' '.join(map(str, arguments))}", flush=True)
-    launch = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
-    words = (*launch, "--mixed_precision", "no", "--dynamo_backend", "no", *COMMAND, "train", *arguments)
+    words = (sys.executable, *COMMAND, "train", *arguments)
     output = None if log is None else log.open("w")
     # Two networks too small to share work between cores train side by side, on a core each.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # A session of its own, so that what the launcher starts can be ended with it: the training and its data workers.
+    # A session of its own, so that the training's data workers end with it.
     process = subprocess.Popen(
         [*map(str, words)], env=environment, stdout=output, stderr=output, start_new_session=True
     )
@@ -116,8 +117,8 @@ def command(name: str, *arguments: str | Path) -> None:
     """One of the commands, as a user would call it."""
     words = [name, *map(str, arguments)]
     print(f"\n$ cosa-hf {' '.join(words)}", flush=True)
-    if subprocess.run([sys.executable, *COMMAND, *words], check=False).returncode:
-        raise ChildProcessError(f"cosa-hf {name} failed; the message above says why")
+    if status := main(words):
+        sys.exit(status)
 
 
 def recommended(run_dir: Path) -> Path:

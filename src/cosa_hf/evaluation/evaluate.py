@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from cosa_hf.data.ground_truth import require_ground_truth
@@ -158,6 +157,8 @@ def _average_precision(
     """Percent: the mean over the classes that occur, and each class's; labels and logits are (C,) of each image."""
     if not classified:
         return None, None
+    from sklearn.metrics import average_precision_score  # takes a second, which every command would wait for
+
     labels, scores = (torch.stack(each).double().numpy() for each in zip(*classified, strict=True))
     precision = {
         name: 100 * float(average_precision_score(there, score)) if there.any() else None
