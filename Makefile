@@ -35,16 +35,18 @@ format: setup
 docs: setup
 	$(BIN)/python -m mkdocs build --strict
 
-# Replaces the model that cosa_hf.demo_model() returns: make demo-model MODEL=runs/long/assignment VOC=VOC2012
-# MODEL lies in its run's directory, VOC has the lists train_aug and val_report (research/notes/voc-1696.md).
+# Replaces the model that cosa_hf.demo_model() returns: make demo-model MODEL=runs/student/model VOC=VOC2012
+# MODEL lies in its run's directory, VOC has the list val_report (research/notes/student.md).
 DEMO := src/cosa_hf/demo/model
+CARD := cosa-ms-lite0-voc-1696
 demo-model: setup
-	rm -rf build/demo build/demo-card
-	$(BIN)/python research/compress.py $(MODEL) build/demo --decoder_channels 384 --dataset voc --data_dir $(VOC)
-	$(BIN)/cosa-hf evaluate build/demo --dataset voc --data_dir $(VOC) --split val_report \
-	    --report build/demo-report.json
-	$(BIN)/cosa-hf push build/demo --repo_id cosa-lite0-voc-1696 --report build/demo-report.json \
-	    --recipe $(MODEL)/../recipe.yaml --notes model_cards/demo-notes.md --license other --dry_run build/demo-card
-	cd build/demo-card && install -D -m 644 -t ../../$(DEMO) README.md config.json model.safetensors \
+	rm -rf build/demo && mkdir -p build/demo
+	cp $(MODEL)/../recipe.yaml $(MODEL)/../run.json build/demo
+	$(BIN)/cosa-hf export $(MODEL) build/demo/model --format half
+	$(BIN)/cosa-hf evaluate build/demo/model --dataset voc --data_dir $(VOC) --split val_report \
+	    --report build/demo/report.json
+	$(BIN)/cosa-hf push build/demo/model --repo_id $(CARD) --report build/demo/report.json \
+	    --notes model_cards/demo-notes.md --license other --dry_run build/demo/card
+	cd build/demo/card && install -D -m 644 -t ../../../$(DEMO) README.md config.json model.safetensors \
 	    preprocessor_config.json recipe.yaml
-	sed 's|](recipe.yaml)|](../$(DEMO)/recipe.yaml)|' $(DEMO)/README.md > model_cards/cosa-lite0-voc-1696.md
+	sed 's|](recipe.yaml)|](../$(DEMO)/recipe.yaml)|' $(DEMO)/README.md > model_cards/$(CARD).md

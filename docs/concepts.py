@@ -1,6 +1,6 @@
 """Draws the figures of docs/concepts.md.
 
-make demo && python docs/concepts.py runs/demo/model --voc_dir VOC2012
+make demo && python docs/concepts.py runs/demo/model --photos_model runs/long/assignment --voc_dir VOC2012
 """
 
 import argparse
@@ -14,7 +14,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cosa_hf import demo_model
 from cosa_hf.assignment.threshold import BINS, LEAST, fit_mixture
 from cosa_hf.data import load_dataset_by_name, load_shapes
 from cosa_hf.data.palette import to_palette_image
@@ -105,9 +104,9 @@ def _save(figure: Figure, path: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     draw_labels(args.model, args.output_dir / "labels.png")
     found = {"drawn shapes": confidences(args.model, load_shapes("val", num_images=args.num_images))}
-    if args.voc_dir:
+    if args.photos_model:
         photos = load_dataset_by_name("voc", args.voc_dir, args.split)
-        found["photos"] = confidences(demo_model(), photos.select(range(min(args.num_images, len(photos)))))
+        found["photos"] = confidences(args.photos_model, photos.select(range(min(args.num_images, len(photos)))))
     draw_threshold(found, args.output_dir / "threshold.png")
 
 
@@ -122,7 +121,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=Path(__file__).with_name("concepts"),
         help="for the PNGs (default: %(default)s)",
     )
-    parser.add_argument("--voc_dir", help="VOC2012, for the histogram of photos (default: no such histogram)")
+    parser.add_argument(
+        "--photos_model", help="a model of VOC's classes, for the histogram of photos (default: no such histogram)"
+    )
+    parser.add_argument("--voc_dir", default="VOC2012", help="the photos (default: %(default)s)")
     parser.add_argument("--split", default="train_aug", help="split of VOC (default: %(default)s)")
     parser.add_argument("--num_images", type=int, default=60, help="images in a histogram (default: %(default)s)")
     return parser.parse_args(arguments)

@@ -45,14 +45,14 @@ def test_mask_and_cam_are_those_of_the_segmenter(segmenter, photo, one, tags):
 
 def test_threshold_takes_pixels_away_from_the_pseudo_label(one):
     def painted(threshold):
-        heat, label = app.cam_images(one, "star", threshold, NAMES)
+        heat, label = app.class_images(one, "star", threshold, NAMES)
         assert heat.size == (120, 80)
         return (np.asarray(label)[:80] != np.asarray(one.image)).any(-1).sum()
 
     assert painted(0.0) == 120 * 80
     assert painted(0.0) > painted(0.4) > painted(0.8) > 0
-    other = app.cam_images(one, "boat", 0.4, NAMES)[0]
-    assert other.tobytes() != app.cam_images(one, "star", 0.4, NAMES)[0].tobytes()
+    other = app.class_images(one, "boat", 0.4, NAMES)[0]
+    assert other.tobytes() != app.class_images(one, "star", 0.4, NAMES)[0].tobytes()
 
 
 def test_the_class_shown_first_is_the_largest_in_the_mask(one):
@@ -97,10 +97,34 @@ def test_a_model_that_is_not_there_is_named(argument, monkeypatch, tmp_path):
         app.main(str(tmp_path / "nothing") if argument else None)
 
 
-def test_a_network_that_only_segments_has_no_page(segmentation_only):
+def test_a_network_without_cams_shows_probabilities(segmentation_only, photo):
+    segmenter = Segmenter.from_pretrained(segmentation_only, device="cpu")
+    one = app.analyze(segmenter, str(photo))
+    name = app.default_class(one, [], segmenter.names)
+    seen, label = app.class_images(one, name, 0.5, segmenter.names)
+    index = segmenter.names.index(name)
+    certain = replace(one, seg_logits=20 * torch.eye(len(segmenter.names))[index][:, None, None])
+    red, _, blue = app.class_images(certain, name, 0.5, segmenter.names)[0].split()
+    assert seen.size == one.image.size
+    assert label is None
+    assert np.mean(red) > np.mean(np.asarray(seen)[..., 0])
+    assert np.mean(red) > np.mean(blue)
+
+
+def test_the_page_of_a_network_without_cams_answers(segmentation_only, photo, tmp_path):
     pytest.importorskip("gradio")
-    with pytest.raises(ValueError, match="only segments and has no CAMs"):
-        app.build(Segmenter.from_pretrained(segmentation_only, device="cpu"))
+    from gradio_client import Client, handle_file
+
+    segmenter = Segmenter.from_pretrained(segmentation_only, device="cpu")
+    page = app.build(segmenter)
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    client = Client(url, verbose=False, download_files=tmp_path)
+    mask, name, seen, label = client.predict(handle_file(photo), [], 0.5, api_name="/segment")
+    assert Path(mask).is_file()
+    assert Path(seen).is_file()
+    assert name in segmenter.names[1:]
+    assert label is None
+    page.close()
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +151,13 @@ def test_page_answers_through_its_api(url, photo, one, tmp_path):
     mask, name, cam, label = client.predict(handle_file(photo), [], 0.5, api_name="/segment")
     assert same(mask, painted([]))
     assert name == app.default_class(one, [], NAMES)
-    expected = app.cam_images(one, name, 0.5, NAMES)
+    expected = app.class_images(one, name, 0.5, NAMES)
     assert same(cam, expected[0])
     assert same(label, expected[1])
     mask, *_ = client.predict(["star"], 0.5, api_name="/tags")
     assert same(mask, painted(["star"]))
-    _, label = client.predict("boat", 0.2, api_name="/cam")
-    assert same(label, app.cam_images(one, "boat", 0.2, NAMES)[1])
+    _, label = client.predict("boat", 0.2, api_name="/class")
+    assert same(label, app.class_images(one, "boat", 0.2, NAMES)[1])
     assert client.predict(None, [], 0.5, api_name="/segment") == (None,) * 4
 
 

@@ -1,4 +1,4 @@
-"""A page to try a model on: upload a photo, tick what is in it or nothing, see the mask and the CAM of a class."""
+"""A page to try a model on: upload a photo, tick what is in it or nothing, see the mask and where a class is seen."""
 
 import atexit
 import os
@@ -17,7 +17,7 @@ from cosa_hf.data import SHAPES_CLASSES, load_shapes
 from cosa_hf.data.images import open_image
 from cosa_hf.data.tags import multi_hot
 from cosa_hf.evaluation.figures import heat, overlay
-from cosa_hf.inference import Segmentation, Segmenter, require_cams
+from cosa_hf.inference import Segmentation, Segmenter, has_cams
 
 __all__ = ["build", "main"]
 
@@ -39,8 +39,9 @@ def analyze(segmenter: Segmenter, path: str) -> Segmentation:
     image = open_image(path, segmenter.reading)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     one = segmenter(image, tags=segmenter.names[1:])
+    maps = {name: getattr(one, name) for name in ("labels", "seg_logits", "cam", "aux_cam")}
     # Interaction goes on where the tags are made: on the CPU.
-    return replace(one, **{name: getattr(one, name).cpu() for name in ("labels", "seg_logits", "cam", "aux_cam")})
+    return replace(one, **{name: each.cpu() for name, each in maps.items() if each is not None})
 
 
 def tagged(one: Segmentation, tags: Sequence[str], names: Sequence[str]) -> Segmentation:
@@ -49,16 +50,23 @@ def tagged(one: Segmentation, tags: Sequence[str], names: Sequence[str]) -> Segm
 
 
 def default_class(one: Segmentation, tags: Sequence[str], names: Sequence[str]) -> str:
-    """The class whose CAM to show first: of those the mask has, the largest; else the first tag, else the first."""
+    """The class to show first: of those the mask has, the largest; else the first tag, else the first."""
     counts = np.bincount(tagged(one, tags, names).mask.flatten(), minlength=len(names))[1:]
     if counts.any():
         return names[int(counts.argmax()) + 1]
     return tags[0] if tags else names[1]
 
 
-def cam_images(one: Segmentation, name: str, threshold: float, names: Sequence[str]) -> tuple[Image.Image, Image.Image]:
-    """One class's CAM as heat, and its pseudo-label (Eq. 3): what reaches the threshold."""
+def class_images(
+    one: Segmentation, name: str, threshold: float, names: Sequence[str]
+) -> tuple[Image.Image, Image.Image | None]:
+    """One class's CAM as heat, and its pseudo-label (Eq. 3): what reaches the threshold.
+
+    Of a network without CAMs the class's probability as heat, and nothing.
+    """
     index = names.index(name)
+    if one.cam is None:
+        return heat(one.image, one.seg_logits.softmax(dim=0)[index : index + 1].numpy()), None
     ids, _ = tagged(one, [name], names).label("cam", threshold)
     return heat(one.image, one.cam[index - 1 : index].numpy()), overlay(one.image, ids, names)
 
@@ -77,15 +85,11 @@ def example_images(names: Sequence[str]) -> list[str]:
 
 
 def build(segmenter: Segmenter) -> Any:
-    """The page, a `gradio.Blocks`; its functions are also an API: /segment, /tags and /cam.
-
-    Raises:
-        ValueError: the model has no CAMs.
-    """
+    """The page, a `gradio.Blocks`; its functions are also an API: /segment, /tags and /class."""
     import gradio as gr
 
-    require_cams(segmenter.model)
-    names = segmenter.names
+    names, cams = segmenter.names, has_cams(segmenter.model)
+    cam_threshold = segmenter.model.config.cam_threshold if cams else 0.5
 
     # The maps stay on the server, so that tags, class and threshold answer at once.
     def segment(path: str | None, tags: list[str], threshold: float) -> tuple:
@@ -102,10 +106,10 @@ def build(segmenter: Segmenter) -> Any:
             return None, None, None, None
         name = default_class(one, tags, names)
         painted = overlay(one.image, tagged(one, tags, names).mask, names)
-        return painted, name, *cam_images(one, name, threshold, names)
+        return painted, name, *class_images(one, name, threshold, names)
 
-    def show_cam(one: Segmentation | None, name: str | None, threshold: float) -> tuple:
-        return (None, None) if one is None or name is None else cam_images(one, name, threshold, names)
+    def show_class(one: Segmentation | None, name: str | None, threshold: float) -> tuple:
+        return (None, None) if one is None or name is None else class_images(one, name, threshold, names)
 
     with gr.Blocks(title="CoSA: tags in, masks out", analytics_enabled=False) as page:
         gr.Markdown(ABOUT)
@@ -119,18 +123,18 @@ def build(segmenter: Segmenter) -> Any:
             with gr.Column():
                 mask = gr.Image(label="Mask", **shown)
                 tags = gr.CheckboxGroup(names[1:], label="What is in it?", info="Nothing ticked: unknown.")
-        gr.Markdown("### Where it looks for one class")
+        gr.Markdown("### Where it looks for one class" if cams else "### Where it sees one class")
         with gr.Row():
             name = gr.Dropdown(names[1:], value=None, label="Class")
-            threshold = gr.Slider(0, 1, segmenter.model.config.cam_threshold, step=0.01, label="Threshold of the CAM")
+            threshold = gr.Slider(0, 1, cam_threshold, step=0.01, label="Threshold of the CAM", visible=cams)
         with gr.Row():
-            cam = gr.Image(label="Class activation map", **shown)
-            pseudo_label = gr.Image(label="Pseudo-label: what reaches the threshold", **shown)
-        photo.change(segment, [photo, tags, threshold], [found, mask, name, cam, pseudo_label], api_name="segment")
-        tags.input(retag, [found, tags, threshold], [mask, name, cam, pseudo_label], api_name="tags")
+            heated = gr.Image(label="Class activation map" if cams else "Probability", **shown)
+            pseudo_label = gr.Image(label="Pseudo-label: what reaches the threshold", visible=cams, **shown)
+        photo.change(segment, [photo, tags, threshold], [found, mask, name, heated, pseudo_label], api_name="segment")
+        tags.input(retag, [found, tags, threshold], [mask, name, heated, pseudo_label], api_name="tags")
         for control in (name, threshold):
             control.input(
-                show_cam, [found, name, threshold], [cam, pseudo_label], api_name="cam", show_progress="hidden"
+                show_class, [found, name, threshold], [heated, pseudo_label], api_name="class", show_progress="hidden"
             )
     return page
 
@@ -145,7 +149,7 @@ def main(model: str | None = None, port: int | None = None) -> None:
 
     Raises:
         ModuleNotFoundError: gradio is not installed.
-        FileNotFoundError, ValueError: there is no such model, or it has no CAMs.
+        FileNotFoundError, ValueError: as `load_model`.
     """
     if find_spec("gradio") is None:
         raise ModuleNotFoundError('the page needs gradio: pip install "cosa-hf[app]"')

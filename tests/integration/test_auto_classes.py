@@ -105,8 +105,6 @@ def save(folder, architecture, encoder):
         settings |= FROZEN if architecture == "cosa, frozen" else {}
         CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone=encoder, **settings)).save_pretrained(folder)
     else:
-        if architecture != "largefov":
-            pytest.importorskip("segmentation_models_pytorch")
         config = CoSAMSConfig(architecture=architecture, encoder=encoder, **settings)
         CoSAMSForSemanticSegmentation(config).save_pretrained(folder)
     CoSAImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)

@@ -36,7 +36,6 @@ CUT = {
     "convert checkpoint": "--backbone test_vit",
     "evaluate": "--scales 1",
     "research/figures.py": "--num_images 2",
-    "research/compress.py": "--num_images 2",
     "research/threshold.py": "--images 2",
 }
 #: Too long even so, or never done; the tests named here run them.

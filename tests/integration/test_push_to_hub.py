@@ -73,7 +73,6 @@ def run_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def taught_dir(run_dir, tmp_path_factory):
     """The same of a network of CoSA-MS."""
-    pytest.importorskip("segmentation_models_pytorch")
     directory = tmp_path_factory.mktemp("labels")
     torch.manual_seed(0)
     recipe = MultistageConfig(

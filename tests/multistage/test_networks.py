@@ -39,8 +39,6 @@ def recipe(network, **fields):
                 "segformer"],
 )  # fmt: skip
 def test_every_kind_saves_loads_and_is_taken_by_the_pipeline(network, segformer, tmp_path):
-    if network.startswith("smp/"):
-        pytest.importorskip("segmentation_models_pytorch")
     torch.manual_seed(0)
     options = {"decoder_channels": None} if network in ("smp/unet/test_resnet", "segformer") else {}
     wanted = recipe(segformer if network == "segformer" else network, **options)
@@ -76,7 +74,6 @@ def test_the_loss_of_a_model_of_ours_leaves_ignored_pixels_out():
 
 
 def test_without_the_package_of_an_architecture_it_is_named(monkeypatch):
-    pytest.importorskip("segmentation_models_pytorch")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "segmentation_models_pytorch", None)
         with pytest.raises(ValueError, match="needs a package: pip install segmentation_models_pytorch"):
@@ -183,7 +180,6 @@ def test_a_network_that_wants_other_than_images_of_any_size_is_refused(config, t
 
 
 def test_an_architecture_that_does_not_exist_is_named():
-    pytest.importorskip("segmentation_models_pytorch")
     with pytest.raises(ValueError, match=r"unknown architecture 'nonet'; known: largefov, deeplabv3, deeplabv3plus"):
         build_network(recipe("smp/nonet/test_resnet"), NAMES)
 
@@ -202,8 +198,6 @@ def test_an_architecture_that_does_not_exist_is_named():
     ],
 )
 def test_a_field_that_the_network_does_not_follow_is_named(network, fields, segformer, monkeypatch):
-    if network.startswith("smp/"):
-        pytest.importorskip("segmentation_models_pytorch")
     name, value = next(iter(fields.items()))
     network = segformer if network == "segformer" else network
     monkeypatch.setattr(networks, "SWIN_B_SHAPE", SMALL_SWIN)
@@ -214,8 +208,6 @@ def test_a_field_that_the_network_does_not_follow_is_named(network, fields, segf
 
 @pytest.mark.parametrize("network", ["largefov/test_resnet", "smp/deeplabv3plus/test_resnet"])
 def test_the_stride_is_followed_where_it_can_be(network):
-    if network.startswith("smp/"):
-        pytest.importorskip("segmentation_models_pytorch")
     for stride, sides in ((None, (4, 6)), (8, (8, 12))):
         model, _ = build_network(recipe(network, output_stride=stride), NAMES)
         with torch.no_grad():
@@ -246,8 +238,6 @@ def test_a_stride_that_no_encoder_has_is_named():
     [("deeplabv3plus-r101", 45.67, 128), ("largefov-wr38", 126.32, 64), ("upernet-swin-b", 120.13, 512)],
 )
 def test_the_papers_networks_at_512_pixels(network, millions, side):
-    if network.startswith("deeplab"):
-        pytest.importorskip("segmentation_models_pytorch")
     names = [f"class {index}" for index in range(21)]
     settings = MultistageConfig.values_of(network) | {"pseudo_labels": "unused", "pretrained": False}
     model, _ = build_network(MultistageConfig.from_mapping(settings), names)

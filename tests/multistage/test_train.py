@@ -202,8 +202,6 @@ def test_a_step_is_the_same_however_its_images_are_shared_out(tiny, tmp_path, we
 
 @pytest.mark.parametrize("network", ["smp/deeplabv3plus/test_resnet", "upernet/test_resnet"])
 def test_one_image_is_too_few_where_it_is_pooled_to_a_point(tiny, network):
-    if network.startswith("smp/"):
-        pytest.importorskip("segmentation_models_pytorch")
     with pytest.raises(ValueError, match=f"batch_size must be 2 or more for network '{network}'"):
         train_multistage(tiny(network=network, batch_size=1, images_per_step=1))
     train_multistage(tiny(network=network, batch_size=2, max_steps=2))
