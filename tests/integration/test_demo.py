@@ -97,11 +97,12 @@ def test_a_command_that_fails_ends_it(tmp_path, capsys):
     assert printed.err.startswith("error: no model at ")
 
 
-def test_a_training_that_fails_is_named(tmp_path):
+def test_a_training_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "COMMAND", ("-c", "raise SystemExit('this is why')"))
     said = pytest.raises(ChildProcessError, match=r"training failed; .*/log says why")
-    with demo.training("--max_steps", "none", log=tmp_path / "log") as process, said:
+    with demo.training("--max_steps", "2", log=tmp_path / "log") as process, said:
         demo.finish(process, tmp_path / "log")
-    assert "max_steps" in (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text() == "this is why\n"
 
 
 def is_running(pid: int) -> bool:

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import pipeline
 
 from cosa_hf import CoSAOutput, Segmenter
-from cosa_hf.app import analyze, cam_images
+from cosa_hf.app import analyze, class_images
 from cosa_hf.data import load_folder, read_mask, undecoded
 from cosa_hf.evaluation.figures import save_visualizations
 from cosa_hf.pseudo_labels.load import check_masks, load_pseudo_labels
@@ -85,7 +85,7 @@ def test_predictions_have_ids_beyond_255(model, photos, tmp_path, cosa_hf):
     (ids,) = segmenter.processor.post_process_semantic_segmentation(CoSAOutput(logits=logits), [(1, 2)])
     assert ids.tolist() == [[255, 1000]]
     one = analyze(segmenter, str(photos / "3.png"))  # of the page
-    assert [image.width for image in cam_images(one, CLASSES[999], 0.5, segmenter.names)] == [SIZE, SIZE]
+    assert [image.width for image in class_images(one, CLASSES[999], 0.5, segmenter.names)] == [SIZE, SIZE]
     save_visualizations(segmenter, load_folder(photos, masks=True), tmp_path / "panels")
 
 
