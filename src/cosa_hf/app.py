@@ -89,7 +89,7 @@ def build(segmenter: Segmenter) -> Any:
     import gradio as gr
 
     names, cams = segmenter.names, has_cams(segmenter.model)
-    cam_threshold = segmenter.model.config.cam_threshold if cams else 0.5
+    cam_threshold = getattr(segmenter.model.config, "cam_threshold", 0.5)
 
     # The maps stay on the server, so that tags, class and threshold answer at once.
     def segment(path: str | None, tags: list[str], threshold: float) -> tuple:

@@ -153,7 +153,7 @@ COMPLAINTS = ("trust_remote_code", "custom code", "not supported", "Falling back
 
 
 NETWORKS = [
-    ("cosa", "test_vit"), ("cosa, frozen", "test_vit"), ("deeplabv3plus", "test_resnet"),
+    ("cosa", "test_vit"), ("cosa, frozen", "test_vit"), ("largefov", "test_resnet"), ("deeplabv3plus", "test_resnet"),
     ("largefov", "wide_resnet38_a1"),
 ]  # fmt: skip
 

@@ -110,7 +110,7 @@ sys.exit(status)
 
 @pytest.mark.slow
 def test_a_crf_of_a_large_photo_is_taken_at_a_bounded_size_and_in_bounded_memory(tmp_path, subprocess_of):
-    size = (6000, 4500)
+    size = (8000, 6000)
     Image.open(EXAMPLES / "cat.jpg").resize(size).save(tmp_path / "photo.jpg")
     words = ("predict", demo_model(), tmp_path / "photo.jpg", "--crf", "--output_dir", tmp_path / "masks")
     done = subprocess_of(*words, launch=("-c", PEAK), CUDA_VISIBLE_DEVICES="")

@@ -36,6 +36,7 @@ def session_of(path):
 @pytest.mark.parametrize(
     ("backbone", "options"),
     [
+        ("test_vit", {}),
         ("test_vit", FROZEN | {"feature_layer": -3}),
         ("test_vit", FROZEN | {"attention": "value"}),
         ("test_resnet", {}),
@@ -62,11 +63,13 @@ def test_same_maps_at_any_batch_and_size(backbone, options, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["deeplabv3plus", "largefov"])
-def test_networks_of_cosa_ms_have_the_same_logits(architecture, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "encoder"), [("deeplabv3plus", "tf_efficientnet_lite0"), ("largefov", "test_resnet")]
+)
+def test_networks_of_cosa_ms_have_the_same_logits(architecture, encoder, tmp_path):
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    config = CoSAMSConfig(architecture=architecture, encoder="test_resnet", num_labels=4)
+    config = CoSAMSConfig(architecture=architecture, encoder=encoder, num_labels=4)
     model = CoSAMSForSemanticSegmentation(config).eval()
     path = tmp_path / "model.onnx"
     assert export_onnx(model, path) < 1e-4

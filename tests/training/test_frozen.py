@@ -288,7 +288,7 @@ def test_a_disk_without_room_is_avoided_as_the_error_advises(frozen, tmp_path, m
 
 @pytest.mark.parametrize("cache", ["never", "auto"])
 def test_without_a_cache_the_same_heads_train_on_fresh_views(frozen, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("cosa_hf.training.setup.default_directory", lambda: tmp_path / "default")
+    monkeypatch.setattr("cosa_hf.training.features.default_directory", lambda: tmp_path / "default")
     train(frozen(cache_features=cache))
     assert (tmp_path / "default").exists() == (cache == "auto" and not torch.cuda.is_available())
 

@@ -31,8 +31,8 @@ from cosa_hf.data import DatasetOptions
 from cosa_hf.inference import Segmenter, require_cams
 from cosa_hf.pseudo_labels.export import SOURCES, export_pseudo_labels
 from cosa_hf.pseudo_labels.formats import FORMATS
-from cosa_hf.training.features import EncodedImages, default_directory
-from cosa_hf.training.precision import computes_bf16
+from cosa_hf.training.features import EncodedImages
+from cosa_hf.training.precision import native_precision
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -81,11 +81,8 @@ def features_of(args: argparse.Namespace, segmenter: Segmenter, dataset: dataset
             "others: add 1, or leave --cache_features out"
         )
     segmenter.model.backbone.freeze()
-    accelerator = Accelerator(mixed_precision="bf16" if computes_bf16() else "no")
-    root = default_directory() if args.cache_features == "auto" else Path(args.cache_features)
-    encoded = EncodedImages(segmenter.model, segmenter.processor, dataset, root, accelerator)
-    encoded.fill(num_workers=0)
-    return encoded
+    accelerator = Accelerator(mixed_precision=native_precision())
+    return EncodedImages.filled(segmenter.model, segmenter.processor, dataset, args.cache_features, accelerator)
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]:

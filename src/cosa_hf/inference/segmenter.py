@@ -193,7 +193,7 @@ class Segmenter:
         if class_threshold is not None:
             require_cams(self.model)
         rows, num_classes = undecoded(dataset), config.num_labels - 1
-        keys = None if encoded is None else image_keys(dataset)
+        keys = [] if encoded is None else image_keys(dataset)
 
         def read(index: int) -> _Input:
             row = rows[index]
@@ -201,7 +201,7 @@ class Segmenter:
             if "mask" in row:
                 mask = read_mask(row, image.size, num_classes, ignore_index(config))
                 ground_truth = torch.from_numpy(np.array(mask)).long()
-            known = encoded(keys[index]) if encoded is not None and keys is not None else None
+            known = None if encoded is None else encoded(keys[index])
             return _Input(row["image_id"], image, multi_hot(row["labels"], num_classes), ground_truth, known)
 
         yield from self._run(len(rows), read, class_threshold)

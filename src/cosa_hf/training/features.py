@@ -244,6 +244,22 @@ class EncodedImages:
         } | self.reading.settings
         self.store = FeatureStore(root, made_by, {name: tuple(maps.shape[1:]) for name, maps in one.items()})
 
+    @classmethod
+    def filled(
+        cls,
+        model: CoSAForWeaklySupervisedSegmentation,
+        processor: CoSAImageProcessor,
+        dataset: Dataset,
+        chosen: str,
+        accelerator: Accelerator,
+        num_workers: int = 0,
+    ) -> "EncodedImages":
+        """The images from the caches that `cache_features` chose, a directory or `auto`; what is missing is encoded."""
+        root = default_directory() if chosen == "auto" else Path(chosen)
+        encoded = cls(model, processor, dataset, root, accelerator)
+        encoded.fill(num_workers)
+        return encoded
+
     def fill(self, num_workers: int) -> None:
         """Encode what is not there yet; a run that was killed goes on here."""
         # The main process decides: another would already miss what the first has written, and share out other rows.

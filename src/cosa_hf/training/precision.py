@@ -1,6 +1,7 @@
 """In what precision a run computes where its recipe leaves that to the machine."""
 
 import dataclasses
+from typing import Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -18,7 +19,17 @@ def settle_precision(config: AnyConfig) -> AnyConfig:
     """
     if config.mixed_precision != "auto":
         return config
-    return dataclasses.replace(config, mixed_precision="bf16" if computes_bf16() else "no")
+    return dataclasses.replace(config, mixed_precision=native_precision())
+
+
+def native_precision() -> Literal["bf16", "no"]:
+    """`bf16` where it is native, else `no`, which is fp32.
+
+    Example:
+        >>> native_precision() in ("bf16", "no")
+        True
+    """
+    return "bf16" if computes_bf16() else "no"
 
 
 def computes_bf16() -> bool:
@@ -34,4 +45,4 @@ def computes_bf16() -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-__all__ = ["computes_bf16", "settle_precision"]
+__all__ = ["computes_bf16", "native_precision", "settle_precision"]

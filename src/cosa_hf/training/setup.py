@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from cosa_hf.inference import eval_mode
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.affinity import AffinityConfig
 from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
-from cosa_hf.training.features import EncodedImages, default_directory
+from cosa_hf.training.features import EncodedImages
 from cosa_hf.training.telemetry import check_tracker
 
 STANDARDIZED_OVER = 256  # images
@@ -217,10 +216,7 @@ def encoded_images(
             "from there. Pass --cache_features never, or --frozen_blocks all"
         )
     assert isinstance(dataset, Dataset)
-    root = default_directory() if chosen == "auto" else Path(chosen)
-    encoded = EncodedImages(model, processor, dataset, root, accelerator)
-    encoded.fill(config.num_workers)
-    return encoded
+    return EncodedImages.filled(model, processor, dataset, chosen, accelerator, config.num_workers)
 
 
 def standardize(
