@@ -156,6 +156,10 @@ def test_cached_features_spare_the_encoder(tmp_path, voc_dir, cosa_hf, complaint
     assert [each["settings"].get("cached_features") for each in recorded] == [True, None]
     said = complaint(*words(model_dir, tmp_path / "half", *settings, *cached, "--scales", "0.5", "1.5"))
     assert "--cache_features has the images at scale 1, and --scales 0.5 1.5 asks for others: add 1" in said
+    said = complaint(*words(model_dir, tmp_path / "first", *settings, *cached[:1], tmp_path / "unused", "--no_flip"))
+    assert "has an export with other settings" in said
+    cosa_hf(*words(model_dir, tmp_path / "first", *settings, *cached[:1], tmp_path / "unused"))  # is complete
+    assert not (tmp_path / "unused").exists()
 
 
 def test_missing_model_is_one_clear_line(tmp_path, complaint):

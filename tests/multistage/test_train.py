@@ -19,7 +19,7 @@ from cosa_hf.multistage.labels import labels_to_learn
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.multistage.train import MultistageTrainer, _arguments, train_multistage
 from cosa_hf.pseudo_labels.load import load_pseudo_labels
-from cosa_hf.training import telemetry
+from cosa_hf.training import setup, telemetry
 
 
 def trainer_of(config):
@@ -280,8 +280,10 @@ def test_what_this_machine_cannot_do_is_refused(tiny, fields, message):
         train_multistage(tiny(**fields))
 
 
-def test_bf16_is_taken_in_the_place_of_fp16(tiny, any_precision):
+def test_bf16_is_taken_in_the_place_of_fp16(tiny, any_precision, monkeypatch, capsys):
+    monkeypatch.setattr(setup, "computes_bf16", lambda: False)
     train_multistage(tiny(max_steps=2, mixed_precision="bf16"))
+    assert "bf16 is emulated on this device" in capsys.readouterr().out
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tiny, monkeypatch):

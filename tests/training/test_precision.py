@@ -6,6 +6,7 @@ import torch
 from cosa_hf import TrainingConfig
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.training.precision import computes_bf16, settle_precision
+from cosa_hf.training.setup import run_warnings
 
 
 @pytest.fixture
@@ -34,6 +35,15 @@ def test_auto_is_bf16_where_the_processor_has_it(processor, config, instructions
 def test_what_is_chosen_is_kept(processor, chosen):
     processor()
     assert settle_precision(TrainingConfig(mixed_precision=chosen)).mixed_precision == chosen
+
+
+@pytest.mark.parametrize("config", [TrainingConfig(), MultistageConfig(pseudo_labels="labels", images_per_step=4)])
+def test_emulated_bf16_is_said_and_native_is_not(processor, config):
+    config = dataclasses.replace(config, batch_size=4, mixed_precision="bf16")
+    processor("avx512_f")
+    assert [warning[:16] for warning in run_warnings(config, processes=1)] == ["bf16 is emulated"]
+    processor("avx512_bf16")
+    assert list(run_warnings(config, processes=1)) == []
 
 
 def test_without_onednn_bf16_is_emulated(processor, monkeypatch):

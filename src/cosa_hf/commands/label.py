@@ -9,8 +9,9 @@ Run again after an interruption, with the same arguments, it goes on where it wa
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
         class_threshold=args.class_threshold if args.tags == "predicted" else None,
         shard_size=args.shard_size,
         data_dir=args.data_dir,
-        encoded=None if args.cache_features is None else features_of(args, segmenter, dataset).read,
+        encode=None if args.cache_features is None else partial(cached_features, args, segmenter, dataset),
     )
     seconds = time.perf_counter() - start
     if labelled < len(dataset):
@@ -67,8 +68,10 @@ def main(arguments: Sequence[str]) -> None:
     state.destroy_process_group()
 
 
-def features_of(args: argparse.Namespace, segmenter: Segmenter, dataset: datasets.Dataset) -> EncodedImages:
-    """What the model's encoder made of the images, from the cache of its run; what is missing there is made first.
+def cached_features(
+    args: argparse.Namespace, segmenter: Segmenter, dataset: datasets.Dataset
+) -> Callable[[str], Mapping[str, torch.Tensor]]:
+    """Reads what the model's encoder made of the images from the cache of its run, where what is missing is made first.
 
     Raises:
         ValueError: a model without CAMs, or scales that no cache has.
@@ -82,7 +85,7 @@ def features_of(args: argparse.Namespace, segmenter: Segmenter, dataset: dataset
         )
     segmenter.model.backbone.freeze()
     accelerator = Accelerator(mixed_precision=native_precision())
-    return EncodedImages.filled(segmenter.model, segmenter.processor, dataset, args.cache_features, accelerator)
+    return EncodedImages.filled(segmenter.model, segmenter.processor, dataset, args.cache_features, accelerator).read
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]:

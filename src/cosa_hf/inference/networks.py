@@ -22,6 +22,7 @@ from cosa_hf.data.images import ignored_id
 from cosa_hf.data.tags import class_names
 from cosa_hf.files import whole_model
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
+from cosa_hf.modeling_cosa_ms import STRIDE
 from cosa_hf.objective.precision import at_least_float32
 
 #: Networks whose answer is a set of masks with classes. Others of their auto class want more than images, or images of
@@ -63,7 +64,7 @@ def stride_of(model: Any) -> int:
         >>> stride_of(CoSAForWeaklySupervisedSegmentation(CoSAConfig(backbone="test_vit")))
         16
     """
-    return model.backbone.stride if has_cams(model) else 32  # every common encoder takes multiples of 32
+    return model.backbone.stride if has_cams(model) else STRIDE  # as every common encoder
 
 
 def auto_class(config: Any) -> Any:

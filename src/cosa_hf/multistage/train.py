@@ -33,7 +33,7 @@ from cosa_hf.multistage.networks import build_network, encoder_of
 from cosa_hf.pseudo_labels.load import Exported
 from cosa_hf.training.precision import settle_precision
 from cosa_hf.training.resume import require_unused
-from cosa_hf.training.setup import evaluation_data, hardware
+from cosa_hf.training.setup import evaluation_data, hardware, run_warnings
 from cosa_hf.training.telemetry import check_tracker
 
 MODEL = "model"
@@ -287,11 +287,8 @@ def _announce(config: MultistageConfig, trainer: MultistageTrainer) -> None:
         f"{config.network} ({type(trainer.network).__name__}, {millions:.1f} M parameters) on {labels}: "
         f"{config.max_steps} steps of {per_step} images"
     )
-    if per_step != config.images_per_step:
-        say(
-            f"the schedule is made for {config.images_per_step} images a step, this run takes {per_step}: batch_size x "
-            "gradient_accumulation_steps x processes. Change one of them, or images_per_step if it is meant"
-        )
+    for warning in run_warnings(config, trainer.args.world_size):
+        say(warning)
 
 
 __all__ = ["MODEL", "MultistageTrainer", "train_multistage"]

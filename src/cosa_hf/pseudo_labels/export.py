@@ -49,7 +49,7 @@ def export_pseudo_labels(
     class_threshold: float | None = None,
     shard_size: int = 256,
     data_dir: str | Path | None = None,
-    encoded: Callable[[str], Mapping[str, Tensor]] | None = None,
+    encode: Callable[[], Callable[[str], Mapping[str, Tensor]]] | None = None,
     progress: bool = True,
 ) -> int:
     """Label every image of a dataset and write image, tags and mask in a format for other programs.
@@ -73,7 +73,8 @@ def export_pseudo_labels(
         shard_size: images that are written, and lost when the process is killed, together.
         data_dir: what the file names in COCO json are relative to; images outside of it are relative to the directory
             that they all lie in.
-        encoded: what is known of the images already, as in `Segmenter.predict`.
+        encode: gives the `encoded` of `Segmenter.predict`; called in all processes once `output_dir` is known to be
+            fit, and not for an export that is complete.
         progress: show a bar on stderr, for the share of the main process.
 
     Returns:
@@ -116,7 +117,7 @@ def export_pseudo_labels(
         "threshold": None if source == "seg" else model.config.cam_threshold if threshold is None else threshold,
         "class_threshold": class_threshold,
         **segmenter.settings,
-        **({} if encoded is None else {"cached_features": True}),  # in float16: masks differ by rounding
+        **({} if encode is None else {"cached_features": True}),  # in float16: masks differ by rounding
         "classes": classes,
         "split": split,
         "images": len(dataset),
@@ -135,6 +136,7 @@ def export_pseudo_labels(
         if state.is_main_process:
             files.clean()  # which a killed process may not have come to
         return 0
+    encoded = None if encode is None else encode()
     with _full_disk_explained(output_dir):
         if state.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.affinity import AffinityConfig
 from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
 from cosa_hf.training.features import EncodedImages
+from cosa_hf.training.precision import computes_bf16
 from cosa_hf.training.telemetry import check_tracker
 
 STANDARDIZED_OVER = 256  # images
@@ -77,6 +78,24 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             "(docs/training.md)"
         )
     return accelerator
+
+
+def run_warnings(config: RunConfig, processes: int) -> Iterator[str]:
+    """What its user may not have meant: another number of images a step than the schedule's, a slow precision.
+
+    Example:
+        >>> list(run_warnings(TrainingConfig(batch_size=2, images_per_step=4, mixed_precision="no"), processes=2))
+        []
+    """
+    images = config.batch_size * config.gradient_accumulation_steps * processes
+    if images != config.images_per_step:
+        yield (
+            f"the schedule is made for {config.images_per_step} images a step, this run takes {images}: "
+            f"{config.batch_size} (batch_size) x {config.gradient_accumulation_steps} (gradient_accumulation_steps) x "
+            f"{processes} (processes). Change one of them, or images_per_step if it is meant"
+        )
+    if config.mixed_precision == "bf16" and not computes_bf16():
+        yield "bf16 is emulated on this device and takes many times as long as fp32: --mixed_precision auto or no"
 
 
 def training_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, list[str]]:

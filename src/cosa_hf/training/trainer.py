@@ -26,7 +26,7 @@ from cosa_hf.objective.targets import Targets
 from cosa_hf.training.checkpoints import Checkpoints, checkpoint_files
 from cosa_hf.training.config import TrainingConfig
 from cosa_hf.training.guard import RunGuard
-from cosa_hf.training.precision import computes_bf16, settle_precision
+from cosa_hf.training.precision import settle_precision
 from cosa_hf.training.resume import require_unused, resume
 from cosa_hf.training.setup import (
     build_optimizer,
@@ -37,6 +37,7 @@ from cosa_hf.training.setup import (
     evaluation_data,
     hardware,
     make_accelerator,
+    run_warnings,
     standardize,
     training_data,
     training_loader,
@@ -290,17 +291,10 @@ class Trainer:
             f"parameters; {amount}, {len(names)} classes ({', '.join(names)}); {config.max_steps} steps of "
             f"{images} images"
         )
-        if images != config.images_per_step:
-            say(
-                f"the schedule is made for {config.images_per_step} images a step, this run takes {images}: "
-                f"{config.batch_size} (batch_size) x {config.gradient_accumulation_steps} "
-                f"(gradient_accumulation_steps) x {self.accelerator.num_processes} (processes). Change one of them, or "
-                "images_per_step if it is meant"
-            )
+        for warning in run_warnings(config, self.accelerator.num_processes):
+            say(warning)
         if self.untagged:
             say(f"left out {len(self.untagged)} images without a tag: {list_some(self.untagged)} (all in run.json)")
-        if config.mixed_precision == "bf16" and not computes_bf16():
-            say("bf16 is emulated on this device and takes many times as long as fp32: --mixed_precision auto or no")
         if config.supervision == "tags" and config.reads_masks:
             say(
                 "ORACLE: guidance gt reads the ground-truth masks of the training images (Fig. 1). This run is not "
