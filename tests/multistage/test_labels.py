@@ -7,7 +7,7 @@ import torch
 from hub_server import Hub
 from huggingface_hub import constants
 
-from cosa_hf.multistage.labels import collate, confidence_weights, labels_to_learn, weighted_loss
+from cosa_hf.multistage.labels import collate, confidence_weights, labels_to_learn, repeated, weighted_loss
 
 
 def items(number, generator, confidence=True):
@@ -26,6 +26,22 @@ def reference_weight(confidence, threshold):
         return max(confidence, 1e-3)
     distance = (confidence - threshold) / (1 - threshold) if confidence >= threshold else 1 - confidence / threshold
     return 1 / -math.log(0.8 * min(max(distance, 1e-4), 1.0))
+
+
+def test_images_of_rare_classes_are_repeated():
+    """Against the formula image by image: within one of it, and equal to it over many draws."""
+    rows = [[0]] * 60 + [[0, 1]] * 30 + [[1, 2]] * 4 + [[]] * 6
+    dataset = datasets.Dataset.from_dict({"labels": rows, "image_id": [str(row) for row in range(100)]})
+    expected = [1.0] * 60 + [1.0] * 30 + [math.sqrt(0.3 / 0.04)] * 4 + [1.0] * 6
+    counts = torch.zeros(100, dtype=torch.float64)
+    for seed in range(200):
+        drawn = [int(name) for name in repeated(dataset, 0.3, seed)["image_id"]]
+        times = torch.tensor([drawn.count(row) for row in range(100)], dtype=torch.float64)
+        assert (times - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1
+        counts += times
+    assert (counts / 200).tolist() == pytest.approx(expected, abs=0.15)
+    assert repeated(dataset, 0.3, 7)["image_id"][:] == repeated(dataset, 0.3, 7)["image_id"][:]
+    assert repeated(dataset, 0.0, 0) is dataset
 
 
 @pytest.mark.parametrize("threshold", [0.4, None])

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -278,6 +279,13 @@ def test_a_first_network_that_cannot_label_the_images_is_refused(tiny, tmp_path)
 def test_what_this_machine_cannot_do_is_refused(tiny, fields, message):
     with pytest.raises(ValueError, match=message):
         train_multistage(tiny(**fields))
+
+
+def test_rare_classes_come_more_often_and_the_run_says_how_many_images_an_epoch_has(tiny, tmp_path, capsys):
+    train_multistage(tiny(max_steps=2))
+    assert "2 steps of 2 images, 6 an epoch" in capsys.readouterr().out
+    train_multistage(tiny(max_steps=2, repeat_threshold=1.0, output_dir=str(tmp_path / "repeated")))
+    assert int(re.search(r"2 steps of 2 images, (\d+) an epoch", capsys.readouterr().out)[1]) > 6
 
 
 def test_bf16_is_taken_in_the_place_of_fp16(tiny, any_precision, monkeypatch, capsys):

@@ -23,6 +23,13 @@ class PseudoLabelsConfig(Settings):
     confidence_weighting: bool = setting(
         False, "weigh pixels by the export's confidence (directory of parquet only); false, as in the paper: all alike"
     )
+    repeat_threshold: float = setting(
+        0.0,
+        "images of classes that a smaller fraction of the images show come more than once an epoch, "
+        "sqrt(repeat_threshold / fraction) times; 0: all alike",
+        least=0,
+        most=1,
+    )
     self_training: str | None = setting(
         None, "a trained network (directory): train on its labels of those images, within their tags"
     )

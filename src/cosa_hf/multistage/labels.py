@@ -1,5 +1,7 @@
 """What a network of CoSA-MS learns: exported masks, or new ones, and what each of their pixels weighs."""
 
+import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,33 @@ def _relabelled(config: MultistageConfig, network: str, dataset: Dataset, device
     return load_pseudo_labels(str(directory))
 
 
+def repeated(dataset: Dataset, threshold: float, seed: int) -> Dataset:
+    """The images, those of rare classes more than once: repeat-factor sampling (Gupta et al., LVIS, CVPR 2019).
+
+    An image comes max_c sqrt(threshold / f_c) times over its tags c, and at least once, where a fraction f_c of the
+    images has tag c. What is left of a whole number is drawn.
+
+    Args:
+        dataset: with the column labels.
+        threshold: the fraction from which on a class is not rare; 0 leaves the dataset as it is.
+        seed: of the draw.
+
+    Example:
+        >>> from cosa_hf.data import load_shapes
+        >>> len(repeated(load_shapes("train", num_images=8), threshold=1.0, seed=0)) > 8
+        True
+    """
+    if threshold == 0:
+        return dataset
+    tags = [set(labels) for labels in dataset["labels"][:]]
+    images = Counter(itertools.chain.from_iterable(tags))
+    rarest = [min((images[tag] for tag in labels), default=len(tags)) for labels in tags]
+    factors = (threshold * len(tags) / torch.tensor(rarest, dtype=torch.float64)).sqrt().clamp_min(1)
+    draws = torch.rand(len(tags), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    times = (factors + draws).floor().long()
+    return dataset.select(torch.arange(len(tags)).repeat_interleave(times).tolist())
+
+
 def confidence_weights(confidence: Tensor, labelled: Tensor, threshold: float | None) -> Tensor:
     """What an export's confidence makes of its pixels: relative weights, 0 where they are not labelled.
 
@@ -98,4 +127,4 @@ def weighted_loss(outputs: Any, labels: dict[str, Any], num_items_in_batch: Tens
     return upsampled_cross_entropy(logits, labels["ids"], labels["weights"] / total)
 
 
-__all__ = ["collate", "confidence_weights", "labels_to_learn", "weighted_loss"]
+__all__ = ["collate", "confidence_weights", "labels_to_learn", "repeated", "weighted_loss"]

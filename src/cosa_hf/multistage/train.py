@@ -28,7 +28,7 @@ from cosa_hf.evaluation.figures import save_visualizations
 from cosa_hf.files import whole_file
 from cosa_hf.inference import Segmenter, save_model
 from cosa_hf.multistage.config import MultistageConfig
-from cosa_hf.multistage.labels import collate, labels_to_learn, weighted_loss
+from cosa_hf.multistage.labels import collate, labels_to_learn, repeated, weighted_loss
 from cosa_hf.multistage.networks import build_network, encoder_of
 from cosa_hf.pseudo_labels.load import Exported
 from cosa_hf.training.precision import settle_precision
@@ -96,6 +96,7 @@ class MultistageTrainer(Trainer):
         self.network.accepts_loss_kwargs = False  # type: ignore[assignment]  # the loss is computed here
         self.config, self.output_dir = config, Path(config.output_dir)
         self.evaluation_set = evaluation_data(config, names[1:])
+        self.images = repeated(exported.dataset, config.repeat_threshold, config.seed)
         self.started, self.unreadable = time.monotonic(), set[str]()
         encoder = encoder_of(self.network)
         norms = [part for part in encoder.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
@@ -106,7 +107,7 @@ class MultistageTrainer(Trainer):
             arguments,
             data_collator=partial(collate, threshold=exported.threshold, ignore_index=ignored_id(len(names) - 1)),
             train_dataset=TrainingDataset(
-                exported.dataset,
+                self.images,
                 Views(config.crop_size, self.processor.image_mean, self.processor.image_std, scale_range=scales),
                 length=config.max_steps * _images_per_step(arguments),
                 seed=config.seed,
@@ -285,7 +286,7 @@ def _announce(config: MultistageConfig, trainer: MultistageTrainer) -> None:
     millions = trainer.network.num_parameters() / 1e6
     say(
         f"{config.network} ({type(trainer.network).__name__}, {millions:.1f} M parameters) on {labels}: "
-        f"{config.max_steps} steps of {per_step} images"
+        f"{config.max_steps} steps of {per_step} images, {len(trainer.images)} an epoch"
     )
     for warning in run_warnings(config, trainer.args.world_size):
         say(warning)
