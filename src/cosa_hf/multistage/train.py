@@ -109,7 +109,7 @@ class MultistageTrainer(Trainer):
             train_dataset=TrainingDataset(
                 self.images,
                 Views(config.crop_size, self.processor.image_mean, self.processor.image_std, scale_range=scales),
-                length=config.max_steps * _images_per_step(arguments),
+                length=config.max_steps * config.images_taken(arguments.world_size),
                 seed=config.seed,
                 masks=True,
                 confidence=config.confidence_weighting,
@@ -276,19 +276,15 @@ def _checkpoint(config: MultistageConfig) -> str | None:
     return last
 
 
-def _images_per_step(arguments: TrainingArguments) -> int:
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-
-
 def _announce(config: MultistageConfig, trainer: MultistageTrainer) -> None:
     labels = f"labels of {config.self_training}" if config.self_training else config.pseudo_labels
-    per_step, say = _images_per_step(trainer.args), trainer.accelerator.print
+    processes, say = trainer.args.world_size, trainer.accelerator.print
     millions = trainer.network.num_parameters() / 1e6
     say(
         f"{config.network} ({type(trainer.network).__name__}, {millions:.1f} M parameters) on {labels}: "
-        f"{config.max_steps} steps of {per_step} images, {len(trainer.images)} an epoch"
+        f"{config.max_steps} steps of {config.images_taken(processes)} images, {len(trainer.images)} an epoch"
     )
-    for warning in run_warnings(config, trainer.args.world_size):
+    for warning in run_warnings(config, processes):
         say(warning)
 
 

@@ -77,6 +77,10 @@ class ScheduleConfig(Settings):
         if not self.lr_warmup_steps < self.max_steps:
             raise ValueError(f"lr_warmup_steps must lie below max_steps = {self.max_steps}, got {self.lr_warmup_steps}")
 
+    def images_taken(self, processes: int) -> int:
+        """Images of an optimiser step on so many processes; the schedule is made for `images_per_step`."""
+        return self.batch_size * self.gradient_accumulation_steps * processes
+
 
 @dataclass(kw_only=True)
 class OutputConfig(Settings):

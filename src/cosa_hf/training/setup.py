@@ -87,7 +87,7 @@ def run_warnings(config: RunConfig, processes: int) -> Iterator[str]:
         >>> list(run_warnings(TrainingConfig(batch_size=2, images_per_step=4, mixed_precision="no"), processes=2))
         []
     """
-    images = config.batch_size * config.gradient_accumulation_steps * processes
+    images = config.images_taken(processes)
     if images != config.images_per_step:
         yield (
             f"the schedule is made for {config.images_per_step} images a step, this run takes {images}: "

@@ -104,7 +104,7 @@ class Trainer:
         self.schedule = build_schedule(config, optimizer)
         self.loader = training_loader(config, self.dataset, self.untagged, self.processor, self.accelerator, encoded)
         self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
-        images = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        images = config.images_taken(self.accelerator.num_processes)
         self.progress = Progress(images)
         self.telemetry = Telemetry(self.accelerator, config, images, shown=("loss", "cls", "xi"))
         threshold, aux_threshold = self.teacher.thresholds
