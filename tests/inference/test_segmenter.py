@@ -12,7 +12,7 @@ from transformers import SegformerImageProcessor, pipeline
 
 from cosa_hf import CoSAImageProcessor
 from cosa_hf.data.images import UnreadableImageError
-from cosa_hf.inference import Segmenter, forward_multiscale, load_model
+from cosa_hf.inference import Segmenter, crf_size, forward_multiscale, load_model
 from cosa_hf.multistage.config import MultistageConfig
 from cosa_hf.multistage.networks import build_network
 from cosa_hf.objective.affinity import foreground, spread_cams
@@ -136,7 +136,6 @@ def test_a_crf_gets_logits_and_image_and_its_probabilities_are_taken(cosa, photo
     assert torch.equal(asked[0][0], logits)
     assert asked[0][1].size == (77, 130)
     torch.testing.assert_close(one.label("seg_tags")[1], (-logits).softmax(0).amax(0))
-    assert torch.equal(one.label("cam")[0], plain.label("cam")[0])
     assert segmenter.settings["crf"] == {"backend": "least_likely", "max_pixels": 320_000, "max_values": 32_000_000}
 
 
@@ -274,9 +273,48 @@ def test_a_segmenter_spreads_the_segmentation_of_tags_and_of_recognised_classes(
     tagged, untagged = spread([noise, noise], tags=[["LABEL_1", "LABEL_3"], None])
     assert torch.equal(tagged.mask, one.label("seg_tags_spread")[0])
     assert torch.equal(untagged.mask, one.label("seg_spread")[0])
-    with pytest.raises(ValueError, match="spread, or refined by a CRF: choose one"):
-        replace(spread, crf=lambda logits, image: logits)
-    replace(segmenter, crf=lambda logits, image: logits)  # as spreading alone, above
+
+
+def test_a_crf_sees_a_cam_by_how_far_it_is_from_the_threshold(spreading):
+    """The classes that have a map against background, which stands at xi: alone it decides as the threshold does."""
+    asked = []
+
+    def crf(logits, image):
+        asked.append((logits, image.size))
+        return logits.softmax(0)
+
+    plain = Segmenter(spreading, CoSAImageProcessor(size={"height": 48, "width": 64}), spread=True)
+    refining = replace(plain, crf=crf)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    before, after = (each(noise, tags=["LABEL_1", "LABEL_3"]) for each in (plain, refining))
+    for source in ("cam", "cam_aux", "cam_mean", "cam_spread", "seg_tags_spread"):
+        ids, nu = before.label(source, threshold=0.4)
+        refined, probability = after.label(source, threshold=0.4)
+        assert torch.equal(refined, ids), source
+        logits, size = asked.pop()
+        assert (size, logits.shape) == ((50, 30), (3, 30, 50))
+        assert (logits[0] == 0).all()
+        torch.testing.assert_close(logits[1:].amax(0), 8 * (nu - 0.4))
+        torch.testing.assert_close(probability, logits.softmax(0).amax(0))
+    assert torch.equal(after.mask, before.mask)
+    assert asked, "masks that are spread are refined, too"
+    untagged = refining(noise)
+    shown = 1 + int((untagged.cls_logits >= 0).sum())
+    asked.clear()
+    assert untagged.mask.shape == (30, 50)
+    assert [len(logits) for logits, _ in asked] == [shown]
+    assert untagged.crf_size == crf_size((50, 30), shown)
+
+
+def test_without_a_class_a_crf_has_nothing_to_refine(spreading):
+    def crf(logits, image):
+        raise AssertionError("a CRF of background alone")
+
+    segmenter = Segmenter(spreading, CoSAImageProcessor(size={"height": 48, "width": 64}), crf=crf)
+    one = segmenter(Image.new("RGB", (20, 30)))  # no tags, and so no CAM
+    ids, confidence = one.label("cam_mean")
+    assert not ids.any()
+    assert not confidence.any()
 
 
 def test_without_an_affinity_nothing_is_spread(model):

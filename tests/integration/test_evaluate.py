@@ -131,7 +131,7 @@ def test_crf_is_in_table_and_report(model_dir, tmp_path, cosa_hf):
     assert plain["protocol"]["crf"] is None
     assert refined["protocol"]["crf"]["iterations"] == 10
     assert refined["protocol"]["seg_tags"].startswith("tags given, CRF: ")
-    assert refined["cam"] == plain["cam"]
+    assert refined["protocol"]["cam_mean"].startswith("tags given, CRF: ")
     assert ["after a CRF" in table for table in tables] == [False, True]
 
 

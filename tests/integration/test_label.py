@@ -17,6 +17,8 @@ from tiny import save_cosa
 
 from cosa_hf.backbone_cosa import CoSABackbone
 from cosa_hf.data import SHAPES_CLASSES, load_voc
+from cosa_hf.evaluation.crf import DenseCRF
+from cosa_hf.inference import Segmenter
 
 SETTINGS = shlex.split("--dataset shapes --split val --source cam_mean --scales 1 --shard_size 20 --batch_size 4")
 
@@ -160,6 +162,20 @@ def test_cached_features_spare_the_encoder(tmp_path, voc_dir, cosa_hf, complaint
     assert "has an export with other settings" in said
     cosa_hf(*words(model_dir, tmp_path / "first", *settings, *cached[:1], tmp_path / "unused"))  # is complete
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_crf_refines_what_is_written(tmp_path, voc_dir, cosa_hf):
+    model_dir = save_cosa(tmp_path / "model", 96, affinity="features")
+    settings = ("--dataset", "voc", "--data_dir", voc_dir, "--format", "png", "--source", "seg_spread", "--no_flip")
+    for name, flags in {"plain": (), "crf": ("--crf",)}.items():
+        cosa_hf(*words(model_dir, tmp_path / name, *settings, *flags))
+    plain, refined = (load_voc(tmp_path / name, "val", masks=True) for name in ("plain", "crf"))
+    segmenter = Segmenter.from_pretrained(model_dir, device="cpu", crf=DenseCRF())
+    for row, before, one in zip(refined, plain, segmenter.predict(plain), strict=True):
+        assert np.array_equal(np.asarray(row["mask"]), one.label("seg_tags_spread")[0])
+        assert not np.array_equal(np.asarray(row["mask"]), np.asarray(before["mask"]))
+    record = json.loads((tmp_path / "crf" / "export.json").read_text())
+    assert record["settings"]["crf"]["bilateral_sigma_xy"] == 67
 
 
 def test_missing_model_is_one_clear_line(tmp_path, complaint):

@@ -162,6 +162,20 @@ def test_confidence_of_a_segmentation_is_the_probability_of_its_label(segmenter,
     np.testing.assert_allclose(np.array(row["confidence"]), 255 * probability.numpy(), atol=0.6)
 
 
+def test_confidence_after_a_crf_is_a_probability(segmenter, dataset, tmp_path):
+    """Also of a CAM: the threshold that it was refined at is recorded, and no middle of what confidence means."""
+    refining = replace(segmenter, crf=lambda logits, image: logits.softmax(0))
+    export(refining, dataset, tmp_path / "out", format="parquet", source="cam_spread")
+    read = load_pseudo_labels(str(tmp_path / "out"))
+    assert (read.threshold, read.record["settings"]["threshold"]) == (None, 0.4)
+    for row, one in zip(read.dataset, refining.predict(dataset), strict=True):
+        ids, probability = one.label("cam_spread")
+        np.testing.assert_array_equal(np.array(row["mask"]), ids)
+        np.testing.assert_array_equal(np.array(row["confidence"]), np.rint(255 * probability.numpy()))
+    export(segmenter, dataset, tmp_path / "plain", format="parquet", source="cam_spread")
+    assert load_pseudo_labels(str(tmp_path / "plain")).threshold == 0.4
+
+
 def test_coco_json_has_what_pycocotools_wants(segmenter, dataset, tmp_path):
     export(segmenter, dataset, tmp_path / "out", format="coco-json", data_dir=tmp_path)
     content = json.loads((tmp_path / "out" / "annotations" / "instances_train.json").read_text())

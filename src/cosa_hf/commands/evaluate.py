@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from cosa_hf.commands.arguments import positive
 from cosa_hf.commands.inputs import (
+    add_crf,
     add_inference,
     add_model,
     crf_of,
@@ -69,9 +70,5 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]
     parser.add_argument(
         "--input_size", type=positive, help="side in pixels that images are resized to (default: the processor's)"
     )
-    parser.add_argument(
-        "--crf",
-        action="store_true",
-        help="refine the segmentations, not the CAMs, with a dense CRF, at 0.32 megapixels at most",
-    )
+    add_crf(parser)
     return parse_dataset_args(parser, arguments)

@@ -21,8 +21,10 @@ from accelerate.utils import parse_flag_from_env
 
 from cosa_hf.commands.arguments import positive
 from cosa_hf.commands.inputs import (
+    add_crf,
     add_inference,
     add_model,
+    crf_of,
     dataset_of,
     dataset_parser,
     parse_dataset_args,
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     # A process that is done waits for the others, for as long as they take.
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))
     datasets.disable_progress_bars()  # its bar for every parquet file would hide ours
-    segmenter = segmenter_of(args, state.device)
+    segmenter = segmenter_of(args, state.device, crf=crf_of(args))
     dataset = dataset_of(args, options, segmenter)
     start = time.perf_counter()
     labelled = export_pseudo_labels(
@@ -116,6 +118,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, DatasetOptions]
         help="probability from which on a class is recognised, with --tags predicted",
     )
     add_inference(parser)
+    add_crf(parser)
     parser.add_argument(
         "--cache_features",
         metavar="DIR",

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cosa_hf.commands.arguments import command_parser
-from cosa_hf.commands.inputs import add_model, add_reading, crf_of, reading_of
+from cosa_hf.commands.inputs import add_crf, add_model, add_reading, crf_of, reading_of
 from cosa_hf.data.images import UnreadableImageError
 from cosa_hf.data.palette import mask_image
 from cosa_hf.evaluation.figures import overlay
@@ -90,9 +90,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--tags", help="comma-separated classes known to be in the images, e.g. cat,dog (default: unknown)"
     )
     add_reading(parser)
-    parser.add_argument(
-        "--crf", action="store_true", help="refine the masks with a dense CRF, at 0.32 megapixels at most"
-    )
+    add_crf(parser)
     parser.add_argument(
         "--spread", action="store_true", help="spread the masks by the encoder's affinity, of a model that names one"
     )

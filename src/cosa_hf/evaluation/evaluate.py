@@ -65,8 +65,8 @@ def evaluate(
     exactly once towards one confusion matrix per protocol, whatever the batch size and the number of processes.
 
     Args:
-        segmenter: its CRF, if any, refines `seg` and `seg_tags`, each over the classes that it leaves. The paper's
-            numbers are of `scales=SCALES, flip=True`.
+        segmenter: its CRF, if any, refines every mask, each over the classes that it leaves. The paper's numbers are of
+            `scales=SCALES, flip=True`, without one.
         dataset: with the columns image, labels, image_id and mask.
         cam_threshold: CAM values from here on are foreground; default: the model's own `cam_threshold`.
         progress: show a bar on stderr.
@@ -146,8 +146,7 @@ def evaluate(
         "model": config.name_or_path or None,
     }
     if segmenter.crf is not None:
-        for column in ("seg", "seg_tags"):
-            report["protocol"][column] = PROTOCOLS[column].replace(":", ", CRF:", 1)
+        report["protocol"] |= {column: said.replace(":", ", CRF:", 1) for column, said in protocols.items()}
     return report
 
 
@@ -206,5 +205,5 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"{len(report['untagged'])} images without tags: {', '.join(report['untagged'][:10])}")
     if report["protocol"]["crf"]:
         crf = report["protocol"]["crf"]
-        lines.append(f"seg, seg_tags: after a CRF ({crf['backend']}), at {crf['max_pixels'] / 1e6} megapixels at most")
+        lines.append(f"all masks: after a CRF ({crf['backend']}), at {crf['max_pixels'] / 1e6} megapixels at most")
     return "\n".join(lines)

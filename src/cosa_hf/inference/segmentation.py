@@ -20,6 +20,8 @@ CRF = Callable[[Tensor, Image.Image], Tensor]
 #: At most so many pixels, and so many values of all classes, go through a CRF: its memory grows with both, and 12
 #: megapixels of a phone and 21 classes would take 12 GB. VOC's and COCO's images have less.
 CRF_PIXELS, CRF_VALUES = 320_000, 32_000_000
+#: How much a CRF trusts a CAM: the logit of a class is so many times what its CAM is above xi, that of background 0.
+CRF_SHARPNESS = 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ class Segmentation:
         spread_seg_tags: the same of the tags.
         ground_truth: (H, W) int64 ids; None where there is none.
         cam_threshold: xi of the model, from where on a CAM is foreground.
-        crf: refines the segmentation, not the CAMs.
+        crf: refines masks of every source.
         spread: `mask` is of the spread segmentation.
 
     Example:
@@ -71,7 +73,7 @@ class Segmentation:
         """(H, W) int64 ids: those of `seg_tags` where there are tags, those of `seg` where there are none; spread ones
         if the segmenter says so."""
         if self.spread:
-            return self.label(f"{self._source}_spread")[0]
+            return self.label(self._source)[0]
         return self._segment(self._source)[0].long()
 
     @property
@@ -90,7 +92,7 @@ class Segmentation:
 
         Returns:
             (H, W) int64 ids and (H, W) float32 confidences in [0, 1]: nu, the strongest CAM, on whichever side of
-            the threshold it is; the probability of the class in a segmentation.
+            the threshold it is; the probability of the class in a segmentation, and after a CRF.
 
         Raises:
             ValueError: unknown source, a CAM of a network that only segments, or a spread one without an affinity.
@@ -103,6 +105,20 @@ class Segmentation:
             for plane in self.seg_logits[self._possible(source)]:
                 total += (self.upsample(plane[None])[0] - highest).exp()
             return ids.long(), total.reciprocal()
+        maps, possible = self._maps(source), self._possible(source)
+        if len(possible) == 1:
+            nothing = torch.zeros(self.image.height, self.image.width, device=possible.device)
+            return nothing.long(), nothing
+        xi = self.cam_threshold if threshold is None else threshold
+        image = self.image if self.crf is None else self._shrunk(len(possible))
+        mean = torch.stack([_resized(each[possible[1:] - 1], image) for each in maps]).mean(0)
+        if self.crf is None:
+            return possible[cam_pseudo_labels(mean[None], xi)[0]], mean.amax(0)
+        ids, highest = self._refined(F.pad(CRF_SHARPNESS * (mean - xi), (0, 0, 0, 0, 1, 0)), possible)
+        return ids.long(), highest
+
+    def _maps(self, source: str) -> list[Tensor]:
+        """The maps (C, h, w) whose mean is thresholded."""
         sources = {"cam": [self.cam], "cam_aux": [self.aux_cam], "cam_mean": [self.cam, self.aux_cam]}
         sources |= {name: [maps] for name, maps in self._spread.items()}
         maps = sources.get(source, [None])
@@ -111,13 +127,7 @@ class Segmentation:
                 f"no {source!r}: sources are seg, seg_tags and, of a network with CAMs, cam, cam_aux, cam_mean, and "
                 f"{', '.join(self._spread)} where its config names an affinity"
             )
-        classes = sum(maps).flatten(1).any(dim=1).nonzero().flatten()
-        if not len(classes):
-            nothing = torch.zeros(self.image.height, self.image.width, device=classes.device)
-            return nothing.long(), nothing
-        mean = torch.stack([self.upsample(each[classes]) for each in maps]).mean(0)
-        winner = cam_pseudo_labels(mean[None], self.cam_threshold if threshold is None else threshold)[0]
-        return F.pad(classes + 1, (1, 0))[winner], mean.amax(0)
+        return maps
 
     @property
     def _spread(self) -> dict[str, Any]:
@@ -132,10 +142,13 @@ class Segmentation:
 
     @property
     def _source(self) -> str:
-        return "seg_tags" if self.labels.any() else "seg"
+        return ("seg_tags" if self.labels.any() else "seg") + ("_spread" if self.spread else "")
 
     def _possible(self, source: str) -> Tensor:
-        """The ids that pixels may get."""
+        """The ids that pixels may get, background first."""
+        if source not in ("seg", "seg_tags"):
+            shown = torch.stack([each.flatten(1).any(dim=1) for each in self._maps(source)]).any(dim=0)
+            return F.pad(shown, (1, 0), value=True).nonzero().flatten()
         ids = torch.arange(len(self.seg_logits), device=self.labels.device)
         return ids if source == "seg" else ids[F.pad(self.labels.bool(), (1, 0), value=True)]
 
@@ -144,10 +157,18 @@ class Segmentation:
         ids = self._possible(source)
         logits = self.seg_logits[ids]  # dropping classes, rather than setting -inf, keeps nan out of the interpolation
         if self.crf is not None:
-            smaller = self.image.resize(crf_size(self.image.size, len(ids)), Image.Resampling.BOX)
-            logits = self.crf(_resized(logits, smaller), smaller)
-            _trim_heap()
+            return self._refined(_resized(logits, self._shrunk(len(ids))), ids)
         return upsampled_argmax(logits, (self.image.height, self.image.width), ids.tolist())
+
+    def _shrunk(self, num_labels: int) -> Image.Image:
+        """The image as a CRF of so many labels sees it."""
+        return self.image.resize(crf_size(self.image.size, num_labels), Image.Resampling.BOX)
+
+    def _refined(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids, of few bits, and their probabilities after the CRF; logits (K, h, w) of K ids, at `_shrunk`'s size."""
+        probabilities = self.crf(logits, self._shrunk(len(ids)))  # type: ignore[misc]
+        _trim_heap()
+        return upsampled_argmax(probabilities, (self.image.height, self.image.width), ids.tolist())
 
 
 def crf_size(size: tuple[int, int], num_labels: int) -> tuple[int, int]:

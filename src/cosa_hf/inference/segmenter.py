@@ -40,12 +40,12 @@ class Segmenter:
         scales: relative input sizes whose outputs are fused (Sec. 3.3). `SCALES` and `flip` are the paper's evaluation.
         flip: also fuse the outputs for the mirrored images.
         batch_size: images per forward pass; changes speed and memory only.
-        crf: refines segmentations, such as `evaluation.crf.DenseCRF()`, of large images at a bounded size (`crf_size`).
+        crf: refines masks of every source, of large images at a bounded size (`crf_size`); `evaluation.crf.DenseCRF()`.
         spread: masks are spread by the affinity that the model's config names, as the CAMs are.
 
     Raises:
-        ValueError: no scale, or one that is not positive; a batch size below 1; `spread` with a CRF, or for a model
-            without an affinity.
+        ValueError: no scale, or one that is not positive; a batch size below 1; `spread` for a model without an
+            affinity.
 
     Example:
         >>> from cosa_hf import demo_model
@@ -70,8 +70,6 @@ class Segmenter:
         check_scales(self.scales)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
-        if self.spread and self.crf is not None:
-            raise ValueError("masks are spread, or refined by a CRF: choose one")
         if self.spread and affinity_settings(self.model.config) is None:
             raise ValueError(
                 "spread masks need a model whose config names an affinity, as recipes like folder-clip make"

@@ -90,7 +90,7 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
         raise ValueError(
             f"{root}: its classes {class_names(dataset)} are not those it was exported with, {settings['classes']}"
         )
-    return Exported(dataset, settings.get("threshold"), record)
+    return Exported(dataset, None if settings.get("crf") else settings.get("threshold"), record)
 
 
 def check_masks(dataset: Dataset, rank: int = 0, processes: int = 1) -> None:
