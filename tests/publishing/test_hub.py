@@ -221,6 +221,23 @@ def test_a_run_that_saw_masks_is_not_called_weakly_supervised(fields, role, data
     assert ("tags alone" in card.text) == ("never shown an outline" in card.text) == (not fields)
 
 
+def test_the_card_of_a_second_round_tells_what_labelled_its_images():
+    config = CoSAConfig(id2label=dict(enumerate(NAMES)))
+    recipe = TrainingConfig(dataset="voc", pseudo_labels="VOC2012-pseudo")
+    made = EXPORT | {"settings": EXPORT["settings"] | {"source": "seg_spread", "crf": {"iterations": 10}}}
+    card = model_card("org/cats", config, recipe, run={"pseudo_labels": made}, weights_sha256="0" * 64)
+    assert "learned from pseudo-labels: its training\nimages had image-level tags" in card.text
+    assert "image-level tags and pseudo-labels |" in card.text
+    assert "| pseudo-labels | split `train_aug`: `seg_spread` of " in card.text
+    assert ", refined by a CRF |\n| backbone |" in card.text
+    assert "--no_flip --crf --output_dir VOC2012-pseudo\naccelerate launch -m cosa_hf.cli train " in card.text
+    assert "--data_dir VOCdevkit/VOC2012 --pseudo_labels VOC2012-pseudo\n" in card.text
+    assert "No human drew the outlines it learned from: masks are coarse" in card.text
+    assert "weakly-supervised-segmentation" in card.data.tags
+    unknown = model_card("org/cats", config, recipe, weights_sha256="0" * 64).text
+    assert "pseudo-labels, of which is not recorded how they were made" in unknown
+
+
 def test_notes_come_first(model, tmp_path):
     notes = tmp_path / "notes.md"
     notes.write_text("**Mind the subset.**\n")

@@ -40,7 +40,7 @@ def session_of(path):
         ("test_vit", FROZEN | {"feature_layer": -3}),
         ("test_vit", FROZEN | {"attention": "value"}),
         ("test_resnet", {}),
-        ("tf_efficientnet_lite0", {}),
+        ("test_efficientnet", {}),
     ],
 )
 def test_same_maps_at_any_batch_and_size(backbone, options, tmp_path):

@@ -27,6 +27,7 @@ NAMES = """
     classifier_bias frozen_blocks cache_features center_features standardize_features decoder decoder_inputs
     decoder_dropout affinity affinity_layer
     affinity_blocks affinity_temperature affinity_power affinity_steps value_range bands mask_values cam_threshold
+    pseudo_labels
 """
 
 RANGES = {
@@ -228,6 +229,9 @@ def test_masks_are_for_the_bound_and_the_oracle():
     assert not any(TrainingConfig(guidance=source).reads_masks for source in ("none", "spl", "noise"))
     assert TrainingConfig(guidance="gt").reads_masks
     assert TrainingConfig(supervision="masks").reads_masks
+    assert not TrainingConfig(pseudo_labels="labels").reads_masks
+    followed = [{}, {"guidance": "gt"}, {"supervision": "masks"}, {"pseudo_labels": "labels"}]
+    assert [TrainingConfig(**fields).follows_masks for fields in followed] == [False, False, True, True]
 
 
 def test_numbers_are_taken_as_written():

@@ -1,6 +1,6 @@
 """Images and tags in: every reader returns a `datasets.Dataset` with the columns of `tag_features`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +70,16 @@ COEXISTENCE_CLASSES = {name: entry.coexistence for name, entry in _REGISTRY.item
 """Per dataset, the classes whose mean is C-mIoU: those usually seen with the same surroundings."""
 
 
+def coexistence_among(names: Sequence[str], dataset: str) -> list[str]:
+    """The `COEXISTENCE_CLASSES` of a dataset that are among these: files in VOC's layout may show other things.
+
+    Example:
+        >>> coexistence_among(["rust", "boat"], "voc"), coexistence_among(["rust"], "folder")
+        (['boat'], [])
+    """
+    return [name for name in COEXISTENCE_CLASSES.get(dataset, ()) if name in names]
+
+
 def load_dataset_by_name(
     name: str,
     data_dir: str | Path | None,
@@ -118,6 +128,7 @@ __all__ = [
     "TrainingDataset",
     "Views",
     "class_names",
+    "coexistence_among",
     "load_coco",
     "load_dataset_by_name",
     "load_folder",

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from cosa_hf.data import COEXISTENCE_CLASSES, class_names
+from cosa_hf.data import class_names, coexistence_among
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.images import ignored_id
 from cosa_hf.data.value_range import settled_reading
@@ -87,8 +87,7 @@ class MultistageTrainer(Trainer):
 
     def __init__(self, config: MultistageConfig, arguments: TrainingArguments, exported: Exported) -> None:
         names = ["background", *class_names(exported.dataset)]
-        coexistence = [name for name in COEXISTENCE_CLASSES.get(config.dataset, ()) if name in names]
-        self.network, self.processor = build_network(config, names, coexistence)
+        self.network, self.processor = build_network(config, names, coexistence_among(names, config.dataset))
         say = print if arguments.should_save else lambda line: None
         reading = settled_reading(config, exported.dataset, config.num_workers, say)
         reading.keep(self.processor)

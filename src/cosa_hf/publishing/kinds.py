@@ -151,7 +151,7 @@ def hub_dataset(recipe: Any) -> str | None:
         >>> hub_dataset(TrainingConfig(dataset="hub", dataset_name="org/pets"))
         'org/pets'
     """
-    if isinstance(recipe, MultistageConfig):
+    if recipe and recipe.pseudo_labels:
         name = place_name(recipe.pseudo_labels)
     else:
         name = place_name(recipe.dataset_name) if recipe and recipe.dataset == "hub" else None

@@ -224,6 +224,11 @@ class TagsConfig(Settings):
     supervision: Literal["tags", "masks"] = setting(
         "tags", "masks: train the same network on ground-truth masks, as an upper bound"
     )
+    pseudo_labels: str | None = setting(
+        None,
+        "a second round: train on masks of the training images that `cosa-hf label` wrote, a directory of png or "
+        "parquet or a dataset on the Hub, in place of labels by the assignment network",
+    )
     warmup_steps: int = setting(6_000, "first steps, classification only; = max_steps: a plain CAM baseline", least=0)
 
 
@@ -317,7 +322,7 @@ class TrainingConfig(
         DataConfig, TagsConfig, ViewConfig, AppearanceConfig, ModelConfig, WeightsConfig, FrozenConfig, ScheduleConfig,
         TeacherConfig, AffinityConfig, ThresholdConfig, ObjectiveConfig, OutputConfig,
     )  # fmt: skip
-    places: ClassVar[tuple[str, ...]] = (*RunConfig.places, "cache_features")
+    places: ClassVar[tuple[str, ...]] = (*RunConfig.places, "cache_features", "pseudo_labels")
     in_checkpoint: ClassVar[tuple[str, ...]] = (
         *RunConfig.in_checkpoint, "backbone", "feature_layer", "attention", "aux_layer", "aux_attention",
         "classifier_bias", "center_features", "standardize_features", "decoder", "decoder_inputs", "decoder_channels",
@@ -333,6 +338,11 @@ class TrainingConfig(
                 "streaming is for training on the tags of dataset hub, "
                 f"got dataset {self.dataset} and supervision {self.supervision}"
             )
+        if self.pseudo_labels is not None and (self.streaming or self.reads_masks):
+            raise ValueError(
+                "pseudo_labels take the place of streaming, supervision masks and guidance gt, got streaming "
+                f"{self.streaming}, supervision {self.supervision} and guidance {self.guidance}"
+            )
         if self.background_threshold is not None:
             if self.dynamic_threshold:
                 raise ValueError("background_threshold needs a fixed threshold: set dynamic_threshold to false")
@@ -344,8 +354,13 @@ class TrainingConfig(
 
     @property
     def reads_masks(self) -> bool:
-        """Whether training opens the masks of its images: for the supervised bound and the oracle, never else."""
+        """Whether training opens true masks of its images: for the supervised bound and the oracle, never else."""
         return self.supervision == "masks" or self.guidance == "gt"
+
+    @property
+    def follows_masks(self) -> bool:
+        """Whether finished masks, true ones or pseudo-labels, stand in for what the assignment network says."""
+        return self.supervision == "masks" or self.pseudo_labels is not None
 
 
 def read_fields(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from datasets import Dataset, IterableDataset
@@ -21,7 +21,7 @@ from transformers import get_polynomial_decay_schedule_with_warmup
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cosa_hf.configuration_cosa import CoSAConfig
-from cosa_hf.data import COEXISTENCE_CLASSES, load_dataset_by_name, stream_hub, without_untagged
+from cosa_hf.data import coexistence_among, load_dataset_by_name, stream_hub, without_untagged
 from cosa_hf.data.appearance import AppearanceConfig
 from cosa_hf.data.dataset import TrainingDataset
 from cosa_hf.data.encoded import EncodedDataset
@@ -33,6 +33,7 @@ from cosa_hf.image_processing_cosa import CoSAImageProcessor
 from cosa_hf.inference import eval_mode
 from cosa_hf.modeling_cosa import CoSAForWeaklySupervisedSegmentation
 from cosa_hf.objective.affinity import AffinityConfig
+from cosa_hf.pseudo_labels.load import check_masks, load_pseudo_labels
 from cosa_hf.training.config import ModelConfig, RunConfig, TrainingConfig
 from cosa_hf.training.features import EncodedImages
 from cosa_hf.training.precision import computes_bf16
@@ -98,17 +99,23 @@ def run_warnings(config: RunConfig, processes: int) -> Iterator[str]:
         yield "bf16 is emulated on this device and takes many times as long as fp32: --mixed_precision auto or no"
 
 
-def training_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, list[str]]:
-    """Tagged images, with masks only where the run reads them; and the ids of those without a tag, left out.
+def training_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, list[str], dict[str, Any]]:
+    """Tagged images, with masks only where the run reads them; the ids of those without a tag, left out; and what an
+    export of pseudo-labels says of how they were made.
 
     A stream leaves them out as it meets them, and the list fills up then.
     """
     if config.streaming:
-        return stream_hub(config, config.train_split), []
+        return stream_hub(config, config.train_split), [], {}
+    if config.pseudo_labels is not None:
+        exported = load_pseudo_labels(config.pseudo_labels, config.train_split)
+        if not config.resume:
+            check_masks(exported.dataset, PartialState().process_index, PartialState().num_processes)
+        return *without_untagged(exported.dataset), exported.record
     dataset = load_dataset_by_name(
         config.dataset, config.data_dir, config.train_split, masks=config.reads_masks, options=config
     )
-    return without_untagged(dataset)
+    return *without_untagged(dataset), {}
 
 
 def evaluation_data(config: RunConfig, classes: list[str]) -> Dataset | None:
@@ -161,7 +168,7 @@ def training_loader(
         )  # fmt: skip
         # It gives this process its own rows already; Accelerate is left to move them to the device.
         return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
-    length, masks = items * accelerator.num_processes, config.reads_masks
+    length, masks = items * accelerator.num_processes, config.reads_masks or config.follows_masks
     if encoded is None:
         stream = TrainingDataset(dataset, views, length, config.seed, masks, reading=reading)
     else:
@@ -183,7 +190,7 @@ def build_student(config: TrainingConfig, names: list[str]) -> CoSAForWeaklySupe
         **architecture,
         id2label=dict(enumerate(labels)),
         label2id={name: index for index, name in enumerate(labels)},
-        coexistence_classes=list(COEXISTENCE_CLASSES.get(config.dataset, ())),
+        coexistence_classes=coexistence_among(names, config.dataset),
     )
     if config.pretrained:
         model = CoSAForWeaklySupervisedSegmentation.from_pretrained_backbone(model_config, config.backbone_weights)

@@ -86,7 +86,7 @@ class Trainer:
             results = [output_dir / name for name in ("run.json", "online", "assignment")]
             require_unused(output_dir, checkpoint_files(output_dir), [*snapshots(output_dir).values(), *results])
         set_seed(config.seed)
-        self.dataset, self.untagged = training_data(config)
+        self.dataset, self.untagged, self.labelled_by = training_data(config)
         names = class_names(self.dataset)
         self.evaluated = evaluation_data(config, names)
         self.student = build_student(config, names)
@@ -154,8 +154,8 @@ class Trainer:
         self.telemetry.add(losses, self.label_statistics(labels, batch))
 
     def pseudo_labels(self, batch: dict[str, Any]) -> PseudoLabels | None:
-        """What the teacher says of the weak view; nothing during warm-up, and of images with ground truth."""
-        if self.config.supervision == "masks" or self.progress.step < self.config.warmup_steps:
+        """What the teacher says of the weak view; nothing during warm-up, and of images with masks to follow."""
+        if self.config.follows_masks or self.progress.step < self.config.warmup_steps:
             return None
         bf16 = torch.autocast(self.accelerator.device.type, torch.bfloat16)
         with bf16 if self.config.bf16_assignment else self.accelerator.autocast():
@@ -167,7 +167,7 @@ class Trainer:
     def targets(self, labels: PseudoLabels | None, batch: dict[str, Any]) -> Targets | None:
         """The targets of the step, normalised over all its images."""
         micro = self.config.gradient_accumulation_steps
-        if self.config.supervision == "masks":
+        if self.config.follows_masks:
             return mask_targets(batch["mask"], self.student.config.semantic_loss_ignore_index, micro, self.mean)
         return None if labels is None else self.objective.targets(labels, batch["valid"], micro, self.mean)
 
@@ -267,6 +267,7 @@ class Trainer:
                 "unreadable_replaced": unreadable,
                 "hardware": hardware(accelerator),
                 "seconds": round(self.progress.seconds),
+                "pseudo_labels": self.labelled_by or None,
             }
             with whole_file(output_dir / "run.json") as unfinished:
                 unfinished.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -286,8 +287,11 @@ class Trainer:
         names = class_names(self.dataset)
         amount = f"{len(self.dataset)} images" if isinstance(self.dataset, Dataset) else "a stream of images"
         millions = sum(parameter.numel() for parameter in self.student.parameters()) / 1e6
+        schedule = f"the first {config.warmup_steps} steps on tags alone"
+        if config.follows_masks:
+            schedule = f"on the masks of {config.pseudo_labels or 'the ground truth'}"
         say(
-            f"CoSA on {config.backbone}, the first {config.warmup_steps} steps on tags alone; {millions:.1f} M "
+            f"CoSA on {config.backbone}, {schedule}; {millions:.1f} M "
             f"parameters; {amount}, {len(names)} classes ({', '.join(names)}); {config.max_steps} steps of "
             f"{images} images"
         )
@@ -295,13 +299,13 @@ class Trainer:
             say(warning)
         if self.untagged:
             say(f"left out {len(self.untagged)} images without a tag: {list_some(self.untagged)} (all in run.json)")
-        if config.supervision == "tags" and config.reads_masks:
+        if config.guidance == "gt" and not config.follows_masks:
             say(
                 "ORACLE: guidance gt reads the ground-truth masks of the training images (Fig. 1). This run is not "
                 "weakly supervised; do not report it as such"
             )
         window = 1 / (1 - config.ema_momentum)
-        if config.max_steps < 3 * window and config.supervision == "tags":
+        if config.max_steps < 3 * window and not config.follows_masks:
             say(
                 f"ema_momentum {config.ema_momentum} averages over about {window:.0f} steps, too many for a run of "
                 f"{config.max_steps}: the assignment network will hardly leave its start. Try "
@@ -349,8 +353,8 @@ def recommendation(config: TrainingConfig) -> tuple[str, str]:
 
 
 def _objective(config: TrainingConfig) -> CoSAObjective:
-    """Eq. 11, or for the supervised bound its classification and the cross-entropy against ground truth."""
-    if config.supervision == "masks":
+    """Eq. 11, or where there are masks to follow its classification and the cross-entropy against them."""
+    if config.follows_masks:
         return CoSAObjective(cam2seg_weight=1.0, aux_cam2seg_weight=0.0, seg2cam_weight=0.0, separation_weight=0.0)
     unguided = {"seg2cam_weight": 0.0} if config.guidance == "none" else {}
     return config.part(CoSAObjective, **unguided)
