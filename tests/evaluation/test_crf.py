@@ -8,7 +8,7 @@ from PIL import Image
 from cosa_hf.evaluation.crf import DenseCRF, _Gaussian
 
 # An image of 24 x 18 pixels is smaller than DeepLab's widths.
-SETTINGS = {"bilateral_sigma_xy": 8.0, "bilateral_sigma_rgb": 20.0}
+SETTINGS = {"bilateral_sigma_xy": 8.0, "bilateral_sigma_rgb": 20.0, "min_pixels": 0}
 
 
 @pytest.fixture
@@ -88,6 +88,20 @@ def test_backends_differ_by_rounding_only(case):
     for settings in ({}, SETTINGS):
         ours, compiled = (DenseCRF(**settings, backend=name)(logits, image) for name in ("torch", "pydensecrf"))
         torch.testing.assert_close(ours, compiled, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "pydensecrf"])
+def test_closeness_shrinks_with_an_image_that_is_smaller_than_photographs(case, backend):
+    if backend == "pydensecrf":
+        pytest.importorskip("pydensecrf")
+    logits, image, _ = case
+    pixels = image.width * image.height
+    of_a_photo, of_it = ({**SETTINGS, "bilateral_sigma_xy": width, "backend": backend} for width in (8.0, 4.0))
+    narrow = DenseCRF(**of_it)(logits, image)
+    assert torch.equal(DenseCRF(**of_a_photo | {"min_pixels": 4 * pixels})(logits, image), narrow)
+    wide = DenseCRF(**of_a_photo)(logits, image)
+    assert not torch.equal(wide, narrow)
+    assert torch.equal(DenseCRF(**of_a_photo | {"min_pixels": pixels})(logits, image), wide)
 
 
 def test_one_class_is_certain(case):

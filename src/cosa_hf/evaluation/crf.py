@@ -30,8 +30,8 @@ class DenseCRF:
     The energy has the segmentation's -log softmax for each pixel and, for each pair that gets two classes, a Gaussian
     of its distance in place and one of its distance in place and colour. The paper gives no parameters; the defaults
     are those of the released DeepLab-v2 with ResNet-101 (Chen et al., TPAMI 2018, the paper's [10]), which most of the
-    methods that the paper compares with use too. Widths are in pixels of the image as it is: an image of another
-    resolution is another problem.
+    methods that the paper compares with use too. They are for photographs of some 500 pixels. A much smaller image is
+    taken for one of those that was made smaller: closeness in place and colour shrinks with it.
 
     Both backends filter on the permutohedral lattice (Adams et al., Eurographics 2010), which approximates the
     Gaussians; time grows with the number of pixels and of classes and not with the square of it. They differ by
@@ -42,8 +42,9 @@ class DenseCRF:
         spatial_weight: what a pair that is close counts for.
         spatial_sigma: width of closeness, pixels.
         bilateral_weight: what a pair that is close and alike counts for.
-        bilateral_sigma_xy: width of that closeness, pixels.
+        bilateral_sigma_xy: width of that closeness, pixels of an image of `min_pixels` or more.
         bilateral_sigma_rgb: width of likeness, steps of 0..255.
+        min_pixels: in an image of fewer, `bilateral_sigma_xy` is less, as the sides are; 0: never.
         backend: "pydensecrf", compiled, by the extra `crf`; "torch", without it and on the device of the logits. The
             former where it is installed.
 
@@ -67,6 +68,7 @@ class DenseCRF:
     bilateral_weight: float = 4.0
     bilateral_sigma_xy: float = 67.0
     bilateral_sigma_rgb: float = 3.0
+    min_pixels: int = 100_000
     backend: Literal["pydensecrf", "torch"] = field(default_factory=_installed_backend)
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ class DenseCRF:
             (self.spatial_weight, _Gaussian(places / self.spatial_sigma)),
             (
                 self.bilateral_weight,
-                _Gaussian(torch.cat([places / self.bilateral_sigma_xy, pixels / self.bilateral_sigma_rgb], dim=1)),
+                _Gaussian(torch.cat([places / self._width(image), pixels / self.bilateral_sigma_rgb], dim=1)),
             ),
         )
         unary = log_probabilities.flatten(1).T.contiguous()  # (N, K)
@@ -111,6 +113,11 @@ class DenseCRF:
             torch.softmax(energy, dim=1, out=beliefs)
         return beliefs.T.view(logits.shape)
 
+    def _width(self, image: Image.Image) -> float:
+        """Of closeness in place and colour, in this image's pixels."""
+        shrunk = math.sqrt(image.width * image.height / self.min_pixels) if self.min_pixels else 1.0
+        return self.bilateral_sigma_xy * min(1.0, shrunk)
+
     def _compiled(self, log_probabilities: Tensor, image: Image.Image) -> Tensor:
         from pydensecrf.densecrf import DenseCRF2D
 
@@ -118,7 +125,7 @@ class DenseCRF:
         crf.setUnaryEnergy(-log_probabilities.flatten(1).cpu().numpy())
         crf.addPairwiseGaussian(sxy=self.spatial_sigma, compat=self.spatial_weight)
         crf.addPairwiseBilateral(
-            sxy=self.bilateral_sigma_xy,
+            sxy=self._width(image),
             srgb=self.bilateral_sigma_rgb,
             rgbim=np.array(image),
             compat=self.bilateral_weight,
