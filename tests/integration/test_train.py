@@ -71,6 +71,7 @@ def test_real_voc_with_real_weights(tmp_path, cosa_hf):
         *("train", "--recipe", "voc-lite0", "--data_dir", data, "--backbone_weights", weights),
         *("--output_dir", tmp_path / "run"),
         *("--max_steps", 12, "--warmup_steps", 8, "--lr_warmup_steps", 2, "--eval_every", 0, "--log_every", 4),
+        *("--crop_size", 128, "--input_size", 128),
     )
     assert "1696 images, 20 classes" in printed
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

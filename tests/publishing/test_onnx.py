@@ -39,7 +39,6 @@ def session_of(path):
         ("test_vit", {}),
         ("test_vit", FROZEN | {"feature_layer": -3}),
         ("test_vit", FROZEN | {"attention": "value"}),
-        ("test_resnet", {}),
         ("test_efficientnet", {}),
     ],
 )

@@ -76,7 +76,7 @@ def measure(
         else:
             with contextlib.ExitStack() as patches:
                 patches.enter_context(contextlib.redirect_stdout(sys.stderr))  # what training says of the run
-                patches.enter_context(mock.patch.object(trainer, "training_data", return_value=(dataset, [])))
+                patches.enter_context(mock.patch.object(trainer, "training_data", return_value=(dataset, [], {})))
                 for patch in instruments(watch, fitted_by_sklearn=kind == "sklearn"):
                     patches.enter_context(patch)
                 trainer.train(config)
