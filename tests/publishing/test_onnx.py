@@ -39,7 +39,8 @@ def session_of(path):
         ("test_vit", {}),
         ("test_vit", FROZEN | {"feature_layer": -3}),
         ("test_vit", FROZEN | {"attention": "value"}),
-        ("test_efficientnet", {}),
+        ("test_resnet", {}),
+        ("tf_efficientnet_lite0", {}),
     ],
 )
 def test_same_maps_at_any_batch_and_size(backbone, options, tmp_path):

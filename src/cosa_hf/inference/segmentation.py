@@ -110,11 +110,11 @@ class Segmentation:
             nothing = torch.zeros(self.image.height, self.image.width, device=possible.device)
             return nothing.long(), nothing
         xi = self.cam_threshold if threshold is None else threshold
-        image = self.image if self.crf is None else self._shrunk(len(possible))
+        image = self._shrunk(len(possible))
         mean = torch.stack([_resized(each[possible[1:] - 1], image) for each in maps]).mean(0)
         if self.crf is None:
             return possible[cam_pseudo_labels(mean[None], xi)[0]], mean.amax(0)
-        ids, highest = self._refined(F.pad(CRF_SHARPNESS * (mean - xi), (0, 0, 0, 0, 1, 0)), possible)
+        ids, highest = self._refined(F.pad(CRF_SHARPNESS * (mean - xi), (0, 0, 0, 0, 1, 0)), image, possible)
         return ids.long(), highest
 
     def _maps(self, source: str) -> list[Tensor]:
@@ -157,16 +157,19 @@ class Segmentation:
         ids = self._possible(source)
         logits = self.seg_logits[ids]  # dropping classes, rather than setting -inf, keeps nan out of the interpolation
         if self.crf is not None:
-            return self._refined(_resized(logits, self._shrunk(len(ids))), ids)
+            image = self._shrunk(len(ids))
+            return self._refined(_resized(logits, image), image, ids)
         return upsampled_argmax(logits, (self.image.height, self.image.width), ids.tolist())
 
     def _shrunk(self, num_labels: int) -> Image.Image:
-        """The image as a CRF of so many labels sees it."""
+        """The image as a CRF of so many labels sees it; as it is without one."""
+        if self.crf is None:
+            return self.image
         return self.image.resize(crf_size(self.image.size, num_labels), Image.Resampling.BOX)
 
-    def _refined(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids, of few bits, and their probabilities after the CRF; logits (K, h, w) of K ids, at `_shrunk`'s size."""
-        probabilities = self.crf(logits, self._shrunk(len(ids)))  # type: ignore[misc]
+    def _refined(self, logits: Tensor, image: Image.Image, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids, of few bits, and their probabilities after the CRF; logits (K, h, w) of K ids, of the image's size."""
+        probabilities = self.crf(logits, image)  # type: ignore[misc]
         _trim_heap()
         return upsampled_argmax(probabilities, (self.image.height, self.image.width), ids.tolist())
 

@@ -19,14 +19,12 @@ from cosa_hf.pseudo_labels.export import RECORD, export_pseudo_labels
 from cosa_hf.pseudo_labels.load import Exported, check_masks, load_pseudo_labels
 
 
-def labels_to_learn(config: MultistageConfig, device: torch.device, rank: int = 0, processes: int = 1) -> Exported:
+def labels_to_learn(config: MultistageConfig, device: torch.device) -> Exported:
     """The pseudo-labels of a run, found and checked; with `self_training`, new ones of the same images.
 
     Args:
         config: of the run.
         device: where the network that `self_training` names is to label.
-        rank: of this process, which checks its share.
-        processes: how many there are.
 
     Raises:
         FileNotFoundError, ValueError: pseudo-labels that cannot be trained on; the message names them.
@@ -40,7 +38,7 @@ def labels_to_learn(config: MultistageConfig, device: torch.device, rank: int = 
             f"with --format parquet, and name that directory with its {RECORD}, not a dataset on the Hub"
         )
     if not config.resume:
-        check_masks(exported.dataset, rank, processes)
+        check_masks(exported.dataset)
     return exported
 
 

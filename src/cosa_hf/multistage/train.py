@@ -56,7 +56,7 @@ def train_multistage(config: MultistageConfig) -> Path:
     checkpoint, arguments = _checkpoint(config), _arguments(config)
     terminate = signal.getsignal(signal.SIGTERM)
     set_seed(config.seed)
-    exported = labels_to_learn(config, arguments.device, arguments.process_index, arguments.world_size)
+    exported = labels_to_learn(config, arguments.device)
     trainer = MultistageTrainer(config, arguments, exported)
     if arguments.should_save:
         dataclasses.replace(config, resume=False).to_yaml(trainer.output_dir / "recipe.yaml")

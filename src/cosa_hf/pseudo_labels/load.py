@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
@@ -93,13 +94,11 @@ def load_pseudo_labels(source: str, split: str | None = None) -> Exported:
     return Exported(dataset, None if settings.get("crf") else settings.get("threshold"), record)
 
 
-def check_masks(dataset: Dataset, rank: int = 0, processes: int = 1) -> None:
+def check_masks(dataset: Dataset) -> None:
     """Open every mask once, before hours of training on wrong ones; shared among the processes.
 
     Args:
         dataset: with the columns image, labels, image_id and mask.
-        rank: of this process.
-        processes: how many there are.
 
     Raises:
         ValueError: masks that cannot be read, have another size than their image, ids beyond the classes, colours that
@@ -110,9 +109,9 @@ def check_masks(dataset: Dataset, rank: int = 0, processes: int = 1) -> None:
         >>> check_masks(load_shapes("train", num_images=2, masks=True))
     """
     num_classes = len(class_names(dataset))
-    share = undecoded(dataset.select_columns(["image", "image_id", "mask"])).select(
-        range(rank, len(dataset), processes)
-    )
+    state = PartialState()
+    rows = range(state.process_index, len(dataset), state.num_processes)
+    share = undecoded(dataset.select_columns(["image", "image_id", "mask"])).select(rows)
     problems = []
     for row in share:
         try:

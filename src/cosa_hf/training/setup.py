@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from datasets import Dataset, IterableDataset
@@ -110,7 +110,7 @@ def training_data(config: TrainingConfig) -> tuple[Dataset | IterableDataset, li
     if config.pseudo_labels is not None:
         exported = load_pseudo_labels(config.pseudo_labels, config.train_split)
         if not config.resume:
-            check_masks(exported.dataset, PartialState().process_index, PartialState().num_processes)
+            check_masks(exported.dataset)
         return *without_untagged(exported.dataset), exported.record
     dataset = load_dataset_by_name(
         config.dataset, config.data_dir, config.train_split, masks=config.reads_masks, options=config
