@@ -75,7 +75,8 @@ class Scene:
                 _blend(canvas, thing, _SURROUNDINGS[thing.name], reach=2.4)
         for thing in self.things:
             _blend(canvas, thing, _paint_thing, reach=1.1)
-        return Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8)).reduce(_OVERSAMPLING)
+        pixels = np.clip(canvas + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        return Image.fromarray(pixels).reduce(_OVERSAMPLING)
 
     def render_mask(self, image_size: int) -> Image.Image:
         """Class ids (mode "L"), sampled at the centre of each pixel; surroundings are background."""
@@ -151,15 +152,16 @@ def _local_grid(thing: Thing, side: int, reach: float) -> tuple[tuple[slice, sli
 
 
 def _blend(canvas: Array, thing: Thing, paint: Callable, reach: float) -> None:
-    window, u, v = _local_grid(thing, canvas.shape[0], reach)
+    window, u, v = _local_grid(thing, canvas.shape[-1], reach)
     alpha, color = paint(thing, u, v)
-    canvas[window] += alpha[..., None] * (color - canvas[window])
+    painted = canvas[:, *window]
+    painted += alpha * (color - painted)
 
 
 def _mix(dark: Color | Array, light: Color | Array, amount: Array) -> Array:
-    """(h, w, 3) between two colours; amount 0 is dark, 1 light."""
-    low, high = np.asarray(dark, np.float32), np.asarray(light, np.float32)
-    return low + np.clip(amount, 0, 1)[..., None] * (high - low)
+    """(3, h, w) between two colours; amount 0 is dark, 1 light."""
+    low, high = np.asarray(dark, np.float32)[:, None, None], np.asarray(light, np.float32)[:, None, None]
+    return low + np.clip(amount, 0, 1) * (high - low)
 
 
 def _wave(phase: Array, sharpness: float = 2.5) -> Array:
@@ -174,7 +176,7 @@ def _paint_thing(thing: Thing, u: Array, v: Array) -> tuple[Array, Array]:
     amount = _TEXTURES[thing.name](u, v, u * scale + thing.phase, v * scale + thing.phase)
     color = _mix(thing.dark, thing.light, amount)
     rim = inside & ~outline(1.09 * u, 1.09 * v)
-    color[rim] = 0.6 * np.asarray(thing.dark, np.float32)
+    color[:, rim] = 0.6 * np.asarray(thing.dark, np.float32)[:, None]
     return inside.astype(np.float32), color
 
 
@@ -258,7 +260,7 @@ def _paint_rails(thing: Thing, u: Array, v: Array) -> tuple[Array, Array]:
     bed = np.clip(8 * (0.24 - np.abs(v - 0.74)), 0, 1) * np.clip(4 * (2.2 - np.abs(u)), 0, 1)
     color = np.asarray(thing.surroundings, np.float32)
     painted = _mix(0.55 * color, 0.6 * color + 90, _wave(u * scale / 6 + thing.phase))
-    painted[np.minimum(np.abs(v - 0.62), np.abs(v - 0.86)) <= 0.035] = (205, 205, 215)
+    painted[:, np.minimum(np.abs(v - 0.62), np.abs(v - 0.86)) <= 0.035] = [[205], [205], [215]]
     return bed, painted
 
 
@@ -280,7 +282,7 @@ _GROUNDS: tuple[Callable[[Array, Array, Array, Array], Array], ...] = (
 
 
 def _paint_ground(ground: Ground, side: int) -> Array:
-    """(side, side, 3) float32."""
+    """(3, side, side) float32: each step runs over whole planes, which is much faster than over colours of 3."""
     axis = (np.arange(side, dtype=np.float32) + 0.5) * (_REFERENCE / side / ground.period)
     x, y = axis[None, :], axis[:, None]
     cos, sin = float(np.cos(ground.angle)), float(np.sin(ground.angle))
