@@ -136,7 +136,9 @@ def test_a_crf_gets_logits_and_image_and_its_probabilities_are_taken(cosa, photo
     assert torch.equal(asked[0][0], logits)
     assert asked[0][1].size == (77, 130)
     torch.testing.assert_close(one.label("seg_tags")[1], (-logits).softmax(0).amax(0))
-    assert segmenter.settings["crf"] == {"backend": "least_likely", "max_pixels": 320_000, "max_values": 32_000_000}
+    assert segmenter.settings["crf"] == {
+        "backend": "least_likely", "cam_sharpness": 8.0, "max_pixels": 320_000, "max_values": 32_000_000,
+    }  # fmt: skip
 
 
 def test_a_large_image_goes_through_a_crf_smaller_and_its_result_is_upsampled(cosa):

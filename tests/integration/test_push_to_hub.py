@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -248,12 +249,15 @@ def test_what_push_refuses_is_staged_once_evaluate_has_written_it_as_the_errors_
     assert "score it with `cosa-hf evaluate`, or publish" in said
     said = complaint(*words, "--panels", "panels")
     assert said == "error: no PNG files in panels: `cosa-hf evaluate --panels` writes them\n"
+    assert complaint(*words, "--examples", "photo.png") == "error: no example photo.png\n"
     assert not Path("staged").exists()
 
     shown = ("--report", "report.json", "--panels", "panels")
     drawn = ("--dataset", "shapes", "--num_images", 1, "--scales", 1, "--no_flip")
     cosa_hf("evaluate", run_dir / "assignment", *drawn, *shown)
-    cosa_hf(*words, *shown)
+    shutil.copy("panels/val-00000.png", "photo.png")
+    cosa_hf(*words, *shown, "--examples", "photo.png")
+    assert Path("staged/examples/photo.png").is_file()
     miou = json.loads(Path("report.json").read_text())["seg"]["miou"]
     (entry,) = yaml.safe_load(Path("staged/.eval_results/seg.yaml").read_text())
     assert entry["value"] == round(miou, 2)

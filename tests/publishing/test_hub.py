@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from tiny import save_cosa, save_segformer
 from transformers import AutoModelForSemanticSegmentation
 
@@ -290,6 +291,38 @@ def test_recipe_of_another_backbone_is_refused(model, tmp_path):
     TrainingConfig(backbone="test_resnet").to_yaml(tmp_path / "recipe.yaml")
     with pytest.raises(ValueError, match="trains cosa/test_resnet, but the model is cosa/test_vit"):
         stage(model, tmp_path / "staged", "org/cats", recipe=tmp_path / "recipe.yaml")
+
+
+def test_examples_are_offered_by_the_models_page(model, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "cat.jpg")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "a dog.png")
+    photos = [tmp_path / "cat.jpg", tmp_path / "a dog.png"]
+    stage(model, tmp_path / "staged", "org/cats", examples=photos)
+    assert ModelCard.load(tmp_path / "staged/README.md").data.widget == [
+        {"src": "examples/cat.jpg", "example_title": "cat"},
+        {"src": "examples/a dog.png", "example_title": "a dog"},
+    ]
+    for photo in photos:
+        assert (tmp_path / "staged/examples" / photo.name).read_bytes() == photo.read_bytes()
+
+
+def test_examples_that_a_page_cannot_show_are_refused(model, tmp_path):
+    for name in ("cat.png", "cat.tif", "other/cat.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.effect_noise((64, 64), 50).save(tmp_path / name)
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "half.png").write_bytes((tmp_path / "cat.png").read_bytes()[:2000])
+    for names, message in {
+        ("nowhere.png",): "no example .*nowhere.png",
+        ("text.png",): "the example .*text.png cannot be read as an image",
+        ("half.png",): "the example .*half.png cannot be read as an image",
+        ("cat.tif",): "the example .*cat.tif is TIFF: browsers show JPEG, PNG, WEBP",
+        ("cat.png", "other/cat.png"): "two examples are called cat.png: rename one",
+        ("cat.png", "cat.png"): "two examples are called cat.png: rename one",
+    }.items():
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            stage(model, tmp_path / "staged", "org/cats", examples=[tmp_path / name for name in names])
+        assert not (tmp_path / "staged").exists()
 
 
 @pytest.mark.parametrize("argument", ["report", "recipe", "panels"])

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str]) -> None:
             args.repo_id,
             report=args.report,
             panels=args.panels,
+            examples=args.examples,
             recipe=args.recipe,
             benchmark=args.benchmark,
             license=args.license,
@@ -61,6 +62,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repo_id", required=True, help="where to publish, org/name")
     parser.add_argument("--report", type=Path, help="report.json of `cosa-hf evaluate` on these weights")
     parser.add_argument("--panels", type=Path, help="directory of visualizations (PNG)")
+    parser.add_argument(
+        "--examples",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        default=(),
+        help="images that the model's page offers to try it on, published as they are",
+    )
     parser.add_argument("--recipe", type=Path, help="recipe.yaml of the training run (default: the one beside MODEL)")
     parser.add_argument("--benchmark", help="registered benchmark on the Hub that the scores are for, org/name")
     parser.add_argument("--license", default="apache-2.0", help="of the weights, as the Hub spells it")

@@ -197,4 +197,4 @@ def _resized(maps: Tensor, image: Image.Image) -> Tensor:
     return F.interpolate(maps[None], size=(image.height, image.width), mode="bilinear", align_corners=False)[0]
 
 
-__all__ = ["CRF", "CRF_PIXELS", "CRF_VALUES", "Segmentation", "crf_size"]
+__all__ = ["CRF", "CRF_PIXELS", "CRF_SHARPNESS", "CRF_VALUES", "Segmentation", "crf_size"]

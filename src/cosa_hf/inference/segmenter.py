@@ -17,7 +17,7 @@ from cosa_hf.data.images import Reading, open_image, read_image, read_mask, unde
 from cosa_hf.data.tags import multi_hot, parse_tags, tag_ids
 from cosa_hf.inference.multiscale import check_scales, forward_multiscale
 from cosa_hf.inference.networks import check_classes, eval_mode, ignore_index, label_names, load_model, require_cams
-from cosa_hf.inference.segmentation import CRF, CRF_PIXELS, CRF_VALUES, Segmentation
+from cosa_hf.inference.segmentation import CRF, CRF_PIXELS, CRF_SHARPNESS, CRF_VALUES, Segmentation
 from cosa_hf.objective.affinity import affinity_settings, foreground, spread_cams
 from cosa_hf.objective.pseudo_labels import normalize_cams
 
@@ -121,7 +121,7 @@ class Segmenter:
         if crf is not None:
             named = {"backend": getattr(crf, "__name__", type(crf).__name__)}
             crf = asdict(crf) if hasattr(crf, "__dataclass_fields__") else named
-            crf |= {"max_pixels": CRF_PIXELS, "max_values": CRF_VALUES}
+            crf |= {"cam_sharpness": CRF_SHARPNESS, "max_pixels": CRF_PIXELS, "max_values": CRF_VALUES}
         affinity = affinity_settings(self.model.config)
         return (
             ({} if affinity is None else {"affinity": affinity})

@@ -68,6 +68,7 @@ def model_card(
     weights_sha256: str | None = None,
     recipe_name: str = "recipe",
     panels: Sequence[str] = (),
+    examples: Sequence[str] = (),
     license: str = "apache-2.0",
     license_name: str | None = None,
     license_link: str | None = None,
@@ -84,6 +85,7 @@ def model_card(
         weights_sha256: of the weights the card lies beside; None for a model that is only described.
         recipe_name: how the command calls the recipe of a model that is only described.
         panels: file names of visualizations in `panels/`.
+        examples: file names of images in `examples/`, which the model's page offers to try it on.
         license: identifier of the Hub for the weights' licence.
         license_name: of the licence "other", which the Hub has no identifier for.
         license_link: where that one can be read: an address, or a file of the repository.
@@ -112,6 +114,7 @@ def model_card(
         license_name=license_name,
         license_link=license_link,
         datasets=[hub] if hub else None,
+        widget=[{"src": f"examples/{each}", "example_title": Path(each).stem} for each in examples] or None,
         library_name="transformers",
         pipeline_tag="image-segmentation",
         tags=[tag for tag in kind.tags if not (reads_masks and tag == "weakly-supervised-segmentation")],

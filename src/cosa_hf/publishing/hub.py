@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub import (
     HfApi,
     eval_result_entries_to_yaml,
 )
+from PIL import Image
 from transformers import AutoConfig
 
 from cosa_hf.digest import weights_sha256
@@ -24,6 +26,8 @@ from cosa_hf.training.config import RunConfig, place_name
 
 #: What `save_pretrained` of model and processor leaves of any model. Those with code have `code_files` beside it.
 MODEL_FILES = ("model.safetensors", CONFIG, "preprocessor_config.json")
+#: Formats of an example, as Pillow calls them.
+SHOWN = ("JPEG", "PNG", "WEBP")
 
 
 def stage(
@@ -33,6 +37,7 @@ def stage(
     *,
     report: str | Path | None = None,
     panels: str | Path | None = None,
+    examples: Sequence[str | Path] = (),
     recipe: str | Path | None = None,
     benchmark: str | None = None,
     license: str = "apache-2.0",
@@ -43,8 +48,8 @@ def stage(
     """Write into `folder` all that the repository `repo_id` is going to hold, and nothing else.
 
     That is the saved model with its code (a model of transformers has none), the card as `README.md`, the recipe
-    without paths of this machine, the visualizations as `panels/` and the scores as `.eval_results/seg.yaml` (tags
-    unknown) and `seg_tags.yaml` (tags given).
+    without paths of this machine, the visualizations as `panels/`, the examples as `examples/`, and the scores as
+    `.eval_results/seg.yaml` (tags unknown) and `seg_tags.yaml` (tags given).
 
     Args:
         model: directory of a saved model with its processor.
@@ -52,6 +57,7 @@ def stage(
         repo_id: "org/name"; a name alone for a model that goes elsewhere than to the Hub.
         report: JSON of `cosa-hf evaluate` on exactly these weights; default: no number is published.
         panels: directory of PNG files.
+        examples: images (JPEG, PNG, WebP) that the model's page offers to try it on, published as they are.
         recipe: a YAML file; default: `recipe.yaml` of the training run that `model` lies in, where there is one.
             `run.json` beside it tells hardware and wall clock.
         benchmark: data set on the Hub, "org/name", whose leaderboard the scores are for; the Hub shows
@@ -65,7 +71,7 @@ def stage(
         FileNotFoundError: a file of the model, or a file or directory that was named, is missing.
         FileExistsError: `folder` is not empty.
         ValueError: the report is of other weights or broken, the recipe of another network, a licence named that the
-            Hub knows, or transformers does not know the model.
+            Hub knows, an example no image or two of one name, or transformers does not know the model.
     """
     model, folder = Path(model), Path(folder)
     config = AutoConfig.from_pretrained(model) if (model / CONFIG).is_file() else None
@@ -82,6 +88,7 @@ def stage(
     recipe_file = Path(recipe) if recipe else model.parent / "recipe.yaml"
     settings, run = _recipe_and_run(recipe_file, config) if recipe or recipe_file.is_file() else (None, None)
     images = _images(Path(panels)) if panels else []
+    tried = _examples([Path(each) for each in examples])
     if notes and not Path(notes).is_file():
         raise FileNotFoundError(f"no notes {notes}")
     terms = Path(license_link) if license_link and "://" not in license_link else None
@@ -95,6 +102,7 @@ def stage(
         report=scores,
         weights_sha256=digest,
         panels=[image.name for image in images],
+        examples=[image.name for image in tried],
         license=license,
         license_name=license_name,
         license_link=f"LICENSE{terms.suffix}" if terms else license_link,
@@ -108,10 +116,10 @@ def stage(
             shutil.copyfile(terms, unfinished / f"LICENSE{terms.suffix}")
         if settings:
             settings.to_yaml(unfinished / "recipe.yaml")
-        if images:
-            (unfinished / "panels").mkdir()
-        for image in images:
-            shutil.copyfile(image, unfinished / "panels" / image.name)
+        for name, files in {"panels": images, "examples": tried}.items():
+            for image in files:
+                (unfinished / name).mkdir(exist_ok=True)
+                shutil.copyfile(image, unfinished / name / image.name)
         if scores:
             _write_eval_results(scores, unfinished / ".eval_results", benchmark)
         card.save(unfinished / "README.md")
@@ -194,6 +202,22 @@ def _images(directory: Path) -> list[Path]:
     if not images:
         raise FileNotFoundError(f"no PNG files in {directory}: `cosa-hf evaluate --panels` writes them")
     return images
+
+
+def _examples(paths: list[Path]) -> list[Path]:
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no example {path}")
+        if [other.name for other in paths].count(path.name) > 1:
+            raise ValueError(f"two examples are called {path.name}: rename one, or leave it out")
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"the example {path} cannot be read as an image ({error}): name another") from error
+        if image.format not in SHOWN:
+            raise ValueError(f"the example {path} is {image.format}: browsers show {', '.join(SHOWN)}")
+    return paths
 
 
 def _write_eval_results(report: dict[str, Any], directory: Path, benchmark: str | None) -> None:
