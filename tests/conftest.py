@@ -35,6 +35,8 @@ def known_before():
     That is to draw all of the embedded set, of which a command looks at a few images, and to find out what a backbone
     gives, which is nearly all that building a tiny model takes.
     """
+    import datasets
+
     from cosa_hf import data
     from cosa_hf.backbone_cosa import CoSABackbone
 
@@ -49,6 +51,8 @@ def known_before():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load_shapes", functools.cache(data.load_shapes))
         patch.setattr(CoSABackbone, "_probe", probe_once)
+        # Five seconds, wherever a stream of parquet files ends: for Arrow's threads, which have read these long ago.
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
         yield
 
 
