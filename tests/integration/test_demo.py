@@ -19,7 +19,8 @@ def test_the_demo_leaves_what_it_promises(tmp_path, subprocess_of):
     recipe = tmp_path / "seconds.yaml"
     seconds = {"max_steps": 8, "warmup_steps": 4, "lr_warmup_steps": 1, "batch_size": 4, "eval_every": 0}
     small = {"backbone": "test_vit", "aux_layer": -2, "decoder_channels": 16, "crop_size": 64, "input_size": 64}
-    TrainingConfig.named("shapes-tiny", **seconds, **small, ema_momentum=0.5, log_every=1).to_yaml(recipe)
+    few = {"train_split": "test", "log_every": 1}  # 200 images are soon drawn
+    TrainingConfig.named("shapes-tiny", **seconds, **small, **few, ema_momentum=0.5).to_yaml(recipe)
     output_dir = tmp_path / "demo"
     run = subprocess_of("demo", "--output_dir", output_dir, "--recipe", recipe)
     assert run.returncode == 0, run.stderr[-3000:]

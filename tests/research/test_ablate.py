@@ -9,9 +9,9 @@ import ablate
 import pytest
 
 TINY = shlex.split(
-    "--recipe shapes-tiny --backbone test_vit --aux_layer -2 --decoder_channels 16 --decoder_dilation 1 --crop_size 64 "
-    "--input_size 64 --batch_size 2 --num_workers 0 --max_steps 4 --warmup_steps 2 --lr_warmup_steps 1 "
-    "--ema_momentum 0.2 --tracker none --log_every 1 --scales 1 --no_flip"
+    "--recipe shapes-tiny --train_split test --backbone test_vit --aux_layer -2 --decoder_channels 16 "
+    "--decoder_dilation 1 --crop_size 64 --input_size 64 --batch_size 2 --num_workers 0 --max_steps 4 "
+    "--warmup_steps 2 --lr_warmup_steps 1 --ema_momentum 0.2 --tracker none --log_every 1 --scales 1 --no_flip"
 )
 
 
